@@ -1,0 +1,122 @@
+//! How a job went: the whole account that its completion gives.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{BackupId, JobId, Operation, StoreName, VolumeId};
+use crate::error::Problem;
+
+/// Which engine does the work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// Objects in a store, in the format of Cinder's chunked drivers.
+    Chunked,
+}
+
+/// How much of the volume is stored anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// All of it.
+    Full,
+    /// What differs from the parent.
+    Incremental,
+}
+
+/// One way to do a job: an engine, and full or incremental where that makes a difference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Method {
+    /// The engine.
+    pub strategy: Strategy,
+    /// Full or incremental; of a backup only.
+    pub mode: Option<Mode>,
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.strategy {
+            Strategy::Chunked => "chunked",
+        })?;
+        match self.mode {
+            None => Ok(()),
+            Some(Mode::Full) => f.write_str(" full"),
+            Some(Mode::Incremental) => f.write_str(" incremental"),
+        }
+    }
+}
+
+/// What was moved, and what was not because it did not have to be.
+///
+/// Of a backup or a restore that succeeded, `bytes_read`, `bytes_hole` and, for a restore, the punched zeros
+/// together are the volume's size.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Bytes of volume data read: from the source by a backup, out of the objects by a restore or verify.
+    pub bytes_read: u64,
+    /// Bytes that were read and found to be zero: neither hashed, compressed nor written.
+    pub bytes_zero: u64,
+    /// Bytes in holes of the source, which were not even read.
+    pub bytes_hole: u64,
+    /// Bytes that are as in the parent.
+    pub bytes_unchanged: u64,
+    /// Bytes in the store: written by a backup, read by a restore or verify, freed by a delete. Data objects only.
+    pub bytes_stored: u64,
+    /// Bytes written to the target of a restore.
+    pub bytes_written: u64,
+    /// Data objects written, read or deleted.
+    pub object_count: u64,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// All was done.
+    Succeeded,
+    /// It was not, and why.
+    Failed(Problem),
+    /// Somebody asked for its end.
+    Cancelled,
+}
+
+/// What a job did on its way to its end.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Account {
+    /// The method that did it, or the last one that was tried.
+    pub method: Option<Method>,
+    /// How often a method was begun for this job, over all deliveries.
+    pub attempt_count: u32,
+    /// Why the first method of the plan was given up, where it was.
+    pub fallback_reason: Option<Problem>,
+    /// The backup that this one builds on; of a backup only.
+    pub parent_id: Option<BackupId>,
+    /// The volume's size.
+    pub volume_bytes: Option<u64>,
+    /// What was moved.
+    pub counts: Counts,
+    /// From start to end.
+    pub seconds: f64,
+    /// `sha256-list:` and the SHA-256 over the volume's block digests, in order, as 32 bytes each.
+    pub digest: Option<String>,
+}
+
+/// Is the end of a job with its whole account: what the completion event says, and what is kept until it is sent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Completion {
+    /// The job.
+    pub job_id: JobId,
+    /// What it did.
+    pub operation: Operation,
+    /// The backup it worked on.
+    pub backup_id: BackupId,
+    /// The volume, where it is known.
+    pub volume_id: Option<VolumeId>,
+    /// The store.
+    pub store: Option<StoreName>,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What it did on the way.
+    pub account: Account,
+}

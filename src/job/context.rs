@@ -1,0 +1,106 @@
+//! What an engine gets besides its work: a way to be stopped, and a place to count.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio_util::sync::CancellationToken;
+
+use super::Counts;
+
+/// Says that somebody asked for the end of the job.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the job was cancelled")]
+pub struct Cancelled;
+
+/// What an engine gets besides its work.
+#[derive(Debug, Clone, Default)]
+pub struct Context {
+    /// Fires when the job is to end; engines look at it between chunks.
+    pub cancel: CancellationToken,
+    /// Where engines count what they do.
+    pub progress: Arc<Progress>,
+}
+
+impl Context {
+    /// Fails when the job is to end.
+    pub fn check(&self) -> Result<(), Cancelled> {
+        if self.cancel.is_cancelled() { Err(Cancelled) } else { Ok(()) }
+    }
+}
+
+/// Counts of a running attempt, which may be read at any time.
+#[derive(Debug, Default)]
+pub struct Progress {
+    bytes_total: AtomicU64,
+    bytes_done: AtomicU64,
+    bytes_read: AtomicU64,
+    bytes_zero: AtomicU64,
+    bytes_hole: AtomicU64,
+    bytes_unchanged: AtomicU64,
+    bytes_stored: AtomicU64,
+    bytes_written: AtomicU64,
+    object_count: AtomicU64,
+}
+
+/// How far an attempt is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// What there is to do; 0 while it is not known.
+    pub bytes_total: u64,
+    /// What is done of it.
+    pub bytes_done: u64,
+    /// What was moved for it.
+    pub counts: Counts,
+}
+
+impl Progress {
+    /// Begins an attempt over `bytes_total`; counts of an earlier attempt are forgotten.
+    pub fn begin(&self, bytes_total: u64) {
+        self.bytes_done.store(0, Ordering::Relaxed);
+        for counter in [
+            &self.bytes_read,
+            &self.bytes_zero,
+            &self.bytes_hole,
+            &self.bytes_unchanged,
+            &self.bytes_stored,
+            &self.bytes_written,
+            &self.object_count,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        self.bytes_total.store(bytes_total, Ordering::Relaxed);
+    }
+
+    /// Counts `bytes` of the total as done.
+    pub fn done(&self, bytes: u64) {
+        self.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Adds to the counts.
+    pub fn add(&self, counts: &Counts) {
+        self.bytes_read.fetch_add(counts.bytes_read, Ordering::Relaxed);
+        self.bytes_zero.fetch_add(counts.bytes_zero, Ordering::Relaxed);
+        self.bytes_hole.fetch_add(counts.bytes_hole, Ordering::Relaxed);
+        self.bytes_unchanged.fetch_add(counts.bytes_unchanged, Ordering::Relaxed);
+        self.bytes_stored.fetch_add(counts.bytes_stored, Ordering::Relaxed);
+        self.bytes_written.fetch_add(counts.bytes_written, Ordering::Relaxed);
+        self.object_count.fetch_add(counts.object_count, Ordering::Relaxed);
+    }
+
+    /// How far it is now.
+    pub fn read(&self) -> Reading {
+        Reading {
+            bytes_total: self.bytes_total.load(Ordering::Relaxed),
+            bytes_done: self.bytes_done.load(Ordering::Relaxed),
+            counts: Counts {
+                bytes_read: self.bytes_read.load(Ordering::Relaxed),
+                bytes_zero: self.bytes_zero.load(Ordering::Relaxed),
+                bytes_hole: self.bytes_hole.load(Ordering::Relaxed),
+                bytes_unchanged: self.bytes_unchanged.load(Ordering::Relaxed),
+                bytes_stored: self.bytes_stored.load(Ordering::Relaxed),
+                bytes_written: self.bytes_written.load(Ordering::Relaxed),
+                object_count: self.object_count.load(Ordering::Relaxed),
+            },
+        }
+    }
+}

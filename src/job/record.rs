@@ -1,0 +1,64 @@
+//! What is kept of a backup beside its data: enough to restore, list, verify and delete it without any database.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{BackupId, Container, Counts, JobId, Method, VolumeId};
+use crate::error::Problem;
+
+/// Where a backup is in its life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecordState {
+    /// It is being written by this job; nothing of it may be used.
+    Creating(JobId),
+    /// It is whole.
+    Available,
+    /// It came to nothing; what there was of its data is removed.
+    Error(Problem),
+    /// It is being removed by this job; it may be half gone.
+    Deleting(JobId),
+}
+
+/// The record of a backup.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The backup.
+    pub backup_id: BackupId,
+    /// The volume that was backed up.
+    pub volume_id: VolumeId,
+    /// Where it is in its life.
+    pub state: RecordState,
+    /// The backup that this one builds on.
+    pub parent_id: Option<BackupId>,
+    /// The job that made it; none for a backup that was taken in from Cinder.
+    pub job_id: Option<JobId>,
+    /// The driver that wrote it, in Cinder's words, such as `cinder.backup.drivers.posix.PosixBackupDriver`.
+    pub service: String,
+    /// What Cinder's driver needs to find the data: for the chunked drivers the prefix of all its objects.
+    pub service_metadata: String,
+    /// Where in the store the objects lie.
+    pub container: Container,
+    /// A name for people.
+    pub name: Option<String>,
+    /// A description for people.
+    pub description: Option<String>,
+    /// The tenant that it belongs to.
+    pub project_id: Option<String>,
+    /// When it was begun.
+    pub created_at: Timestamp,
+    /// The volume's exact size. Cinder's own records only know whole GiB.
+    pub volume_bytes: u64,
+    /// The method that made it.
+    pub method: Option<Method>,
+    /// What was moved to make it.
+    pub counts: Counts,
+    /// The digest over the volume's block digests, as in the account of the job.
+    pub digest: Option<String>,
+    /// SHA-256 of the whole metadata object, of the sha256 file and of the checksums of the stored objects, by
+    /// object name. Empty for a backup that was taken in from Cinder, which keeps none.
+    pub object_digests: Vec<(String, String)>,
+    /// Everything else of Cinder's record, kept so that an export gives back what an import took.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub cinder_fields: serde_json::Map<String, serde_json::Value>,
+}

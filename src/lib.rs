@@ -1,0 +1,7 @@
+//! Backhaul hauls block volumes to a backup store and back, driven by messages of an AMQP broker.
+//!
+//! `ARCHITECTURE.md` has the plan of the house: each module here is one of its rooms.
+
+
+pub mod error;
+pub mod job;
