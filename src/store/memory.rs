@@ -1,0 +1,93 @@
+//! A store in memory, for tests: the contract of [`ObjectStore`] in its plainest form.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+
+use super::{
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Reason, Result,
+};
+
+/// Objects in memory. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Memory {
+    objects: Arc<Mutex<BTreeMap<ObjectName, Bytes>>>,
+}
+
+impl Memory {
+    fn objects(&self) -> MutexGuard<'_, BTreeMap<ObjectName, Bytes>> {
+        // Nothing panics while it holds the lock, and a map is whole between two calls.
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Memory {
+    async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        let mut objects = self.objects();
+        if objects.contains_key(object) {
+            return Err(Error::new("write", object, Reason::Exists));
+        }
+        objects.insert(object.clone(), bytes);
+        Ok(())
+    }
+
+    async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        self.objects().insert(object.clone(), bytes);
+        Ok(())
+    }
+
+    async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
+        Ok(Box::new(Writer { store: self.clone(), object: object.clone(), bytes: BytesMut::new() }))
+    }
+
+    async fn get(&self, object: &ObjectName) -> Result<Pieces> {
+        let mut bytes =
+            self.objects().get(object).cloned().ok_or_else(|| Error::new("read", object, Reason::Missing))?;
+        let (sender, pieces) = Pieces::channel();
+        tokio::spawn(async move {
+            while !bytes.is_empty() {
+                let piece = bytes.split_to(bytes.len().min(PIECE_BYTES));
+                if sender.send(Ok(piece)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(pieces)
+    }
+
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+        let objects = self.objects();
+        let found = objects.iter().filter(|(o, _)| o.folder == *folder && o.name.starts_with(prefix));
+        Ok(found.map(|(o, bytes)| Listed { name: o.name.clone(), bytes: bytes.len() as u64 }).collect())
+    }
+
+    async fn delete(&self, object: &ObjectName) -> Result<()> {
+        self.objects().remove(object);
+        Ok(())
+    }
+
+    async fn tidy(&self, _folder: &Folder, _prefix: &str) -> Result<()> {
+        Ok(())
+    }
+}
+
+struct Writer {
+    store: Memory,
+    object: ObjectName,
+    bytes: BytesMut,
+}
+
+#[async_trait]
+impl ObjectWriter for Writer {
+    async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.bytes.extend_from_slice(&bytes);
+        Ok(())
+    }
+
+    async fn finish(self: Box<Self>) -> Result<()> {
+        self.store.put(&self.object, self.bytes.freeze()).await
+    }
+}

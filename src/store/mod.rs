@@ -1,0 +1,203 @@
+//! Where backups are kept: named objects in folders, put whole or not at all.
+//!
+//! A store knows bytes and names. It must not know jobs, volumes, or what the objects mean.
+
+mod memory;
+mod name;
+mod posix;
+
+pub use memory::Memory;
+pub use name::{Folder, InvalidObjectName, ObjectName};
+pub use posix::Posix;
+
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use tokio::sync::mpsc;
+
+use crate::error::Class;
+
+/// Bytes that a read hands over at a time, at most.
+const PIECE_BYTES: usize = 1 << 20;
+/// Pieces that are read ahead of whoever takes them.
+const PIECES_AHEAD_MAX: usize = 4;
+
+/// Keeps objects.
+///
+/// Every method may be called again after it failed; what it did in between is done once.
+#[async_trait]
+pub trait ObjectStore: Send + Sync + std::fmt::Debug {
+    /// Writes a new object: when this returns, it is there for good, whole. Fails with [`Reason::Exists`] and
+    /// changes nothing when there is one of that name.
+    async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()>;
+
+    /// Writes an object over the one that may be there; readers see the old one or the new one, whole.
+    async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()>;
+
+    /// Begins an object of unknown size. It becomes visible by [`ObjectWriter::finish`]; dropping the writer
+    /// instead leaves nothing visible.
+    async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>>;
+
+    /// Reads an object from its beginning. Fails with [`Reason::Missing`] when it is not there.
+    async fn get(&self, object: &ObjectName) -> Result<Pieces>;
+
+    /// Lists the finished objects of `folder` whose names begin with `prefix`, by name. A folder that is not there
+    /// has none.
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>>;
+
+    /// Deletes the object. Deleting what is not there succeeds, so a repeated delete is harmless.
+    /// After `Class::Transient` it is unknown whether the object is gone.
+    async fn delete(&self, object: &ObjectName) -> Result<()>;
+
+    /// Removes what writers that never finished left in `folder` under names that begin with `prefix`, and the
+    /// folder itself where it is empty then and the kind of store has folders.
+    async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()>;
+}
+
+/// Writes one object, piece by piece.
+#[async_trait]
+pub trait ObjectWriter: Send {
+    /// Appends bytes.
+    async fn write(&mut self, bytes: Bytes) -> Result<()>;
+
+    /// Makes the object durable and visible, or fails with [`Reason::Exists`].
+    async fn finish(self: Box<Self>) -> Result<()>;
+}
+
+/// One object of a listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name within the folder.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// The bytes of an object, in order, read ahead of whoever takes them.
+#[derive(Debug)]
+pub struct Pieces {
+    pieces: mpsc::Receiver<Result<Bytes>>,
+}
+
+impl Pieces {
+    /// Makes the two ends of a read: the store sends, the reader receives.
+    fn channel() -> (mpsc::Sender<Result<Bytes>>, Self) {
+        let (sender, pieces) = mpsc::channel(PIECES_AHEAD_MAX);
+        (sender, Self { pieces })
+    }
+
+    /// The next piece; none at the end of the object.
+    pub async fn next(&mut self) -> Option<Result<Bytes>> {
+        self.pieces.recv().await
+    }
+
+    /// The same for a thread that may block. Not to be called on the async executor.
+    pub fn next_blocking(&mut self) -> Option<Result<Bytes>> {
+        self.pieces.blocking_recv()
+    }
+
+    /// Collects the whole object, which must not be larger than `bytes_max`.
+    pub async fn collect(mut self, object: &ObjectName, bytes_max: usize) -> Result<Bytes> {
+        let mut whole = BytesMut::new();
+        while let Some(piece) = self.next().await {
+            let piece = piece?;
+            if whole.len() + piece.len() > bytes_max {
+                return Err(Error::new("read", object, Reason::TooLarge { bytes_max }));
+            }
+            whole.extend_from_slice(&piece);
+        }
+        Ok(whole.freeze())
+    }
+}
+
+/// The result of what a store was asked.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong in a store, with which object.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{action} {object}")]
+pub struct Error {
+    action: &'static str,
+    object: String,
+    #[source]
+    reason: Reason,
+}
+
+/// Why a store could not do what it was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Reason {
+    /// There is no such object.
+    #[error("it is not there")]
+    Missing,
+    /// There is one of that name.
+    #[error("there is one of that name already")]
+    Exists,
+    /// No room is left.
+    #[error("the store is full: free some space, then run the job again")]
+    Full,
+    /// The store does not let us.
+    #[error("permission denied: let the user that runs backhaul read and write the store")]
+    Denied,
+    /// The object is larger than what it can be.
+    #[error(
+        "it is larger than {bytes_max} bytes, which this kind of object never is: it is damaged or not ours"
+    )]
+    TooLarge {
+        /// The limit.
+        bytes_max: usize,
+    },
+    /// Something that may pass.
+    #[error("{0}")]
+    Passing(Arc<io::Error>),
+    /// Anything else.
+    #[error("{0}")]
+    Other(Arc<io::Error>),
+}
+
+impl Error {
+    /// Says what was being done to what.
+    pub fn new(action: &'static str, object: impl ToString, reason: Reason) -> Self {
+        Self { action, object: object.to_string(), reason }
+    }
+
+    /// The same, from what the operating system said.
+    pub fn io(action: &'static str, object: impl ToString, error: io::Error) -> Self {
+        use io::ErrorKind as Kind;
+        let reason = match error.kind() {
+            Kind::NotFound => Reason::Missing,
+            Kind::AlreadyExists => Reason::Exists,
+            Kind::StorageFull | Kind::QuotaExceeded => Reason::Full,
+            Kind::PermissionDenied | Kind::ReadOnlyFilesystem => Reason::Denied,
+            Kind::Interrupted
+            | Kind::TimedOut
+            | Kind::StaleNetworkFileHandle
+            | Kind::ResourceBusy
+            | Kind::WouldBlock
+            | Kind::ConnectionReset
+            | Kind::ConnectionRefused
+            | Kind::HostUnreachable
+            | Kind::NetworkUnreachable => Reason::Passing(Arc::new(error)),
+            // A disk that fails once may do so no more; a broken one fails the later tries as well.
+            _ if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
+                Reason::Passing(Arc::new(error))
+            }
+            _ => Reason::Other(Arc::new(error)),
+        };
+        Self::new(action, object, reason)
+    }
+
+    /// Why it failed.
+    pub fn reason(&self) -> &Reason {
+        &self.reason
+    }
+
+    /// What it means for the job.
+    pub fn class(&self) -> Class {
+        match self.reason {
+            Reason::Passing(_) => Class::Transient,
+            _ => Class::Permanent,
+        }
+    }
+}

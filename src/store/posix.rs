@@ -1,0 +1,317 @@
+//! A folder of a file system, laid out as Cinder's posix driver does it.
+//!
+//! An object is written under a temporary name, made durable, and then gets its name in one step, so that whatever
+//! has its name is whole; temporary names begin with a dot, which Cinder's listings by prefix never match. Modes are
+//! Cinder's: 0770 for folders, 0660 for files, whatever the umask.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use super::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Result};
+
+const FOLDER_MODE: u32 = 0o770;
+const FILE_MODE: u32 = 0o660;
+
+/// Objects as files below a root folder.
+#[derive(Debug, Clone)]
+pub struct Posix {
+    root: PathBuf,
+}
+
+impl Posix {
+    /// Opens the store in `root`, which must be a folder. Does not create it: a file system that is not mounted must
+    /// not be taken for an empty store.
+    pub fn open(root: &Path) -> Result<Self> {
+        let root = root.canonicalize().map_err(|e| Error::io("open the store", root.display(), e))?;
+        if !root.is_dir() {
+            let error = io::Error::new(ErrorKind::NotADirectory, "it is no folder");
+            return Err(Error::io("open the store", root.display(), error));
+        }
+        Ok(Self { root })
+    }
+
+    fn folder_path(&self, folder: &Folder) -> PathBuf {
+        self.root.join(folder.as_str())
+    }
+
+    fn path(&self, object: &ObjectName) -> PathBuf {
+        self.folder_path(&object.folder).join(&object.name)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Posix {
+    async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        let (root, path) = (self.root.clone(), self.path(object));
+        blocking("write", object, move || {
+            let mut file = Unfinished::create(&root, &path)?;
+            file.file.write_all(&bytes)?;
+            file.publish(Publish::New)
+        })
+        .await
+    }
+
+    async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        let (root, path) = (self.root.clone(), self.path(object));
+        blocking("write", object, move || {
+            let mut file = Unfinished::create(&root, &path)?;
+            file.file.write_all(&bytes)?;
+            file.publish(Publish::Over)
+        })
+        .await
+    }
+
+    async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
+        let (root, path) = (self.root.clone(), self.path(object));
+        let file = blocking("create", object, move || Unfinished::create(&root, &path)).await?;
+        Ok(Box::new(Writer { object: object.clone(), file: Some(file) }))
+    }
+
+    async fn get(&self, object: &ObjectName) -> Result<Pieces> {
+        let path = self.path(object);
+        let mut file = blocking("read", object, move || File::open(path)).await?;
+        let (sender, pieces) = Pieces::channel();
+        let object = object.clone();
+        tokio::task::spawn_blocking(move || {
+            loop {
+                let mut piece = BytesMut::zeroed(PIECE_BYTES);
+                let read = match file.read(&mut piece) {
+                    Ok(0) => return,
+                    Ok(read) => read,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => {
+                        // Nobody may be there to hear it: the reader was dropped.
+                        sender.blocking_send(Err(Error::io("read", &object, error))).ok();
+                        return;
+                    }
+                };
+                piece.truncate(read);
+                if sender.blocking_send(Ok(piece.freeze())).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(pieces)
+    }
+
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+        let (path, prefix) = (self.folder_path(folder), prefix.to_owned());
+        blocking("list", folder.as_str(), move || {
+            let mut listed = Vec::new();
+            for name in names(&path)? {
+                if !name.starts_with(&prefix) || name.starts_with('.') {
+                    continue;
+                }
+                // It may have been deleted since its name was read.
+                match fs::symlink_metadata(path.join(&name)) {
+                    Ok(metadata) if metadata.is_file() => listed.push(Listed { name, bytes: metadata.len() }),
+                    Ok(_) => {}
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            listed.sort_by(|a, b| a.name.cmp(&b.name));
+            Ok(listed)
+        })
+        .await
+    }
+
+    async fn delete(&self, object: &ObjectName) -> Result<()> {
+        let path = self.path(object);
+        blocking("delete", object, move || match fs::remove_file(&path) {
+            Ok(()) => sync_folder(&path),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        })
+        .await
+    }
+
+    async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
+        let (root, path, prefix) = (self.root.clone(), self.folder_path(folder), unfinished_prefix(prefix));
+        blocking("tidy", folder.as_str(), move || {
+            for name in names(&path)? {
+                if name.starts_with(&prefix) {
+                    fs::remove_file(path.join(name))?;
+                }
+            }
+            // Only empty folders go, from the innermost outwards.
+            let mut folder = path.as_path();
+            while folder != root && folder.starts_with(&root) && fs::remove_dir(folder).is_ok() {
+                let Some(parent) = folder.parent() else { break };
+                folder = parent;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Runs `work` where it may block.
+async fn blocking<T: Send + 'static>(
+    action: &'static str,
+    object: impl ToString,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T> {
+    let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    result.map_err(|error| Error::io(action, object.to_string(), error))
+}
+
+/// The names in a folder; none when it is not there.
+fn names(folder: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        // A name that is no text is none of ours.
+        if let Ok(name) = entry?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+fn unfinished_prefix(name: &str) -> String {
+    format!(".tmp.{name}")
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// Makes the folders below `root` that are missing, durably.
+fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
+    if folder == root || folder.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = folder.parent() {
+        make_folders(root, parent)?;
+    }
+    match fs::DirBuilder::new().mode(FOLDER_MODE).create(folder) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    fs::set_permissions(folder, fs::Permissions::from_mode(FOLDER_MODE))?;
+    sync_folder(folder)
+}
+
+/// Whether an object may take the place of another one.
+#[derive(Clone, Copy)]
+enum Publish {
+    New,
+    Over,
+}
+
+/// A file that has no name of its own yet. Dropping it removes it.
+struct Unfinished {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+    published: bool,
+}
+
+impl Unfinished {
+    fn create(root: &Path, path: &Path) -> io::Result<Self> {
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
+        else {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "the name has no folder"));
+        };
+        let temporary = folder.join(format!("{}.{}", unfinished_prefix(name), Uuid::new_v4().simple()));
+        let open = || File::options().write(true).create_new(true).open(&temporary);
+        // The folder is nearly always there; it may also be tidied away between two steps.
+        let file = match open() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                make_folders(root, folder)?;
+                open()?
+            }
+            file => file?,
+        };
+        let unfinished = Self { file, temporary, path: path.to_owned(), published: false };
+        unfinished.file.set_permissions(fs::Permissions::from_mode(FILE_MODE))?;
+        Ok(unfinished)
+    }
+
+    fn publish(mut self, publish: Publish) -> io::Result<()> {
+        self.file.sync_all()?;
+        match publish {
+            Publish::Over => fs::rename(&self.temporary, &self.path)?,
+            Publish::New => rename_new(&self.temporary, &self.path)?,
+        }
+        self.published = true;
+        sync_folder(&self.path)
+    }
+}
+
+/// Renames, unless the new name is taken.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Not every file system can, NFS among them; a hard link is as atomic.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)
+        }
+        result => Ok(result?),
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.published {
+            // What stays behind is hidden, and `tidy` removes it.
+            fs::remove_file(&self.temporary).ok();
+        }
+    }
+}
+
+struct Writer {
+    object: ObjectName,
+    file: Option<Unfinished>,
+}
+
+impl Writer {
+    async fn with_file<T: Send + 'static>(
+        &mut self,
+        action: &'static str,
+        work: impl FnOnce(Unfinished) -> io::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        // A write that failed took the file with it: what it left is unknown, so nothing may follow.
+        let file = self.file.take();
+        blocking(action, &self.object, move || match file {
+            Some(file) => work(file),
+            None => Err(io::Error::other("an earlier write to it failed")),
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl ObjectWriter for Writer {
+    async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        let file = self
+            .with_file("write", move |mut unfinished| {
+                unfinished.file.write_all(&bytes)?;
+                Ok(unfinished)
+            })
+            .await?;
+        self.file = Some(file);
+        Ok(())
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<()> {
+        self.with_file("write", |unfinished| unfinished.publish(Publish::New)).await
+    }
+}
