@@ -2,6 +2,8 @@
 //!
 //! `ARCHITECTURE.md` has the plan of the house: each module here is one of its rooms.
 
+pub mod engine;
 pub mod error;
 pub mod job;
 pub mod store;
+pub mod volume;

@@ -1,0 +1,215 @@
+//! The records of the backups of a store, beside their data, and the outcomes of jobs until they are told.
+//!
+//! All lie in `.backhaul/`, where Cinder does not look. A record's text is kept with its SHA-256, so that a damaged
+//! one is never believed.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::chunked::digest::sha256;
+use super::error::Error;
+use crate::job::{BackupId, Completion, JobId, Operation, Outcome, Record, RecordState, VolumeId};
+use crate::store::{Folder, ObjectName, ObjectStore, Reason};
+
+/// No record is larger: most of it is a volume's metadata in Cinder's fields.
+const RECORD_BYTES_MAX: usize = 4 << 20;
+/// The version of what is written here.
+const FORMAT: u32 = 1;
+
+/// The records of one store.
+#[derive(Debug, Clone)]
+pub struct Catalog {
+    store: Arc<dyn ObjectStore>,
+}
+
+/// The records of a store.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Those that could be read, the oldest first.
+    pub records: Vec<Record>,
+    /// What is wrong with each of the others.
+    pub damaged: Vec<Error>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Sealed<'a> {
+    format: u32,
+    sha256: String,
+    #[serde(borrow)]
+    content: &'a RawValue,
+}
+
+impl Catalog {
+    /// The records that lie in `store`.
+    pub fn new(store: Arc<dyn ObjectStore>) -> Self {
+        Self { store }
+    }
+
+    /// The record of a backup, if there is one.
+    pub async fn record(&self, id: BackupId) -> Result<Option<Record>, Error> {
+        let record: Option<Record> = self.read(&record_name(id)?).await?;
+        match record {
+            Some(record) if record.backup_id != id => Err(Error::DamagedRecord {
+                object: record_name(id)?.to_string(),
+                why: format!("it is the record of {}", record.backup_id),
+            }),
+            record => Ok(record),
+        }
+    }
+
+    /// The record of a backup that must be there and whole.
+    pub async fn available(&self, id: BackupId) -> Result<Record, Error> {
+        let record = self.record(id).await?.ok_or(Error::UnknownBackup(id))?;
+        match &record.state {
+            RecordState::Available => Ok(record),
+            state => Err(Error::NotAvailable { backup_id: id, state: describe(state) }),
+        }
+    }
+
+    /// All records. A damaged one does not hide the others.
+    pub async fn records(&self) -> Result<Listing, Error> {
+        let folder = Folder::own("records");
+        let mut listing = Listing::default();
+        for listed in self.store.list(&folder, "").await? {
+            match self.read(&folder.object(&listed.name)?).await {
+                Ok(Some(record)) => listing.records.push(record),
+                // It was deleted between the listing and the reading.
+                Ok(None) => {}
+                Err(error @ Error::DamagedRecord { .. }) => listing.damaged.push(error),
+                Err(error) => return Err(error),
+            }
+        }
+        listing.records.sort_by_key(|record: &Record| (record.created_at, record.backup_id));
+        Ok(listing)
+    }
+
+    /// The newest whole backup of a volume, `besides` the one that is being made.
+    pub async fn latest(&self, volume_id: VolumeId, besides: BackupId) -> Result<Option<Record>, Error> {
+        let usable = |record: &Record| {
+            record.volume_id == volume_id
+                && record.backup_id != besides
+                && record.state == RecordState::Available
+        };
+        Ok(self.records().await?.records.into_iter().rfind(usable))
+    }
+
+    /// The backup and all that it builds on, itself first; all must be there and whole.
+    pub async fn chain(&self, id: BackupId) -> Result<Vec<Record>, Error> {
+        let mut chain = vec![self.available(id).await?];
+        while let Some(parent_id) = chain.last().and_then(|record| record.parent_id) {
+            if chain.iter().any(|record| record.backup_id == parent_id) {
+                return Err(Error::DamagedRecord {
+                    object: record_name(parent_id)?.to_string(),
+                    why: "it builds on itself".into(),
+                });
+            }
+            chain.push(self.available(parent_id).await?);
+        }
+        Ok(chain)
+    }
+
+    /// The backups that build on this one. Fails when a damaged record leaves that open.
+    pub async fn children(&self, id: BackupId) -> Result<Vec<BackupId>, Error> {
+        let Listing { records, damaged } = self.records().await?;
+        if let Some(error) = damaged.into_iter().next() {
+            return Err(error);
+        }
+        let is_child = |record: &&Record| {
+            // Nothing is left of the data of one that came to nothing.
+            record.parent_id == Some(id) && !matches!(record.state, RecordState::Error(_))
+        };
+        Ok(records.iter().filter(is_child).map(|record| record.backup_id).collect())
+    }
+
+    /// Writes the record of a new backup; fails when there is one of that id.
+    pub async fn create(&self, record: &Record) -> Result<(), Error> {
+        let name = record_name(record.backup_id)?;
+        match self.store.put(&name, seal(&name, record)?).await {
+            Err(error) if matches!(error.reason(), Reason::Exists) => {
+                Err(Error::BackupExists(record.backup_id))
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// Writes a record over the one that is there.
+    pub async fn save(&self, record: &Record) -> Result<(), Error> {
+        let name = record_name(record.backup_id)?;
+        Ok(self.store.replace(&name, seal(&name, record)?).await?)
+    }
+
+    /// Removes a record, if it is there.
+    pub async fn remove(&self, id: BackupId) -> Result<(), Error> {
+        Ok(self.store.delete(&record_name(id)?).await?)
+    }
+
+    /// How a job ended whose end may not have been told yet.
+    pub async fn outcome(&self, id: JobId) -> Result<Option<Completion>, Error> {
+        self.read(&outcome_name(id)?).await
+    }
+
+    /// Keeps how a job ended until that is told. The last step of a delete is here, because the record must not go
+    /// before it is known that its delete succeeded.
+    pub async fn conclude(&self, completion: &Completion) -> Result<(), Error> {
+        let name = outcome_name(completion.job_id)?;
+        self.store.replace(&name, seal(&name, completion)?).await?;
+        if completion.operation == Operation::Delete && completion.outcome == Outcome::Succeeded {
+            self.remove(completion.backup_id).await?;
+        }
+        Ok(())
+    }
+
+    /// Forgets how a job ended, because it has been told.
+    pub async fn settle(&self, id: JobId) -> Result<(), Error> {
+        Ok(self.store.delete(&outcome_name(id)?).await?)
+    }
+
+    async fn read<T: DeserializeOwned>(&self, name: &ObjectName) -> Result<Option<T>, Error> {
+        let pieces = match self.store.get(name).await {
+            Err(error) if matches!(error.reason(), Reason::Missing) => return Ok(None),
+            pieces => pieces?,
+        };
+        let bytes = pieces.collect(name, RECORD_BYTES_MAX).await?;
+        let damaged = |why: String| Error::DamagedRecord { object: name.to_string(), why };
+        let sealed: Sealed = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        if sealed.format != FORMAT {
+            return Err(damaged(format!("it has format {}, and this version reads {FORMAT}", sealed.format)));
+        }
+        let content = sealed.content.get();
+        if hex::encode(sha256(content.as_bytes())) != sealed.sha256 {
+            return Err(damaged("its digest does not match".into()));
+        }
+        serde_json::from_str(content).map(Some).map_err(|error| damaged(error.to_string()))
+    }
+}
+
+/// A state in words for people.
+pub fn describe(state: &RecordState) -> String {
+    match state {
+        RecordState::Creating(job_id) => format!("still being made by job {job_id}"),
+        RecordState::Available => "whole".into(),
+        RecordState::Error(problem) => format!("in error: {problem}"),
+        RecordState::Deleting(job_id) => format!("being deleted by job {job_id}"),
+    }
+}
+
+fn seal<T: Serialize>(name: &ObjectName, content: &T) -> Result<Bytes, Error> {
+    let failed =
+        |error: serde_json::Error| Error::DamagedRecord { object: name.to_string(), why: error.to_string() };
+    let content = serde_json::value::to_raw_value(content).map_err(failed)?;
+    let sha256 = hex::encode(sha256(content.get().as_bytes()));
+    let sealed = Sealed { format: FORMAT, sha256, content: &content };
+    Ok(serde_json::to_vec(&sealed).map_err(failed)?.into())
+}
+
+fn record_name(id: BackupId) -> Result<ObjectName, Error> {
+    Ok(Folder::own("records").object(&format!("{id}.json"))?)
+}
+
+fn outcome_name(id: JobId) -> Result<ObjectName, Error> {
+    Ok(Folder::own("outcomes").object(&format!("{id}.json"))?)
+}

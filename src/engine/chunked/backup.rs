@@ -1,0 +1,477 @@
+//! Makes a backup: a pipeline from the volume to the store.
+//!
+//! ```text
+//! read ahead ──▶ digest, compare ──▶ number ──▶ compress ──▶ put ──▶ list
+//! own thread       CPU threads      in order   CPU threads  async   in order
+//! ```
+//!
+//! Between the stages there is never more than the memory budget allows, and results come out in the volume's order.
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use sha2::{Digest as _, Sha256};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
+
+use super::digest::{BlockDigester, Digest, ListDigest, Md5, md5};
+use super::lists::DigestList;
+use super::memory::Reserved;
+use super::metadata::{self, ObjectEntry};
+use super::stored::Checksum;
+use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, checksums, sha256_file};
+use crate::job::{Context, Counts, Record};
+use crate::store::{self, ObjectName, ObjectStore, ObjectWriter};
+use crate::volume::VolumeSource;
+
+/// Bytes that are read from a volume in one call, at most; a cancelled job stops between two of them.
+const READ_BYTES_MAX: usize = 4 << 20;
+/// Chunks that are read before a stage asks for them; the memory budget may allow fewer.
+const CHUNKS_AHEAD_MAX: usize = 2;
+/// Text that is gathered before it is written to a list.
+const LIST_BUFFER_BYTES: usize = 1 << 20;
+
+/// A backup that is whole but for the object that makes it visible.
+pub struct Unfinished {
+    metadata: Box<dyn ObjectWriter>,
+}
+
+impl Unfinished {
+    /// Makes the backup visible.
+    pub async fn finish(self) -> Result<(), Error> {
+        Ok(self.metadata.finish().await?)
+    }
+}
+
+impl Chunked {
+    /// Copies the volume, or what of it differs from the parent, and completes the record but for its state.
+    pub async fn backup(
+        &self,
+        ctx: &Context,
+        record: &mut Record,
+        volume_meta: Option<&str>,
+        parent: Option<&Record>,
+        source: Arc<dyn VolumeSource>,
+    ) -> Result<Unfinished, Error> {
+        ctx.progress.begin(record.volume_bytes);
+        let parent_list = match parent {
+            Some(parent) => Some(self.parent_list(parent).await?),
+            None => None,
+        };
+        let names = Names::of(record)?;
+        let puts = TaskTracker::new();
+        let result = self.copy(ctx, record, &names, volume_meta, parent_list, source, &puts).await;
+        // A put that is under way when another one fails must not bring its object in after the clean-up.
+        puts.close();
+        puts.wait().await;
+        result
+    }
+
+    /// The digests of the parent, if they are of blocks of our size.
+    async fn parent_list(&self, parent: &Record) -> Result<DigestList, Error> {
+        let mut list = self.digest_list(parent).await?;
+        let block_bytes = self.settings.sha_block_bytes as u64;
+        let parent_block_bytes = list.block_bytes().await?;
+        if parent_block_bytes == block_bytes {
+            return Ok(list);
+        }
+        Err(Error::BlockSizeChanged { parent_id: parent.backup_id, parent_block_bytes, block_bytes })
+    }
+
+    #[allow(clippy::too_many_arguments)] // Each is one end of the pipeline.
+    async fn copy(
+        &self,
+        ctx: &Context,
+        record: &mut Record,
+        names: &Names,
+        volume_meta: Option<&str>,
+        parent_list: Option<DigestList>,
+        source: Arc<dyn VolumeSource>,
+        puts: &TaskTracker,
+    ) -> Result<Unfinished, Error> {
+        let digester = Arc::new(BlockDigester::new(self.settings.sha_block_bytes));
+        let zeros = Arc::new(ZeroObjects::default());
+        let in_flight = self.cpu.threads() + REQUESTS_MAX;
+
+        let chunks = self.read_ahead(ctx, source);
+        let chunks = stream::try_unfold((chunks, parent_list), |(mut chunks, mut parent)| async move {
+            let Some(chunk) = chunks.recv().await.transpose()? else {
+                // All of the parent's digests are needed to know that the list is whole.
+                if let Some(parent) = &mut parent {
+                    parent.take(1).await?;
+                }
+                return Ok(None);
+            };
+            let before = match &mut parent {
+                Some(list) => Some(list.take(chunk.length.div_ceil(self.settings.sha_block_bytes)).await?),
+                None => None,
+            };
+            Ok::<_, Error>(Some(((chunk, before), (chunks, parent))))
+        });
+        let digested = chunks
+            .map_ok(|(chunk, before)| {
+                let digester = digester.clone();
+                async move { Ok(self.cpu.run(move || Digested::of(chunk, before, &digester)).await?) }
+            })
+            .try_buffered(in_flight);
+        let mut number = 0;
+        let numbered = digested.map_ok(|digested| {
+            let first_number = number + 1;
+            number += digested.segments.len() as u64;
+            (first_number, digested)
+        });
+        let stored = numbered
+            .map_ok(|(first_number, digested)| self.store_chunk(names, first_number, digested, &zeros, puts))
+            .try_buffered(in_flight);
+        let mut stored = std::pin::pin!(stored);
+
+        let mut sha256_list = List::create(&*self.store, &names.sha256_file).await?;
+        let mut checksum_list = List::create(&*self.store, &names.checksums).await?;
+        let mut metadata = List::create(&*self.store, &names.metadata).await?;
+        sha256_list.append(sha256_file::head(record, self.settings.sha_block_bytes).as_bytes()).await?;
+        metadata.append(metadata::head(record).as_bytes()).await?;
+        let mut digest = ListDigest::default();
+        let (mut first_digest, mut first_object) = (true, true);
+        while let Some(chunk) = stored.try_next().await? {
+            ctx.check()?;
+            digest.update(&chunk.digests);
+            sha256_list.append(&sha256_file::digests(&chunk.digests, first_digest)).await?;
+            first_digest = false;
+            for (entry, checksum) in &chunk.objects {
+                metadata.append(metadata::object(names.prefix(), entry, first_object).as_bytes()).await?;
+                checksum_list.append(checksums::line(entry.number, *checksum).as_bytes()).await?;
+                first_object = false;
+            }
+            ctx.progress.add(&chunk.counts);
+            ctx.progress.done(chunk.length as u64);
+        }
+        sha256_list.append(sha256_file::tail(record, !first_digest).as_bytes()).await?;
+        metadata.append(metadata::tail(record, volume_meta, !first_object).as_bytes()).await?;
+
+        record.counts = ctx.progress.read().counts;
+        record.digest = Some(digest.finish());
+        let (checksum_writer, checksum_digest) = checksum_list.close().await?;
+        let (sha256_writer, sha256_digest) = sha256_list.close().await?;
+        let (metadata, metadata_digest) = metadata.close().await?;
+        record.object_digests = vec![
+            (names.metadata.name.clone(), metadata_digest),
+            (names.sha256_file.name.clone(), sha256_digest),
+            (names.checksums.name.clone(), checksum_digest),
+        ];
+        checksum_writer.finish().await?;
+        sha256_writer.finish().await?;
+        Ok(Unfinished { metadata })
+    }
+
+    /// Starts a thread that reads the volume chunk by chunk, as far ahead as the memory allows.
+    fn read_ahead(
+        &self,
+        ctx: &Context,
+        source: Arc<dyn VolumeSource>,
+    ) -> mpsc::Receiver<Result<Chunk, Error>> {
+        let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD_MAX);
+        let (engine, ctx, runtime) = (self.clone(), ctx.clone(), Handle::current());
+        tokio::task::spawn_blocking(move || {
+            let mut offset = 0;
+            while offset < source.bytes() {
+                let length = (source.bytes() - offset).min(engine.settings.object_bytes as u64) as usize;
+                let chunk = engine.read_chunk(&ctx, source.as_ref(), offset, length, &runtime);
+                let failed = chunk.is_err();
+                // Without a receiver the backup is over.
+                if sender.blocking_send(chunk).is_err() || failed {
+                    return;
+                }
+                offset += length as u64;
+            }
+        });
+        receiver
+    }
+
+    fn read_chunk(
+        &self,
+        ctx: &Context,
+        source: &dyn VolumeSource,
+        offset: u64,
+        length: usize,
+        runtime: &Handle,
+    ) -> Result<Chunk, Error> {
+        ctx.check()?;
+        let end = offset + length as u64;
+        let failed = |at, error: io::Error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => Error::SourceShrank { offset: at, volume_bytes: source.bytes() },
+            _ => Error::ReadVolume { offset: at, source: error },
+        };
+        let Some(mut data) = source.next_data(offset, end).map_err(|e| failed(offset, e))? else {
+            return Ok(Chunk { offset, length, content: Content::Hole });
+        };
+        // What it is packed into needs as much room again, at most, and must never be waited for while this is held.
+        let packed_bytes = if self.settings.compression == Compression::None { 0 } else { length };
+        let mut reserved = runtime.block_on(self.memory.reserve(length + packed_bytes));
+        let packed = reserved.split(packed_bytes);
+        let mut bytes = vec![0; length];
+        let mut ranges = Vec::new();
+        loop {
+            let mut at = data.start;
+            while at < data.end {
+                ctx.check()?;
+                let piece_end = data.end.min(at + READ_BYTES_MAX as u64);
+                let piece = &mut bytes[(at - offset) as usize..(piece_end - offset) as usize];
+                source.read_at(piece, at).map_err(|e| failed(at, e))?;
+                at = piece_end;
+            }
+            ranges.push((data.start - offset) as usize..(data.end - offset) as usize);
+            match source.next_data(data.end, end).map_err(|e| failed(data.end, e))? {
+                Some(next) => data = next,
+                None => break,
+            }
+        }
+        Ok(Chunk { offset, length, content: Content::Data { bytes: reserved.hold(bytes), ranges, packed } })
+    }
+
+    /// Packs and puts the objects of one chunk.
+    async fn store_chunk(
+        &self,
+        names: &Names,
+        first_number: u64,
+        digested: Digested,
+        zeros: &Arc<ZeroObjects>,
+        puts: &TaskTracker,
+    ) -> Result<StoredChunk, Error> {
+        let Digested { chunk, digests, segments, mut counts } = digested;
+        let (length, compression, zeros) = (chunk.length, self.settings.compression, zeros.clone());
+        let packed = if segments.is_empty() {
+            Vec::new()
+        } else {
+            self.cpu.run(move || pack(chunk, segments, first_number, compression, &zeros)).await??
+        };
+        let objects = stream::iter(packed)
+            .map(|Packed { entry, body }| {
+                let (name, store, puts) = (names.data(entry.number), self.store.clone(), puts.clone());
+                async move {
+                    let checksum = Checksum::of(&body);
+                    let name = name?;
+                    // On a task of its own, so that whoever cleans up after an error can wait for its end.
+                    puts.spawn(async move { store.put(&name, body).await })
+                        .await
+                        .map_err(|_| super::Lost)??;
+                    Ok::<_, Error>((entry, checksum))
+                }
+            })
+            .buffered(REQUESTS_MAX)
+            .try_collect::<Vec<_>>()
+            .await?;
+        counts.object_count = objects.len() as u64;
+        counts.bytes_stored = objects.iter().map(|(_, checksum)| checksum.bytes).sum();
+        Ok(StoredChunk { length, digests, objects, counts })
+    }
+}
+
+/// A part of the volume that one read of Cinder's driver would take.
+struct Chunk {
+    offset: u64,
+    length: usize,
+    content: Content,
+}
+
+enum Content {
+    /// Nothing but holes.
+    Hole,
+    Data {
+        bytes: Bytes,
+        /// Which of the bytes were read; the others are in holes.
+        ranges: Vec<Range<usize>>,
+        /// Memory for what the bytes are packed into.
+        packed: Reserved,
+    },
+}
+
+/// A run of blocks of a chunk that becomes one object.
+struct Segment {
+    range: Range<usize>,
+    zero: bool,
+}
+
+struct Digested {
+    chunk: Chunk,
+    digests: Vec<Digest>,
+    segments: Vec<Segment>,
+    counts: Counts,
+}
+
+impl Digested {
+    /// Digests the blocks of a chunk, and finds the runs that differ from what they were `before`.
+    fn of(chunk: Chunk, before: Option<Vec<Digest>>, digester: &BlockDigester) -> Self {
+        let block_bytes = digester.block_bytes();
+        let mut counts = Counts::default();
+        let mut digests = Vec::with_capacity(chunk.length.div_ceil(block_bytes));
+        let mut segments: Vec<Segment> = Vec::new();
+        let mut in_segment = false;
+        for start in (0..chunk.length).step_by(block_bytes) {
+            let block = start..chunk.length.min(start + block_bytes);
+            let (digest, zero) = match &chunk.content {
+                Content::Hole => (digester.digest_of_zeros(block.len()), true),
+                Content::Data { bytes, .. } => digester.digest(&bytes[block.clone()]),
+            };
+            let read = chunk.content.bytes_read(&block);
+            counts.bytes_read += read;
+            counts.bytes_hole += block.len() as u64 - read;
+            if zero {
+                counts.bytes_zero += read;
+            }
+            // Cinder's parent may have fewer blocks than it should; what it does not have is new.
+            let unchanged = before.as_ref().is_some_and(|before| before.get(digests.len()) == Some(&digest));
+            digests.push(digest);
+            match segments.last_mut() {
+                _ if unchanged => counts.bytes_unchanged += block.len() as u64,
+                Some(segment) if in_segment => {
+                    segment.range.end = block.end;
+                    segment.zero &= zero;
+                }
+                _ => segments.push(Segment { range: block, zero }),
+            }
+            in_segment = !unchanged;
+        }
+        Self { chunk, digests, segments, counts }
+    }
+}
+
+impl Content {
+    fn bytes_read(&self, block: &Range<usize>) -> u64 {
+        let Self::Data { ranges, .. } = self else { return 0 };
+        let first = ranges.partition_point(|range| range.end <= block.start);
+        let overlap = |range: &Range<usize>| range.end.min(block.end) - range.start.max(block.start);
+        ranges[first..]
+            .iter()
+            .take_while(|range| range.start < block.end)
+            .map(|range| overlap(range) as u64)
+            .sum()
+    }
+}
+
+struct Packed {
+    entry: ObjectEntry,
+    body: Bytes,
+}
+
+fn pack(
+    chunk: Chunk,
+    segments: Vec<Segment>,
+    first_number: u64,
+    compression: Compression,
+    zeros: &ZeroObjects,
+) -> Result<Vec<Packed>, Error> {
+    let Chunk { offset, content, .. } = chunk;
+    let (raw, mut room) = match content {
+        Content::Hole => (Bytes::new(), None),
+        Content::Data { bytes, packed, .. } => (bytes, Some(packed)),
+    };
+    let mut objects = Vec::with_capacity(segments.len());
+    for (number, segment) in (first_number..).zip(segments) {
+        let length = segment.range.len();
+        let (body, word, md5) = if segment.zero {
+            let zero = zeros.get(length, compression)?;
+            (zero.body, zero.compression, zero.md5)
+        } else {
+            let raw = raw.slice(segment.range.clone());
+            match compression.compress(&raw).map_err(Error::Compress)? {
+                Some(packed) => {
+                    let md5 = md5(&raw);
+                    let body = match &mut room {
+                        Some(room) => room.split(packed.len()).hold(packed),
+                        None => packed.into(),
+                    };
+                    (body, compression, md5)
+                }
+                None => (raw.clone(), Compression::None, md5(&raw)),
+            }
+        };
+        let entry = ObjectEntry {
+            number,
+            offset: offset + segment.range.start as u64,
+            length: length as u64,
+            compression: word,
+            md5,
+        };
+        objects.push(Packed { entry, body });
+    }
+    Ok(objects)
+}
+
+/// Objects of nothing but zeros. A volume that is mostly empty has thousands of the same.
+#[derive(Default)]
+struct ZeroObjects {
+    by_length: Mutex<HashMap<usize, ZeroObject>>,
+}
+
+#[derive(Clone)]
+struct ZeroObject {
+    body: Bytes,
+    compression: Compression,
+    md5: Md5,
+}
+
+impl ZeroObjects {
+    /// Different lengths that are kept; a full backup has two.
+    const KEPT_MAX: usize = 64;
+
+    fn get(&self, length: usize, compression: Compression) -> Result<ZeroObject, Error> {
+        // Held while the object is made, so that only one thread makes it.
+        let mut by_length = self.by_length.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(zero) = by_length.get(&length) {
+            return Ok(zero.clone());
+        }
+        let zeros = vec![0; length];
+        let zero = match compression.of_zeros().compress(&zeros).map_err(Error::Compress)? {
+            Some(packed) => {
+                ZeroObject { body: packed.into(), compression: compression.of_zeros(), md5: md5(&zeros) }
+            }
+            // A last block of a few bytes does not get smaller.
+            None => ZeroObject { md5: md5(&zeros), body: zeros.into(), compression: Compression::None },
+        };
+        if by_length.len() < Self::KEPT_MAX {
+            by_length.insert(length, zero.clone());
+        }
+        Ok(zero)
+    }
+}
+
+struct StoredChunk {
+    length: usize,
+    digests: Vec<Digest>,
+    objects: Vec<(ObjectEntry, Checksum)>,
+    counts: Counts,
+}
+
+/// An object of text that is written while the backup goes on.
+struct List {
+    writer: Box<dyn ObjectWriter>,
+    buffer: Vec<u8>,
+    sha256: Sha256,
+}
+
+impl List {
+    async fn create(store: &dyn ObjectStore, name: &ObjectName) -> store::Result<Self> {
+        Ok(Self { writer: store.create(name).await?, buffer: Vec::new(), sha256: Sha256::new() })
+    }
+
+    async fn append(&mut self, text: &[u8]) -> store::Result<()> {
+        self.buffer.extend_from_slice(text);
+        if self.buffer.len() >= LIST_BUFFER_BYTES { self.flush().await } else { Ok(()) }
+    }
+
+    async fn flush(&mut self) -> store::Result<()> {
+        self.sha256.update(&self.buffer);
+        self.writer.write(std::mem::take(&mut self.buffer).into()).await
+    }
+
+    /// Writes what is left. The object stays invisible until the writer is finished.
+    async fn close(mut self) -> store::Result<(Box<dyn ObjectWriter>, String)> {
+        self.flush().await?;
+        Ok((self.writer, hex::encode(self.sha256.finalize())))
+    }
+}

@@ -1,0 +1,305 @@
+//! Cinder's metadata object, `<prefix>_metadata`: which objects a backup has, and what they hold.
+//!
+//! JSON with sorted keys, indented by two, of version 1.0.0. It is written and read as a stream, because a backup may
+//! have millions of objects. The object that makes a backup visible.
+
+use std::fmt;
+use std::io::Read;
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+use super::compression::Compression;
+use super::digest::Md5;
+use crate::job::Record;
+
+/// The only version of the format there is.
+pub const VERSION: &str = "1.0.0";
+
+/// One data object of a backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectEntry {
+    /// The number at the end of its name.
+    pub number: u64,
+    /// Where in the volume its bytes belong.
+    pub offset: u64,
+    /// How many bytes of the volume it holds.
+    pub length: u64,
+    /// How they are packed.
+    pub compression: Compression,
+    /// The MD5 of the bytes as they are in the volume.
+    pub md5: Md5,
+}
+
+impl ObjectEntry {
+    /// The first byte behind it.
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.length)
+    }
+}
+
+/// The name of a data object.
+pub fn object_name(prefix: &str, number: u64) -> String {
+    format!("{prefix}-{number:05}")
+}
+
+/// The number in the name of a data object; none where it is the name of anything else.
+pub fn object_number(prefix: &str, name: &str) -> Option<u64> {
+    let digits = name.strip_prefix(prefix)?.strip_prefix('-')?;
+    let number = digits.parse().ok()?;
+    (digits.bytes().all(|b| b.is_ascii_digit()) && object_name(prefix, number) == name).then_some(number)
+}
+
+/// A moment as Python prints an aware datetime, which is how Cinder keeps it.
+pub fn python_time(time: Timestamp) -> String {
+    let format = if time.subsec_microsecond() == 0 && time.subsec_millisecond() == 0 {
+        "%Y-%m-%d %H:%M:%S+00:00"
+    } else {
+        "%Y-%m-%d %H:%M:%S.%6f+00:00"
+    };
+    time.strftime(format).to_string()
+}
+
+/// A text as a JSON string, or null.
+pub fn json_text(text: Option<&str>) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// What stands before the objects.
+pub fn head(record: &Record) -> String {
+    format!(
+        "{{\n  \"backup_description\": {},\n  \"backup_id\": \"{}\",\n  \"backup_name\": {},\n  \"created_at\": \
+         \"{}\",\n  \"objects\": [",
+        json_text(record.description.as_deref()),
+        record.backup_id,
+        json_text(record.name.as_deref()),
+        python_time(record.created_at),
+    )
+}
+
+/// One object, with the comma before it where it is not the first one.
+pub fn object(prefix: &str, entry: &ObjectEntry, first: bool) -> String {
+    format!(
+        "{}\n    {{\n      {}: {{\n        \"compression\": \"{}\",\n        \"length\": {},\n        \"md5\": \
+         \"{}\",\n        \"offset\": {}\n      }}\n    }}",
+        if first { "" } else { "," },
+        json_text(Some(&object_name(prefix, entry.number))),
+        entry.compression,
+        entry.length,
+        hex::encode(entry.md5),
+        entry.offset,
+    )
+}
+
+/// What stands behind the objects.
+pub fn tail(record: &Record, volume_meta: Option<&str>, any_objects: bool) -> String {
+    format!(
+        "{}],\n  \"parent_id\": {},\n  \"version\": \"{VERSION}\",\n  \"volume_id\": \"{}\",\n  \"volume_meta\": {}\n}}",
+        if any_objects { "\n  " } else { "" },
+        json_text(record.parent_id.map(|id| id.to_string()).as_deref()),
+        record.volume_id,
+        json_text(volume_meta),
+    )
+}
+
+/// What a metadata object says besides its objects.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Head {
+    /// The version of the format.
+    pub version: String,
+    /// The backup, as text.
+    pub backup_id: String,
+    /// The volume, as text.
+    pub volume_id: String,
+    /// The parent, as text.
+    pub parent_id: Option<String>,
+    /// Metadata of the volume: a string that holds JSON.
+    pub volume_meta: Option<String>,
+}
+
+/// Reads a metadata object, and hands over its objects one by one. Whatever `take` returns as an error ends the
+/// reading, as an error with the same text.
+pub fn read<E: fmt::Display>(
+    reader: impl Read,
+    prefix: &str,
+    take: impl FnMut(ObjectEntry) -> Result<(), E>,
+) -> Result<Head, serde_json::Error> {
+    let mut json = serde_json::Deserializer::from_reader(reader);
+    let head = json.deserialize_map(HeadVisitor { objects: Objects { prefix, take } })?;
+    json.end()?;
+    Ok(head)
+}
+
+struct HeadVisitor<'a, F> {
+    objects: Objects<'a, F>,
+}
+
+impl<'de, E: fmt::Display, F: FnMut(ObjectEntry) -> Result<(), E>> Visitor<'de> for HeadVisitor<'_, F> {
+    type Value = Head;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the metadata of a backup")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Head, A::Error> {
+        let mut head = Head::default();
+        let mut has_objects = false;
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "version" => head.version = map.next_value()?,
+                "backup_id" => head.backup_id = map.next_value()?,
+                "volume_id" => head.volume_id = map.next_value()?,
+                "parent_id" => head.parent_id = map.next_value()?,
+                "volume_meta" => head.volume_meta = map.next_value()?,
+                "objects" => {
+                    map.next_value_seed(&mut self.objects)?;
+                    has_objects = true;
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        if !has_objects {
+            return Err(serde::de::Error::missing_field("objects"));
+        }
+        Ok(head)
+    }
+}
+
+struct Objects<'a, F> {
+    prefix: &'a str,
+    take: F,
+}
+
+impl<'de, E: fmt::Display, F: FnMut(ObjectEntry) -> Result<(), E>> DeserializeSeed<'de>
+    for &mut Objects<'_, F>
+{
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de, E: fmt::Display, F: FnMut(ObjectEntry) -> Result<(), E>> Visitor<'de> for &mut Objects<'_, F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the list of the objects of a backup")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while let Some(NamedObject { name, object }) = list.next_element()? {
+            let entry = object.entry(self.prefix, &name).map_err(serde::de::Error::custom)?;
+            (self.take)(entry).map_err(serde::de::Error::custom)?;
+        }
+        Ok(())
+    }
+}
+
+/// An object of one key: the object's name.
+struct NamedObject {
+    name: String,
+    object: StoredObject,
+}
+
+#[derive(Deserialize)]
+struct StoredObject {
+    offset: u64,
+    length: u64,
+    compression: String,
+    md5: String,
+}
+
+impl StoredObject {
+    fn entry(self, prefix: &str, name: &str) -> Result<ObjectEntry, String> {
+        let number =
+            object_number(prefix, name).ok_or_else(|| format!("{name:?} is no object of {prefix}"))?;
+        let compression = self.compression.parse().map_err(|error| format!("{name}: {error}"))?;
+        let mut md5 = Md5::default();
+        hex::decode_to_slice(&self.md5, &mut md5).map_err(|_| format!("{name}: {:?} is no MD5", self.md5))?;
+        if self.length == 0 || self.offset.checked_add(self.length).is_none() {
+            return Err(format!("{name}: it cannot hold {} bytes from {} on", self.length, self.offset));
+        }
+        Ok(ObjectEntry { number, offset: self.offset, length: self.length, compression, md5 })
+    }
+}
+
+impl<'de> Deserialize<'de> for NamedObject {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneKey;
+
+        impl<'de> Visitor<'de> for OneKey {
+            type Value = NamedObject;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object under its name")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<NamedObject, A::Error> {
+                let Some((name, object)) = map.next_entry()? else {
+                    return Err(serde::de::Error::custom("an object without a name"));
+                };
+                if map.next_key::<IgnoredAny>()?.is_some() {
+                    return Err(serde::de::Error::custom("an object with two names"));
+                }
+                Ok(NamedObject { name, object })
+            }
+        }
+
+        deserializer.deserialize_map(OneKey)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_objects_are_told_from_others() {
+        assert_eq!(object_name("p", 1), "p-00001");
+        assert_eq!(object_number("p", "p-00001"), Some(1));
+        assert_eq!(object_number("p", "p-123456"), Some(123_456));
+        for name in ["p-1", "p-000001", "p-+0001", "p_metadata", "q-00001", "p-0000x", "p"] {
+            assert_eq!(object_number("p", name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn time_is_written_as_python_does() {
+        assert_eq!(
+            python_time("2026-11-21T11:47:51.558550Z".parse().unwrap()),
+            "2026-11-21 11:47:51.558550+00:00"
+        );
+        assert_eq!(python_time("2026-11-21T11:47:51Z".parse().unwrap()), "2026-11-21 11:47:51+00:00");
+    }
+
+    #[test]
+    fn damaged_metadata_is_refused() {
+        let object = r#"{"p-00001":{"offset":0,"length":5,"compression":"zlib","md5":"7e7fe5b4627115d762777a18981d0cf9"}}"#;
+        let read = |text: &str| read(text.as_bytes(), "p", |_| Ok::<_, String>(()));
+
+        assert!(read(&format!(r#"{{"version":"1.0.0","objects":[{object}],"new":[1]}}"#)).is_ok());
+        for text in [
+            "",
+            "{}",
+            "[]",
+            &format!(r#"{{"objects":[{object}]"#),
+            &format!(r#"{{"objects":[{object}]}}x"#),
+            r#"{"objects":[{}]}"#,
+            r#"{"objects":[1]}"#,
+            &format!(r#"{{"objects":[{}]}}"#, object.replace("p-00001", "../p-00001")),
+            &format!(r#"{{"objects":[{}]}}"#, object.replace("zlib", "lz4")),
+            &format!(r#"{{"objects":[{}]}}"#, object.replace(":5", ":0")),
+            &format!(
+                r#"{{"objects":[{}]}}"#,
+                object.replace(":5", ":18446744073709551615").replace(":0", ":1")
+            ),
+            &format!(r#"{{"objects":[{}]}}"#, object.replace("7e7f", "7e7")),
+        ] {
+            assert!(read(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Backups as objects of a store, in the format of Cinder's chunked drivers, so that either side restores what the
+//! other wrote.
+//!
+//! A volume is cut into chunks, each of which becomes an object (of a full backup) or one for each run of changed
+//! blocks (of an incremental one). The digests of all blocks lie in the sha256 file, the list of the objects in the
+//! metadata object, which is written last and deleted first.
+
+mod backup;
+mod checksums;
+mod compression;
+pub mod digest;
+mod layers;
+mod lists;
+mod memory;
+mod metadata;
+mod read_back;
+mod sha256_file;
+mod stored;
+
+pub use backup::Unfinished;
+pub use compression::{Compression, UnknownCompression};
+pub use layers::Broken;
+pub use memory::Budget;
+
+use std::sync::Arc;
+
+use futures_util::stream::{self, TryStreamExt};
+use jiff::Timestamp;
+
+use super::cpu::{Cpu, Lost};
+use super::error::Error;
+use crate::job::{BackupWork, Container, Context, Counts, JobId, Method, Mode, Record, RecordState};
+use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
+use crate::volume::VolumeSource;
+
+use metadata::object_number;
+
+/// Requests to the store that one job has under way at once, at most.
+const REQUESTS_MAX: usize = 16;
+
+/// What Cinder calls the driver whose objects these are.
+pub const POSIX_SERVICE: &str = "cinder.backup.drivers.posix.PosixBackupDriver";
+
+/// How a store's backups are written. How they are read stands in their metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// How objects are packed.
+    pub compression: Compression,
+    /// How much of a volume one object holds; a multiple of `sha_block_bytes`.
+    pub object_bytes: usize,
+    /// The size of the blocks that are digested and compared.
+    pub sha_block_bytes: usize,
+}
+
+/// The chunked engine on one store.
+#[derive(Debug, Clone)]
+pub struct Chunked {
+    store: Arc<dyn ObjectStore>,
+    settings: Settings,
+    cpu: Cpu,
+    memory: Budget,
+}
+
+impl Chunked {
+    /// Puts the engine together. `cpu` and `memory` are those of the whole worker.
+    pub fn new(store: Arc<dyn ObjectStore>, settings: Settings, cpu: Cpu, memory: Budget) -> Self {
+        Self { store, settings, cpu, memory }
+    }
+
+    /// The store.
+    pub fn store(&self) -> Arc<dyn ObjectStore> {
+        self.store.clone()
+    }
+
+    /// Makes the record that a backup begins with. Fails where this parent cannot be built on.
+    pub fn begin(
+        &self,
+        job_id: JobId,
+        work: &BackupWork,
+        parent: Option<&Record>,
+        source: &dyn VolumeSource,
+        method: Method,
+    ) -> Result<Record, Error> {
+        let volume_bytes = source.bytes();
+        if let Some(parent) = parent
+            && parent.volume_bytes != volume_bytes
+        {
+            let (parent_id, parent_bytes) = (parent.backup_id, parent.volume_bytes);
+            return Err(Error::VolumeResized { parent_id, parent_bytes, volume_bytes });
+        }
+        let container = match &work.container {
+            Some(container) => container.clone(),
+            None => {
+                let id = work.backup_id.to_string();
+                format!("{}/{}/{id}", &id[..2], &id[2..4]).parse::<Container>()?
+            }
+        };
+        let mut record = Record {
+            backup_id: work.backup_id,
+            volume_id: work.volume_id,
+            state: RecordState::Creating(job_id),
+            parent_id: parent.map(|parent| parent.backup_id),
+            job_id: Some(job_id),
+            service: POSIX_SERVICE.into(),
+            service_metadata: String::new(),
+            container,
+            name: work.name.clone(),
+            description: work.description.clone(),
+            project_id: work.project_id.clone(),
+            created_at: Timestamp::now(),
+            volume_bytes,
+            method: Some(Method { mode: Some(method.mode.unwrap_or(Mode::Full)), ..method }),
+            counts: Counts::default(),
+            digest: None,
+            object_digests: Vec::new(),
+            cinder_fields: serde_json::Map::new(),
+        };
+        self.name(&mut record);
+        Ok(record)
+    }
+
+    /// Gives the objects of a backup their prefix, by Cinder's rule.
+    pub fn name(&self, record: &mut Record) {
+        record.service_metadata = format!(
+            "volume_{}_{}_backup_{}",
+            record.volume_id,
+            record.created_at.strftime("%Y%m%d%H%M%S"),
+            record.backup_id
+        );
+    }
+
+    /// Removes all objects of a backup, the one that makes it visible first, and counts what that frees.
+    pub async fn remove(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
+        let names = Names::of(record)?;
+        self.store.delete(&names.metadata).await?;
+        self.store.delete(&names.sha256_file).await?;
+        self.store.delete(&names.checksums).await?;
+        let listed = self.store.list(&names.folder, names.prefix()).await?;
+        // Something else may have a name that begins alike; it is not ours to remove.
+        let own = listed.into_iter().filter(|object| object_number(names.prefix(), &object.name).is_some());
+        stream::iter(own.map(Ok::<_, Error>))
+            .try_for_each_concurrent(REQUESTS_MAX, |object| {
+                let name = names.folder.object(&object.name);
+                async move {
+                    ctx.check()?;
+                    self.store.delete(&name?).await?;
+                    let counts = Counts { bytes_stored: object.bytes, object_count: 1, ..Counts::default() };
+                    ctx.progress.add(&counts);
+                    Ok(())
+                }
+            })
+            .await?;
+        Ok(self.store.tidy(&names.folder, names.prefix()).await?)
+    }
+
+    /// Reads the metadata of a backup that Cinder wrote, and returns the end of its last object: of a full backup,
+    /// the size of the volume.
+    pub async fn inspect(&self, record: &Record) -> Result<u64, Error> {
+        let lists = self.object_lists(record).await?;
+        blocking(move || {
+            let mut end = 0;
+            lists.read(|object| {
+                end = end.max(object.entry.end());
+                Ok(())
+            })?;
+            Ok(end)
+        })
+        .await?
+    }
+
+    /// Reads an object that the backup must have.
+    async fn get(&self, record: &Record, object: &ObjectName) -> Result<store::Pieces, Error> {
+        match self.store.get(object).await {
+            Err(error) if matches!(error.reason(), Reason::Missing) => {
+                Err(Error::MissingObject { object: object.to_string(), backup_id: record.backup_id })
+            }
+            pieces => Ok(pieces?),
+        }
+    }
+}
+
+/// The names of a backup's objects.
+#[derive(Debug, Clone)]
+struct Names {
+    folder: Folder,
+    prefix: String,
+    metadata: ObjectName,
+    sha256_file: ObjectName,
+    checksums: ObjectName,
+}
+
+impl Names {
+    fn of(record: &Record) -> Result<Self, Error> {
+        let folder = Folder::from(&record.container);
+        let prefix = &record.service_metadata;
+        Ok(Self {
+            metadata: folder.object(&format!("{prefix}_metadata"))?,
+            sha256_file: folder.object(&format!("{prefix}_sha256file"))?,
+            // An attempt that died has a list of its own, as it has a prefix of its own.
+            checksums: Folder::own("checksums").object(prefix)?,
+            folder,
+            prefix: prefix.clone(),
+        })
+    }
+
+    fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    fn data(&self, number: u64) -> Result<ObjectName, Error> {
+        Ok(self.folder.object(&metadata::object_name(&self.prefix, number))?)
+    }
+}
+
+fn damaged(object: &ObjectName, why: impl ToString) -> Error {
+    Error::Damaged { object: object.to_string(), why: why.to_string() }
+}
+
+fn check_version(object: &ObjectName, version: &str) -> Result<(), Error> {
+    if version == metadata::VERSION {
+        return Ok(());
+    }
+    Err(Error::UnknownVersion { object: object.to_string(), version: version.into() })
+}
+
+/// Runs `work` where it may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Lost(Lost))
+}

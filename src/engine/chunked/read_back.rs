@@ -1,0 +1,462 @@
+//! Reads a backup back, to restore or to verify it: every object of its chain, each byte of the volume once.
+//!
+//! All is checked, always: that the objects are those of the metadata, each object's size and CRC-32 in the store
+//! (where we wrote it), its length and MD5 unpacked, and each block's SHA-256 against the list of the backup that was
+//! asked for, before it is written. Objects that newer ones cover are read as well: the chain is damaged without them.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use md5::Digest as _;
+use tokio::sync::mpsc;
+use tokio::task::JoinError;
+
+use super::compression::Compression;
+use super::digest::{BlockDigester, Digest, ListDigest, Md5, is_zero, sha256};
+use super::layers::{Broken, Item, LayerEntry, Layers};
+use super::lists::{DigestList, nobody_listens, read_full};
+use super::stored::StoredReader;
+use super::{Chunked, Error, Lost, Names, blocking, damaged, object_number};
+use crate::job::{Context, Counts, Record};
+use crate::store::{ObjectName, Pieces};
+use crate::volume::{Before, VolumeTarget};
+
+/// Unpacked bytes that are looked at together; a block where that is larger.
+const PIECE_BYTES: usize = 1 << 20;
+/// What reading one object may take: pieces read ahead, the unpacker's window, and the piece that it fills.
+const OBJECT_MEMORY_BYTES: usize = 24 << 20;
+/// An object that is packed into no more than this may be nothing but zeros, and is looked up among those.
+const ZERO_OBJECT_BYTES_MAX: usize = 128 << 10;
+/// Different objects of zeros that are remembered.
+const ZERO_OBJECTS_MAX: usize = 64;
+/// Entries of the metadata that are read ahead.
+const ENTRIES_AHEAD_MAX: usize = 256;
+
+impl Chunked {
+    /// Reads the backup `chain[0]`, which builds on those behind it, and checks all of it; with a target, writes it
+    /// there. Returns the digest over the block digests.
+    pub async fn read_back<T: VolumeTarget + 'static>(
+        &self,
+        ctx: &Context,
+        chain: &[Record],
+        target: Option<Arc<T>>,
+    ) -> Result<String, Error> {
+        let record = &chain[0];
+        ctx.progress.begin(record.volume_bytes);
+        let names = chain.iter().map(Names::of).collect::<Result<Vec<_>, _>>()?;
+        // Before a byte is written: all objects must be there, and the lists be what they were.
+        for (record, names) in chain.iter().zip(&names) {
+            ctx.check()?;
+            self.check_objects(record, names).await?;
+        }
+
+        let mut list = self.digest_list(record).await?;
+        let block_bytes = list.block_bytes().await?;
+        let mut window = Window {
+            list,
+            block_bytes,
+            ahead: VecDeque::new(),
+            first_block: 0,
+            digest: ListDigest::default(),
+        };
+        let mut layers = Vec::new();
+        for record in chain {
+            let (sender, entries) = mpsc::channel(ENTRIES_AHEAD_MAX);
+            let lists = self.object_lists(record).await?;
+            // Its end is the end of the channel; that the list is whole was checked above.
+            tokio::task::spawn_blocking(move || {
+                lists.read(|entry| sender.blocking_send(entry).map_err(nobody_listens))
+            });
+            layers.push(entries);
+        }
+        let mut layers = Layers::new(layers, record.volume_bytes);
+        let reader = Arc::new(ObjectReader {
+            digester: BlockDigester::new(block_bytes as usize),
+            zero_objects: Mutex::default(),
+            target: target.clone(),
+            ctx: ctx.clone(),
+        });
+
+        let mut in_flight = FuturesUnordered::new();
+        let result = async {
+            while let Some(item) = layers.next().await.map_err(|broken| broken_chain(chain, broken))? {
+                ctx.check()?;
+                let layer = item.layer;
+                let object = names[layer].data(item.object.entry.number)?;
+                let expected = window.expected(&item, &object, record.volume_bytes).await?;
+                window.forget_before(layers.low_water());
+                // Objects are read side by side, each on a thread of its own that may block.
+                if in_flight.len() > self.cpu.threads() {
+                    finished(in_flight.next().await)?;
+                }
+                let memory = self.memory.reserve(OBJECT_MEMORY_BYTES).await;
+                let pieces = self.get(&chain[layer], &object).await?;
+                let reader = reader.clone();
+                in_flight.push(tokio::task::spawn_blocking(move || {
+                    let _memory = memory;
+                    reader.read(&object, &item, pieces, &expected)
+                }));
+            }
+            while !in_flight.is_empty() {
+                finished(in_flight.next().await)?;
+            }
+            Ok::<_, Error>(())
+        }
+        .await;
+        // After an error, too: nothing may write to the target once the job has ended.
+        while in_flight.next().await.is_some() {}
+        result?;
+
+        let digest = window.finish(&names[0], record).await?;
+        if let Some(target) = target {
+            blocking(move || target.finish()).await?.map_err(|source| Error::FinishVolume { source })?;
+        }
+        Ok(digest)
+    }
+
+    /// Checks, without reading the data, that the lists are whole, and that the store has the objects that they name,
+    /// at their sizes, and no others.
+    async fn check_objects(&self, record: &Record, names: &Names) -> Result<(), Error> {
+        let mut sizes = HashMap::new();
+        for object in self.store.list(&names.folder, names.prefix()).await? {
+            if object.name == names.metadata.name || object.name == names.sha256_file.name {
+                continue;
+            }
+            match object_number(names.prefix(), &object.name) {
+                Some(number) => sizes.insert(number, object.bytes),
+                None => return Err(extra_object(record, names, &object.name)),
+            };
+        }
+        let lists = self.object_lists(record).await?;
+        let (owned_names, backup_id) = (names.clone(), record.backup_id);
+        let unlisted = blocking(move || {
+            let mut listed = HashSet::new();
+            lists.read(|LayerEntry { entry, checksum }| {
+                let object = owned_names.data(entry.number)?;
+                let Some(bytes) = sizes.get(&entry.number) else {
+                    return Err(Error::MissingObject { object: object.to_string(), backup_id });
+                };
+                if let Some(checksum) = checksum.filter(|checksum| checksum.bytes != *bytes) {
+                    let why = format!("it has {bytes} bytes now, and was written with {}", checksum.bytes);
+                    return Err(damaged(&object, why));
+                }
+                if !listed.insert(entry.number) {
+                    return Err(damaged(&owned_names.metadata, format!("it lists {object} twice")));
+                }
+                Ok(())
+            })?;
+            Ok::<_, Error>(sizes.into_keys().filter(|number| !listed.contains(number)).min())
+        })
+        .await??;
+        match unlisted {
+            Some(number) => Err(extra_object(record, names, &names.data(number)?.name)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn extra_object(record: &Record, names: &Names, name: &str) -> Error {
+    let object = format!("{}/{name}", names.folder.as_str());
+    Error::ExtraObject { object, backup_id: record.backup_id }
+}
+
+fn broken_chain(chain: &[Record], broken: Broken) -> Error {
+    let layer = match &broken {
+        Broken::Overlap { layer, .. } | Broken::BeyondTheEnd { layer, .. } => *layer,
+        Broken::Gap { .. } => 0,
+    };
+    Error::BrokenChain { backup_id: chain[layer].backup_id, source: broken }
+}
+
+/// How a thread that read an object ended.
+fn finished(ended: Option<Result<Result<(), Error>, JoinError>>) -> Result<(), Error> {
+    match ended {
+        Some(Ok(result)) => result,
+        Some(Err(_)) => Err(Error::Lost(Lost)),
+        None => Ok(()),
+    }
+}
+
+/// The digests between the oldest object that is still to come and the newest one.
+struct Window {
+    list: DigestList,
+    block_bytes: u64,
+    ahead: VecDeque<Digest>,
+    first_block: u64,
+    digest: ListDigest,
+}
+
+/// The digests of the blocks from the first range of an item on.
+struct Expected {
+    first_block: u64,
+    digests: Vec<Digest>,
+}
+
+impl Window {
+    async fn expected(
+        &mut self,
+        item: &Item,
+        object: &ObjectName,
+        volume_bytes: u64,
+    ) -> Result<Expected, Error> {
+        let (Some(first), Some(last)) = (item.ranges.first(), item.ranges.last()) else {
+            return Ok(Expected { first_block: 0, digests: Vec::new() });
+        };
+        let aligned = |offset: u64| offset.is_multiple_of(self.block_bytes) || offset == volume_bytes;
+        let ends = item.ranges.iter().flat_map(|range| [range.start, range.end]);
+        if !ends.chain([item.object.entry.offset]).all(aligned) {
+            let why = format!(
+                "the metadata has it, or one above it, begin or end within a block of {}",
+                self.block_bytes
+            );
+            return Err(damaged(object, why));
+        }
+        let (first, end) = (first.start / self.block_bytes, last.end.div_ceil(self.block_bytes));
+        let known = self.first_block + self.ahead.len() as u64;
+        if end > known {
+            let more = self.list.take((end - known) as usize).await?;
+            self.digest.update(&more);
+            if (more.len() as u64) < end - known {
+                return Err(damaged(object, "the sha256 file has no digests for its last blocks"));
+            }
+            self.ahead.extend(more);
+        }
+        let range = (first - self.first_block) as usize..(end - self.first_block) as usize;
+        Ok(Expected { first_block: first, digests: self.ahead.range(range).copied().collect() })
+    }
+
+    fn forget_before(&mut self, offset: u64) {
+        let blocks = (offset / self.block_bytes).saturating_sub(self.first_block);
+        let blocks = blocks.min(self.ahead.len() as u64);
+        self.ahead.drain(..blocks as usize);
+        self.first_block += blocks;
+    }
+
+    /// Checks that the list has ended, and that it is the one that the record was made with.
+    async fn finish(mut self, names: &Names, record: &Record) -> Result<String, Error> {
+        if !self.list.take(1).await?.is_empty() {
+            return Err(damaged(&names.sha256_file, "it has more digests than the volume has blocks"));
+        }
+        let digest = self.digest.finish();
+        if record.digest.as_ref().is_some_and(|stored| *stored != digest) {
+            return Err(damaged(
+                &names.sha256_file,
+                "its digests are not those that the record was made with",
+            ));
+        }
+        Ok(digest)
+    }
+}
+
+/// Reads objects and writes what they hold.
+struct ObjectReader<T> {
+    digester: BlockDigester,
+    /// Objects that were found to be nothing but zeros, by what they are in the store, with their MD5.
+    zero_objects: Mutex<HashMap<(Compression, u64, Digest), Md5>>,
+    target: Option<Arc<T>>,
+    ctx: Context,
+}
+
+/// Why an object could not be unpacked.
+enum Fault {
+    /// The object, or the store, failed.
+    Read(io::Error),
+    /// Anything that is known already.
+    Known(Error),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Known(error)
+    }
+}
+
+impl<T: VolumeTarget> ObjectReader<T> {
+    /// Reads one object, checks it, and writes the ranges that are wanted of it. Blocks.
+    fn read(
+        &self,
+        object: &ObjectName,
+        item: &Item,
+        pieces: Pieces,
+        expected: &Expected,
+    ) -> Result<(), Error> {
+        let entry = &item.object.entry;
+        let mut stored = StoredReader::new(pieces);
+        let md5 = match self.unpack(object, item, &mut stored, expected) {
+            Ok(md5) => md5,
+            Err(Fault::Known(error)) => return Err(error),
+            Err(Fault::Read(error)) => {
+                return Err(match stored.take_error() {
+                    Some(error) => error.into(),
+                    None => {
+                        damaged(object, format!("it cannot be unpacked as {}: {error}", entry.compression))
+                    }
+                });
+            }
+        };
+        if let Err(error) = stored.drain() {
+            return Err(stored.take_error().map_or_else(|| damaged(object, error), Error::from));
+        }
+        if item.object.checksum.is_some_and(|checksum| checksum != stored.checksum()) {
+            return Err(damaged(object, "its bytes in the store are not those that were written"));
+        }
+        if md5 != entry.md5 {
+            return Err(damaged(object, "its MD5 is not the one in the metadata"));
+        }
+        let bytes_stored = stored.checksum().bytes;
+        self.ctx.progress.add(&Counts { bytes_stored, object_count: 1, ..Counts::default() });
+        Ok(())
+    }
+
+    /// Unpacks the object and returns the MD5 of what it holds.
+    fn unpack(
+        &self,
+        object: &ObjectName,
+        item: &Item,
+        stored: &mut StoredReader,
+        expected: &Expected,
+    ) -> Result<Md5, Fault> {
+        let entry = &item.object.entry;
+        let mut head = Vec::new();
+        stored.by_ref().take(ZERO_OBJECT_BYTES_MAX as u64 + 1).read_to_end(&mut head).map_err(Fault::Read)?;
+        let key =
+            (head.len() <= ZERO_OBJECT_BYTES_MAX).then(|| (entry.compression, entry.length, sha256(&head)));
+        if let Some(md5) = key.and_then(|key| self.zero_objects().get(&key).copied()) {
+            self.place_zeros(object, item, expected)?;
+            return Ok(md5);
+        }
+
+        let mut unpacked = entry.compression.decompress(head.chain(stored)).map_err(Fault::Read)?;
+        let block_bytes = self.digester.block_bytes();
+        let mut piece = vec![0; (PIECE_BYTES / block_bytes).max(1) * block_bytes];
+        let mut md5 = md5::Md5::new();
+        let (mut offset, mut all_zero) = (entry.offset, true);
+        while offset < entry.end() {
+            self.ctx.check().map_err(Error::from)?;
+            let length = (entry.end() - offset).min(piece.len() as u64) as usize;
+            let piece = &mut piece[..length];
+            if read_full(&mut unpacked, piece).map_err(Fault::Read)? < length {
+                let why =
+                    format!("it unpacks to fewer bytes than the {} that the metadata says", entry.length);
+                return Err(damaged(object, why).into());
+            }
+            md5.update(&*piece);
+            all_zero = all_zero && is_zero(piece);
+            self.place(object, item, piece, offset, expected)?;
+            offset += length as u64;
+        }
+        if unpacked.read(&mut [0]).map_err(Fault::Read)? != 0 {
+            let why = format!("it unpacks to more bytes than the {} that the metadata says", entry.length);
+            return Err(damaged(object, why).into());
+        }
+        let md5 = md5.finalize().into();
+        if let Some(key) = key.filter(|_| all_zero) {
+            let mut zero_objects = self.zero_objects();
+            if zero_objects.len() < ZERO_OBJECTS_MAX {
+                zero_objects.insert(key, md5);
+            }
+        }
+        Ok(md5)
+    }
+
+    fn zero_objects(&self) -> std::sync::MutexGuard<'_, HashMap<(Compression, u64, Digest), Md5>> {
+        // Nothing panics while it holds the lock.
+        self.zero_objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Checks the blocks of `piece` that are wanted, and writes them run by run.
+    fn place(
+        &self,
+        object: &ObjectName,
+        item: &Item,
+        piece: &[u8],
+        offset: u64,
+        expected: &Expected,
+    ) -> Result<(), Error> {
+        let end = offset + piece.len() as u64;
+        for range in wanted(&item.ranges, offset..end) {
+            let bytes = &piece[(range.start - offset) as usize..(range.end - offset) as usize];
+            let mut run = Run { start: range.start, end: range.start, zero: false };
+            for block in bytes.chunks(self.digester.block_bytes()) {
+                let (digest, zero) = self.digester.digest(block);
+                self.check(object, run.end, &digest, expected)?;
+                if zero != run.zero {
+                    self.write(&run, &piece[(run.start - offset) as usize..])?;
+                    run = Run { start: run.end, end: run.end, zero };
+                }
+                run.end += block.len() as u64;
+            }
+            self.write(&run, &piece[(run.start - offset) as usize..])?;
+        }
+        Ok(())
+    }
+
+    /// The same for an object that is known to be all zeros.
+    fn place_zeros(&self, object: &ObjectName, item: &Item, expected: &Expected) -> Result<(), Error> {
+        let block_bytes = self.digester.block_bytes() as u64;
+        for range in &item.ranges {
+            self.ctx.check()?;
+            let mut at = range.start;
+            while at < range.end {
+                let length = block_bytes.min(range.end - at);
+                self.check(object, at, &self.digester.digest_of_zeros(length as usize), expected)?;
+                at += length;
+            }
+            self.write(&Run { start: range.start, end: range.end, zero: true }, &[])?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, object: &ObjectName, at: u64, digest: &Digest, expected: &Expected) -> Result<(), Error> {
+        let index = (at / self.digester.block_bytes() as u64 - expected.first_block) as usize;
+        if expected.digests.get(index) == Some(digest) {
+            return Ok(());
+        }
+        Err(damaged(
+            object,
+            format!("the block at byte {at} of the volume is not the one in the sha256 file"),
+        ))
+    }
+
+    fn write(&self, run: &Run, bytes: &[u8]) -> Result<(), Error> {
+        let length = run.end - run.start;
+        if length == 0 {
+            return Ok(());
+        }
+        let mut counts = Counts { bytes_read: length, ..Counts::default() };
+        if run.zero {
+            counts.bytes_zero = length;
+        }
+        if let Some(target) = &self.target {
+            let failed = |source| Error::WriteVolume { offset: run.start, source };
+            match (run.zero, target.before()) {
+                (true, Before::Zeros) => {}
+                (true, Before::Anything) => target.zero(run.start..run.end).map_err(failed)?,
+                (false, _) => {
+                    target.write_at(&bytes[..length as usize], run.start).map_err(failed)?;
+                    counts.bytes_written = length;
+                }
+            }
+        }
+        self.ctx.progress.add(&counts);
+        self.ctx.progress.done(length);
+        Ok(())
+    }
+}
+
+/// Blocks next to each other that are all zeros, or all not.
+struct Run {
+    start: u64,
+    end: u64,
+    zero: bool,
+}
+
+/// The parts of `ranges` that lie in `span`.
+fn wanted(ranges: &[Range<u64>], span: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let first = ranges.partition_point(|range| range.end <= span.start);
+    let overlapping = ranges[first..].iter().take_while(move |range| range.start < span.end);
+    overlapping.map(move |range| range.start.max(span.start)..range.end.min(span.end))
+}

@@ -1,0 +1,93 @@
+//! Reads an object of the store on a thread that may block, and takes the measure of what it reads.
+
+use std::io::{self, Read};
+
+use bytes::{Buf, Bytes};
+use sha2::{Digest as _, Sha256};
+
+use super::digest::Digest;
+use crate::store::{self, Pieces};
+
+/// What an object in the store was when it was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checksum {
+    /// Its size in the store.
+    pub bytes: u64,
+    /// CRC-32 of its bytes in the store. Cinder's MD5 says what they unpack to, not that they are the same ones.
+    pub crc32: u32,
+}
+
+impl Checksum {
+    /// Takes the measure of `bytes`.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self { bytes: bytes.len() as u64, crc32: crc32fast::hash(bytes) }
+    }
+}
+
+/// Reads an object as it is in the store.
+pub struct StoredReader {
+    pieces: Pieces,
+    current: Bytes,
+    bytes: u64,
+    crc32: crc32fast::Hasher,
+    sha256: Option<Sha256>,
+    error: Option<store::Error>,
+}
+
+impl StoredReader {
+    /// Reads and counts.
+    pub fn new(pieces: Pieces) -> Self {
+        let crc32 = crc32fast::Hasher::new();
+        Self { pieces, current: Bytes::new(), bytes: 0, crc32, sha256: None, error: None }
+    }
+
+    /// Takes the SHA-256 as well.
+    pub fn with_sha256(pieces: Pieces) -> Self {
+        Self { sha256: Some(Sha256::new()), ..Self::new(pieces) }
+    }
+
+    /// The error of the store that ended the reading, where one did.
+    pub fn take_error(&mut self) -> Option<store::Error> {
+        self.error.take()
+    }
+
+    /// Reads to the end, and returns how many bytes that were.
+    pub fn drain(&mut self) -> io::Result<u64> {
+        io::copy(self, &mut io::sink())
+    }
+
+    /// The measure of what was read.
+    pub fn checksum(&self) -> Checksum {
+        Checksum { bytes: self.bytes, crc32: self.crc32.clone().finalize() }
+    }
+
+    /// The SHA-256 of what was read, where it was asked for.
+    pub fn sha256(&self) -> Option<Digest> {
+        self.sha256.clone().map(|sha256| sha256.finalize().into())
+    }
+}
+
+impl Read for StoredReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.pieces.next_blocking() {
+                None => return Ok(0),
+                Some(Ok(piece)) => {
+                    self.bytes += piece.len() as u64;
+                    self.crc32.update(&piece);
+                    if let Some(sha256) = &mut self.sha256 {
+                        sha256.update(&piece);
+                    }
+                    self.current = piece;
+                }
+                Some(Err(error)) => {
+                    self.error = Some(error.clone());
+                    return Err(io::Error::other(error));
+                }
+            }
+        }
+        let length = self.current.len().min(buffer.len());
+        self.current.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
+    }
+}

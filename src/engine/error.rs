@@ -1,0 +1,254 @@
+//! What can go wrong while a backup is made, read or removed.
+
+use std::io;
+
+use crate::error::Class;
+use crate::job::{BackupId, Cancelled, InvalidName, VolumeId};
+use crate::store::{self, InvalidObjectName};
+use crate::volume;
+
+use super::chunked::Broken;
+use super::cpu::Lost;
+
+/// Why an engine did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Somebody asked for the end of the job.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+
+    /// The store failed.
+    #[error("the store failed")]
+    Store(#[from] store::Error),
+
+    /// The source or target cannot be used.
+    #[error("the volume cannot be used")]
+    Volume(#[from] volume::Error),
+
+    /// This version does not know that kind of volume.
+    #[error("{location} cannot be used: this version backs up and restores file: volumes only")]
+    UnsupportedVolume {
+        /// The source or target.
+        location: String,
+    },
+
+    /// The source failed while it was read.
+    #[error("read the source at byte {offset}")]
+    ReadVolume {
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The target failed while it was written.
+    #[error("write the target at byte {offset}; what it holds now is not a whole volume")]
+    WriteVolume {
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The target could not be made durable.
+    #[error("finish the target; what it holds now may not be a whole volume")]
+    FinishVolume {
+        /// Why.
+        source: io::Error,
+    },
+
+    /// There is no record of such a backup.
+    #[error("backup {0} is not in this store: `backhaul list` shows what is")]
+    UnknownBackup(BackupId),
+
+    /// There is a backup under the id that a new one was to get.
+    #[error("there is a backup {0} already: give the new one an id of its own, or delete the old one first")]
+    BackupExists(BackupId),
+
+    /// The backup is not whole.
+    #[error("backup {backup_id} cannot be used: it is {state}")]
+    NotAvailable {
+        /// The backup.
+        backup_id: BackupId,
+        /// What it is, for people.
+        state: String,
+    },
+
+    /// The record could not be understood.
+    #[error("the record {object} is damaged: {why}")]
+    DamagedRecord {
+        /// Which.
+        object: String,
+        /// How that shows.
+        why: String,
+    },
+
+    /// Another worker has taken the job over.
+    #[error("another worker has taken over backup {0}")]
+    TakenOver(BackupId),
+
+    /// No earlier backup to build on.
+    #[error("volume {0} has no earlier backup in this store to build on")]
+    NoParent(VolumeId),
+
+    /// The parent that was asked for is not in the store.
+    #[error(
+        "the parent {0} is not in this store: name a backup that `backhaul list` shows, or ask for a full backup"
+    )]
+    UnknownParent(BackupId),
+
+    /// The parent belongs to another volume.
+    #[error("the parent {parent_id} is a backup of volume {parent_volume_id}, not of {volume_id}")]
+    ParentOfAnotherVolume {
+        /// The parent.
+        parent_id: BackupId,
+        /// Its volume.
+        parent_volume_id: VolumeId,
+        /// The volume that is backed up now.
+        volume_id: VolumeId,
+    },
+
+    /// The parent is not whole.
+    #[error("the parent {parent_id} cannot be built on: it is {state}")]
+    ParentNotAvailable {
+        /// The parent.
+        parent_id: BackupId,
+        /// What it is, for people.
+        state: String,
+    },
+
+    /// The volume has another size than at the time of the parent.
+    #[error(
+        "the volume has {volume_bytes} bytes now and had {parent_bytes} at the time of the parent {parent_id}"
+    )]
+    VolumeResized {
+        /// The parent.
+        parent_id: BackupId,
+        /// The size then.
+        parent_bytes: u64,
+        /// The size now.
+        volume_bytes: u64,
+    },
+
+    /// The parent's digests are of blocks of another size.
+    #[error(
+        "the parent {parent_id} has digests of blocks of {parent_block_bytes} bytes, and sha_block_bytes is set to \
+         {block_bytes} now"
+    )]
+    BlockSizeChanged {
+        /// The parent.
+        parent_id: BackupId,
+        /// The parent's.
+        parent_block_bytes: u64,
+        /// Ours.
+        block_bytes: u64,
+    },
+
+    /// The volume's size changed while it was read.
+    #[error(
+        "the source ended at byte {offset}, before its end at {volume_bytes}: it shrank during the backup"
+    )]
+    SourceShrank {
+        /// Where the read failed.
+        offset: u64,
+        /// The size it had at the start.
+        volume_bytes: u64,
+    },
+
+    /// Other backups build on this one.
+    #[error("backup {backup_id} has backups that build on it: delete {children} first")]
+    HasChildren {
+        /// The backup.
+        backup_id: BackupId,
+        /// Its children, for people.
+        children: String,
+    },
+
+    /// An object is not what was stored.
+    #[error("{object} is damaged: {why}")]
+    Damaged {
+        /// Which.
+        object: String,
+        /// How that shows.
+        why: String,
+    },
+
+    /// An object of the backup is not there.
+    #[error("{object} is missing: backup {backup_id} cannot be read as a whole")]
+    MissingObject {
+        /// Which.
+        object: String,
+        /// The backup that it belongs to.
+        backup_id: BackupId,
+    },
+
+    /// An object lies between those of the backup.
+    #[error(
+        "{object} is not of backup {backup_id}, though its name says so, and Cinder refuses to restore beside it: move \
+         it away"
+    )]
+    ExtraObject {
+        /// Which.
+        object: String,
+        /// The backup that its name says.
+        backup_id: BackupId,
+    },
+
+    /// The objects of a chain do not make a volume.
+    #[error("backup {backup_id} is damaged")]
+    BrokenChain {
+        /// The backup whose objects do not fit.
+        backup_id: BackupId,
+        /// How that shows.
+        source: Broken,
+    },
+
+    /// The backup was written in a version of the format that nobody here knows.
+    #[error("{object} is of version {version:?}, and this version of backhaul reads 1.0.0 only")]
+    UnknownVersion {
+        /// Which.
+        object: String,
+        /// Its version.
+        version: String,
+    },
+
+    /// A name out of a record or of metadata is not safe to use.
+    #[error("a name in the record is not safe to use")]
+    UnsafeName(#[from] InvalidObjectName),
+
+    /// A container name is not safe to use.
+    #[error("a container in the record is not safe to use")]
+    UnsafeContainer(#[from] InvalidName),
+
+    /// A record that was to be taken in is not one.
+    #[error("this is no record of a backup: {0}")]
+    InvalidImport(String),
+
+    /// Packing failed, which it does for want of memory only.
+    #[error("compress")]
+    Compress(#[source] io::Error),
+
+    /// A thread of ours went away.
+    #[error("a piece of work was lost")]
+    Lost(#[from] Lost),
+}
+
+impl Error {
+    /// What it means for the job.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Cancelled(_) => Class::Cancelled,
+            Self::Store(error) => error.class(),
+            Self::Volume(error) => error.class(),
+            Self::ReadVolume { source, .. }
+            | Self::WriteVolume { source, .. }
+            | Self::FinishVolume { source } => volume::class(source),
+            Self::NoParent(_) | Self::VolumeResized { .. } | Self::BlockSizeChanged { .. } => {
+                Class::Unsuitable
+            }
+            // Whoever took over ends the job; if that fails as well, a later try here may do it.
+            Self::TakenOver(_) | Self::Lost(_) | Self::Compress(_) => Class::Transient,
+            _ => Class::Permanent,
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Makes, reads back and removes backups, by the one method that it is asked for, or says why not.
+//!
+//! An engine works on one store, with the volumes that jobs name. It must not know messages, the broker or events,
+//! and it never runs a job a second time: that is for `runner`.
+
+mod catalog;
+pub mod chunked;
+mod cpu;
+mod error;
+
+pub use catalog::{Catalog, Listing, describe};
+pub use cpu::Cpu;
+pub use error::Error;
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::error::Problem;
+use crate::job::{
+    BackupId, BackupWork, Context, Counts, Job, JobId, Location, Method, Mode, Parent, Record, RecordState,
+    RestoreWork, Strategy, VolumeId, Work,
+};
+use crate::volume::{FileRoots, FileSource, FileTarget};
+
+use chunked::Chunked;
+
+/// What a method did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Receipt {
+    /// The volume that the backup is of.
+    pub volume_id: Option<VolumeId>,
+    /// The backup that a new one builds on.
+    pub parent_id: Option<BackupId>,
+    /// The volume's size.
+    pub volume_bytes: u64,
+    /// What was moved.
+    pub counts: Counts,
+    /// The digest over the volume's block digests; none of a delete.
+    pub digest: Option<String>,
+}
+
+/// Works on one store.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    catalog: Catalog,
+    chunked: Chunked,
+    file_roots: FileRoots,
+}
+
+impl Engine {
+    /// Puts an engine together.
+    pub fn new(chunked: Chunked, file_roots: FileRoots) -> Self {
+        Self { catalog: Catalog::new(chunked.store()), chunked, file_roots }
+    }
+
+    /// The records of the store.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// Does the job by this method.
+    pub async fn run(&self, ctx: &Context, job: &Job, method: Method) -> Result<Receipt, Error> {
+        let Strategy::Chunked = method.strategy;
+        match &job.work {
+            Work::Backup(work) => self.backup(ctx, job.id, work, method).await,
+            Work::Restore(work) => self.restore(ctx, work).await,
+            Work::Verify(id) => self.read_back(ctx, *id, None).await,
+            Work::Delete(id) => self.delete(ctx, job.id, *id).await,
+        }
+    }
+
+    async fn backup(
+        &self,
+        ctx: &Context,
+        job_id: JobId,
+        work: &BackupWork,
+        method: Method,
+    ) -> Result<Receipt, Error> {
+        let earlier = self.catalog.record(work.backup_id).await?;
+        if let Some(record) = &earlier {
+            match &record.state {
+                // The job was done, and whoever did it died before it could say so.
+                RecordState::Available if record.job_id == Some(job_id) => return Ok(receipt(record)),
+                RecordState::Creating(owner) if *owner == job_id => {}
+                _ => return Err(Error::BackupExists(work.backup_id)),
+            }
+        }
+        let parent = match (method.mode, work.parent) {
+            (Some(Mode::Incremental), Parent::Given(id)) => Some(self.parent(id, work.volume_id).await?),
+            (Some(Mode::Incremental), _) => {
+                let latest = self.catalog.latest(work.volume_id, work.backup_id).await?;
+                Some(latest.ok_or(Error::NoParent(work.volume_id))?)
+            }
+            (Some(Mode::Full) | None, _) => None,
+        };
+        let source = match &work.source {
+            Location::File(path) => {
+                let (path, roots) = (path.clone(), self.file_roots.clone());
+                Arc::new(blocking(move || FileSource::open(&path, &roots)).await??)
+            }
+            location @ Location::Rbd(_) => {
+                return Err(Error::UnsupportedVolume { location: location.to_string() });
+            }
+        };
+
+        let mut record = self.chunked.begin(job_id, work, parent.as_ref(), source.as_ref(), method)?;
+        match earlier {
+            // Objects of an attempt that died; its names are not ours, so that it can do no harm if it still lives.
+            Some(earlier) => {
+                record.created_at =
+                    record.created_at.max(earlier.created_at + jiff::SignedDuration::from_secs(1));
+                self.chunked.name(&mut record);
+                self.catalog.save(&record).await?;
+                self.chunked.remove(&earlier, &Context::default()).await?;
+            }
+            None => self.catalog.create(&record).await?,
+        }
+
+        let volume_meta = work.volume_meta.as_deref();
+        let unfinished = self.chunked.backup(ctx, &mut record, volume_meta, parent.as_ref(), source).await?;
+        let current = self.catalog.record(work.backup_id).await?;
+        if current.is_none_or(|current| current.service_metadata != record.service_metadata) {
+            return Err(Error::TakenOver(work.backup_id));
+        }
+        unfinished.finish().await?;
+        record.state = RecordState::Available;
+        self.catalog.save(&record).await?;
+        Ok(receipt(&record))
+    }
+
+    async fn parent(&self, id: BackupId, volume_id: VolumeId) -> Result<Record, Error> {
+        let parent = self.catalog.record(id).await?.ok_or(Error::UnknownParent(id))?;
+        if parent.volume_id != volume_id {
+            let parent_volume_id = parent.volume_id;
+            return Err(Error::ParentOfAnotherVolume { parent_id: id, parent_volume_id, volume_id });
+        }
+        match &parent.state {
+            RecordState::Available => Ok(parent),
+            state => Err(Error::ParentNotAvailable { parent_id: id, state: describe(state) }),
+        }
+    }
+
+    async fn restore(&self, ctx: &Context, work: &RestoreWork) -> Result<Receipt, Error> {
+        let record = self.catalog.available(work.backup_id).await?;
+        let target = match &work.target {
+            Location::File(path) => {
+                let (path, roots) = (path.clone(), self.file_roots.clone());
+                Arc::new(blocking(move || FileTarget::open(&path, record.volume_bytes, &roots)).await??)
+            }
+            location @ Location::Rbd(_) => {
+                return Err(Error::UnsupportedVolume { location: location.to_string() });
+            }
+        };
+        self.read_back(ctx, work.backup_id, Some(target)).await
+    }
+
+    async fn read_back(
+        &self,
+        ctx: &Context,
+        id: BackupId,
+        target: Option<Arc<FileTarget>>,
+    ) -> Result<Receipt, Error> {
+        let chain = self.catalog.chain(id).await?;
+        let digest = self.chunked.read_back(ctx, &chain, target).await?;
+        Ok(Receipt {
+            volume_id: Some(chain[0].volume_id),
+            parent_id: chain[0].parent_id,
+            volume_bytes: chain[0].volume_bytes,
+            counts: ctx.progress.read().counts,
+            digest: Some(digest),
+        })
+    }
+
+    /// Removes the data of a backup. Its record goes with [`Catalog::conclude`].
+    async fn delete(&self, ctx: &Context, job_id: JobId, id: BackupId) -> Result<Receipt, Error> {
+        let mut record = self.catalog.record(id).await?.ok_or(Error::UnknownBackup(id))?;
+        match &record.state {
+            RecordState::Creating(_) => {
+                return Err(Error::NotAvailable { backup_id: id, state: describe(&record.state) });
+            }
+            RecordState::Available | RecordState::Error(_) | RecordState::Deleting(_) => {}
+        }
+        let children = self.catalog.children(id).await?;
+        if !children.is_empty() {
+            let children: Vec<String> = children.iter().map(ToString::to_string).collect();
+            return Err(Error::HasChildren { backup_id: id, children: children.join(", ") });
+        }
+        record.state = RecordState::Deleting(job_id);
+        self.catalog.save(&record).await?;
+        self.chunked.remove(&record, ctx).await?;
+        Ok(Receipt {
+            volume_id: Some(record.volume_id),
+            parent_id: record.parent_id,
+            volume_bytes: record.volume_bytes,
+            counts: ctx.progress.read().counts,
+            digest: None,
+        })
+    }
+
+    /// Removes what a backup that came to nothing left behind. With a problem, its record stays and tells it; without
+    /// one, because the job was cancelled, nothing stays.
+    pub async fn abandon(&self, job: &Job, problem: Option<&Problem>) -> Result<(), Error> {
+        let Work::Backup(work) = &job.work else { return Ok(()) };
+        let Some(mut record) = self.catalog.record(work.backup_id).await? else { return Ok(()) };
+        if record.state != RecordState::Creating(job.id) {
+            return Ok(());
+        }
+        self.chunked.remove(&record, &Context::default()).await?;
+        match problem {
+            Some(problem) => {
+                record.state = RecordState::Error(problem.clone());
+                self.catalog.save(&record).await
+            }
+            None => self.catalog.remove(work.backup_id).await,
+        }
+    }
+
+    /// Takes in a backup that Cinder exported, whose objects lie in this store. All of the backup is looked at, none
+    /// of its data: `verify` does that.
+    pub async fn import(&self, mut record: Record) -> Result<Record, Error> {
+        let parent = match record.parent_id {
+            Some(id) => Some(self.parent(id, record.volume_id).await?),
+            None => None,
+        };
+        record.created_at = record.created_at.min(Timestamp::now());
+        let end = self.chunked.inspect(&record).await?;
+        record.volume_bytes = parent.map_or(end, |parent| parent.volume_bytes);
+        record.state = RecordState::Available;
+        self.catalog.create(&record).await?;
+        Ok(record)
+    }
+}
+
+fn receipt(record: &Record) -> Receipt {
+    Receipt {
+        volume_id: Some(record.volume_id),
+        parent_id: record.parent_id,
+        volume_bytes: record.volume_bytes,
+        counts: record.counts,
+        digest: record.digest.clone(),
+    }
+}
+
+/// Runs `work` where it may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Lost(cpu::Lost))
+}

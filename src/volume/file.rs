@@ -1,0 +1,344 @@
+//! Files and block devices.
+//!
+//! A path comes from a message, so it is followed once, without opening what it leads to; where it led is checked
+//! against the roots, and then exactly that is opened.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{Before, Error, VolumeSource, VolumeTarget};
+
+/// Zeros are written in pieces of this size where they cannot be punched.
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+
+/// The folders below which file volumes may be.
+#[derive(Debug, Clone, Default)]
+pub struct FileRoots {
+    roots: Vec<PathBuf>,
+}
+
+impl FileRoots {
+    /// Takes folders by their absolute paths. One that does not exist (yet) has nothing below it.
+    pub fn new(roots: &[PathBuf]) -> Self {
+        Self { roots: roots.to_vec() }
+    }
+
+    /// Follows `path`, and fails when that leads out of the roots.
+    fn find(&self, path: &Path) -> Result<Place, Error> {
+        // O_PATH opens nothing: no device is touched, no pipe waited for, before we know where it is.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let place =
+            rustix::fs::open(path, flags, Mode::empty()).map_err(|e| io_error("open", path, e.into()))?;
+        let place = Place(place);
+        let real = fs::read_link(place.path()).map_err(|e| io_error("resolve", path, e))?;
+        let inside = |root: &PathBuf| root.canonicalize().is_ok_and(|root| real.starts_with(root));
+        if self.roots.iter().any(inside) {
+            return Ok(place);
+        }
+        let roots: Vec<String> = self.roots.iter().map(|root| root.display().to_string()).collect();
+        let roots = if roots.is_empty() { "which is empty".into() } else { roots.join(", ") };
+        Err(Error::OutsideRoots { path: path.display().to_string(), roots })
+    }
+}
+
+/// What a path led to: held, but not opened for reading or writing.
+#[derive(Debug)]
+struct Place(OwnedFd);
+
+impl Place {
+    /// A path that leads to just this, whatever has become of the names that led here.
+    fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+    }
+
+    fn kind(&self, path: &Path) -> Result<Kind, Error> {
+        let metadata = fs::metadata(self.path()).map_err(|e| io_error("look at", path, e))?;
+        match metadata.file_type() {
+            t if t.is_file() => Ok(Kind::Regular),
+            t if t.is_block_device() => Ok(Kind::Device),
+            _ => Err(Error::NotAVolume { path: path.display().to_string() }),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Regular,
+    Device,
+}
+
+fn io_error(action: &'static str, path: &Path, source: io::Error) -> Error {
+    Error::Io { action, path: path.display().to_string(), source }
+}
+
+/// The size of a file or a block device; both tell it by where their end is.
+fn size(file: &File, path: &Path) -> Result<u64, Error> {
+    rustix::fs::seek(file, SeekFrom::End(0)).map_err(|e| io_error("get the size of", path, e.into()))
+}
+
+/// A file or block device to back up.
+#[derive(Debug)]
+pub struct FileSource {
+    file: File,
+    bytes: u64,
+}
+
+impl FileSource {
+    /// Opens it. Fails when it is not below `roots`, is no volume, or is empty.
+    pub fn open(path: &Path, roots: &FileRoots) -> Result<Self, Error> {
+        let place = roots.find(path)?;
+        place.kind(path)?;
+        let file = File::open(place.path()).map_err(|e| io_error("open", path, e))?;
+        let bytes = size(&file, path)?;
+        if bytes == 0 {
+            return Err(Error::Empty { path: path.display().to_string() });
+        }
+        Ok(Self { file, bytes })
+    }
+}
+
+impl VolumeSource for FileSource {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+        if offset >= end {
+            return Ok(None);
+        }
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            // No data from here on.
+            Err(Errno::NXIO) => return Ok(None),
+            // Not every file system and no block device knows its holes: all may be data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..end)),
+            Err(error) => return Err(error.into()),
+        };
+        if start >= end {
+            return Ok(None);
+        }
+        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
+        Ok(Some(start..hole.min(end)))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+}
+
+/// A file or block device to restore onto.
+///
+/// A file that is not there yet is written under a hidden name beside it, and gets its name when it is whole.
+#[derive(Debug)]
+pub struct FileTarget {
+    file: File,
+    /// The folder, and the name, of a file that was not there before.
+    new: Option<(Place, String)>,
+}
+
+impl FileTarget {
+    /// Opens it to hold `bytes`. Fails, and changes nothing, when it is not below `roots`, is no volume, is mounted,
+    /// or is smaller than that.
+    pub fn open(path: &Path, bytes: u64, roots: &FileRoots) -> Result<Self, Error> {
+        let place = match roots.find(path) {
+            Err(Error::Io { source, .. })
+                if source.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
+            {
+                return Self::create(path, bytes, roots);
+            }
+            place => place?,
+        };
+        let mut options = File::options();
+        options.write(true);
+        if place.kind(path)? == Kind::Device {
+            // Exclusive: the kernel refuses a device that is mounted.
+            options.custom_flags(OFlags::EXCL.bits() as i32);
+        }
+        let file = options.open(place.path()).map_err(|source| match source.kind() {
+            ErrorKind::ResourceBusy => Error::InUse { path: path.display().to_string() },
+            _ => io_error("open", path, source),
+        })?;
+        let target_bytes = size(&file, path)?;
+        if target_bytes < bytes {
+            let path = path.display().to_string();
+            return Err(Error::TooSmall { path, target_bytes, backup_bytes: bytes });
+        }
+        Ok(Self { file, new: None })
+    }
+
+    fn create(path: &Path, bytes: u64, roots: &FileRoots) -> Result<Self, Error> {
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
+        else {
+            return Err(Error::NotAVolume { path: path.display().to_string() });
+        };
+        let folder = roots.find(folder)?;
+        // One that is there is left of a restore that was killed; it is written anew.
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+            .open(folder.path().join(partial(name)))
+            .map_err(|e| io_error("create", path, e))?;
+        let target = Self { file, new: Some((folder, name.into())) };
+        target.file.set_len(bytes).map_err(|e| io_error("create", path, e))?;
+        Ok(target)
+    }
+}
+
+/// The name of a new file until it is whole.
+fn partial(name: &str) -> String {
+    format!(".{name}.backhaul-partial")
+}
+
+impl VolumeTarget for FileTarget {
+    fn before(&self) -> Before {
+        if self.new.is_some() { Before::Zeros } else { Before::Anything }
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn zero(&self, range: Range<u64>) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start) {
+            Ok(()) => return Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut offset = range.start;
+        while offset < range.end {
+            let length = (range.end - offset).min(ZEROS.len() as u64);
+            self.file.write_all_at(&ZEROS[..length as usize], offset)?;
+            offset += length;
+        }
+        Ok(())
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        self.file.sync_all()?;
+        let Some((folder, name)) = &self.new else { return Ok(()) };
+        // A link, because unlike a rename it fails when the name was taken meanwhile.
+        rustix::fs::linkat(&folder.0, partial(name), &folder.0, name, AtFlags::empty())?;
+        rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty())?;
+        File::open(folder.path())?.sync_all()
+    }
+}
+
+impl Drop for FileTarget {
+    fn drop(&mut self) {
+        if let Some((folder, name)) = &self.new {
+            // It is gone already when the restore succeeded.
+            rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty()).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn rooted() -> (tempfile::TempDir, PathBuf, FileRoots) {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        fs::create_dir(&root).unwrap();
+        fs::write(folder.path().join("outside"), b"secret").unwrap();
+        fs::write(root.join("inside"), b"volume").unwrap();
+        let roots = FileRoots::new(std::slice::from_ref(&root));
+        (folder, root, roots)
+    }
+
+    #[test]
+    fn a_source_outside_the_roots_is_refused_however_the_path_leads_there() {
+        let (folder, root, roots) = rooted();
+        symlink(folder.path().join("outside"), root.join("link")).unwrap();
+        symlink(folder.path(), root.join("folder-link")).unwrap();
+
+        for path in [
+            folder.path().join("outside"),
+            root.join("../outside"),
+            root.join("link"),
+            root.join("folder-link/outside"),
+        ] {
+            let error = FileSource::open(&path, &roots).unwrap_err();
+            assert!(matches!(error, Error::OutsideRoots { .. }), "{path:?}: {error}");
+            let error = FileTarget::open(&path, 1, &roots).unwrap_err();
+            assert!(matches!(error, Error::OutsideRoots { .. }), "{path:?}: {error}");
+        }
+        let error = FileTarget::open(&root.join("folder-link/new"), 1, &roots).unwrap_err();
+        assert!(matches!(error, Error::OutsideRoots { .. }), "{error}");
+        assert_eq!(FileSource::open(&root.join("inside"), &roots).unwrap().bytes(), 6);
+    }
+
+    #[test]
+    fn what_is_no_volume_is_refused() {
+        let (_folder, root, roots) = rooted();
+        fs::write(root.join("empty"), b"").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, Mode::RWXU, 0)
+            .unwrap();
+
+        assert!(matches!(FileSource::open(&root.join("empty"), &roots), Err(Error::Empty { .. })));
+        assert!(matches!(FileSource::open(&root, &roots), Err(Error::NotAVolume { .. })));
+        assert!(matches!(FileSource::open(&root.join("pipe"), &roots), Err(Error::NotAVolume { .. })));
+        assert!(matches!(FileSource::open(&root.join("missing"), &roots), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn a_new_target_appears_only_when_it_is_finished() {
+        let (_folder, root, roots) = rooted();
+        let names = || {
+            let mut names: Vec<_> = fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+
+        let target = FileTarget::open(&root.join("new"), 1 << 20, &roots).unwrap();
+        target.write_at(b"x", 5).unwrap();
+        assert_eq!(target.before(), Before::Zeros);
+        drop(target);
+        assert_eq!(names(), ["inside"]);
+
+        let target = FileTarget::open(&root.join("new"), 1 << 20, &roots).unwrap();
+        target.write_at(b"x", 5).unwrap();
+        target.finish().unwrap();
+        drop(target);
+        assert_eq!(names(), ["inside", "new"]);
+        assert_eq!(fs::read(root.join("new")).unwrap()[..7], *b"\0\0\0\0\0x\0");
+    }
+
+    #[test]
+    fn a_target_that_is_too_small_is_refused_and_left_as_it_was() {
+        let (_folder, root, roots) = rooted();
+
+        let error = FileTarget::open(&root.join("inside"), 7, &roots).unwrap_err();
+
+        assert!(matches!(error, Error::TooSmall { target_bytes: 6, backup_bytes: 7, .. }), "{error}");
+        assert_eq!(fs::read(root.join("inside")).unwrap(), b"volume");
+    }
+
+    #[test]
+    fn zeroing_an_old_target_clears_just_the_range() {
+        let (_folder, root, roots) = rooted();
+        fs::write(root.join("old"), vec![7; 300_000]).unwrap();
+
+        let target = FileTarget::open(&root.join("old"), 200_000, &roots).unwrap();
+        target.zero(10_000..150_000).unwrap();
+        target.finish().unwrap();
+
+        let bytes = fs::read(root.join("old")).unwrap();
+        assert_eq!(bytes.len(), 300_000);
+        for (offset, byte) in bytes.into_iter().enumerate() {
+            assert_eq!(byte == 0, (10_000..150_000).contains(&offset), "{offset}");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Both ends of a copy: where a volume's bytes are read, and where they go.
+//!
+//! Everything here blocks; it must not know jobs, stores or what is done with the bytes.
+
+mod file;
+
+pub use file::{FileRoots, FileSource, FileTarget};
+
+use std::io;
+use std::ops::Range;
+
+use crate::error::Class;
+
+/// A volume to read.
+pub trait VolumeSource: Send + Sync {
+    /// Its size; never 0.
+    fn bytes(&self) -> u64;
+
+    /// The first range at or behind `offset` that may hold data, up to `end`; what lies before it is a hole and reads
+    /// as zeros. None when all of it is.
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// Fills `buffer` with the bytes from `offset` on; fails with `UnexpectedEof` when the volume ends before.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
+/// A volume to write. May be written from several threads at once, each its own ranges.
+pub trait VolumeTarget: Send + Sync {
+    /// What the target held before.
+    fn before(&self) -> Before;
+
+    /// Writes `bytes` from `offset` on.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes the range read as zeros, without taking space for them where the target can do so.
+    fn zero(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Makes all that was written durable, and visible under the target's name. Nothing may follow.
+    fn finish(&self) -> io::Result<()>;
+}
+
+/// What a target held before it was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Before {
+    /// Zeros all over: ranges of zeros need not be touched.
+    Zeros,
+    /// Anything.
+    Anything,
+}
+
+/// Why a volume cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The path leads, perhaps through a link, out of where volumes may be.
+    #[error(
+        "{path} is not below one of worker.file_roots ({roots}): move it there, or add its folder to that setting"
+    )]
+    OutsideRoots {
+        /// The path as it was asked for.
+        path: String,
+        /// Where volumes may be.
+        roots: String,
+    },
+    /// It is neither a file nor a block device.
+    #[error("{path} is neither a regular file nor a block device")]
+    NotAVolume {
+        /// The path as it was asked for.
+        path: String,
+    },
+    /// There is nothing in it.
+    #[error("{path} is empty: there is nothing to back up")]
+    Empty {
+        /// The path as it was asked for.
+        path: String,
+    },
+    /// The backup does not fit.
+    #[error(
+        "{path} has {target_bytes} bytes and is smaller than the backup, which has {backup_bytes}: give a target of at \
+         least that size, or the path of a file that does not exist yet"
+    )]
+    TooSmall {
+        /// The path as it was asked for.
+        path: String,
+        /// The target's size.
+        target_bytes: u64,
+        /// The backed up volume's size.
+        backup_bytes: u64,
+    },
+    /// A block device that is mounted, or otherwise taken.
+    #[error("{path} is in use: unmount or detach it before restoring onto it")]
+    InUse {
+        /// The path as it was asked for.
+        path: String,
+    },
+    /// The operating system said no.
+    #[error("{action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The path as it was asked for.
+        path: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// What it means for the job.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Io { source, .. } => class(source),
+            _ => Class::Permanent,
+        }
+    }
+}
+
+/// What an error of a volume's reads and writes means for the job.
+pub fn class(error: &io::Error) -> Class {
+    use io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::Interrupted | Kind::TimedOut | Kind::StaleNetworkFileHandle | Kind::ResourceBusy => {
+            Class::Transient
+        }
+        _ => Class::Permanent,
+    }
+}
