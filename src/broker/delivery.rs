@@ -1,0 +1,125 @@
+//! A message that was handed to us, and the ways to settle it.
+
+use bytes::Bytes;
+use lapin::options::{BasicAckOptions, BasicRejectOptions};
+use lapin::types::ShortString;
+use lapin::{BasicProperties, Channel};
+use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
+
+use super::connection::Link;
+use super::publisher::{self, Routed};
+use super::{Error, Properties, message};
+
+/// A message that is ours until we settle it. Dropped unsettled, it goes back to its queue.
+pub struct Delivery {
+    /// The body.
+    pub body: Bytes,
+    /// What came with it.
+    pub properties: Properties,
+    /// Somebody, perhaps we, was handed this message before and did not settle it.
+    pub redelivered: bool,
+    /// The body is larger than `message_bytes_max`.
+    pub oversize: bool,
+    raw: BasicProperties,
+    exchange: ShortString,
+    routing_key: ShortString,
+    acker: lapin::Acker,
+    channel: Channel,
+    link: Link,
+    lost: CancellationToken,
+    /// Tells the slot that it may go on.
+    _held: DropGuard,
+}
+
+impl Delivery {
+    pub(super) fn new(
+        delivery: lapin::message::Delivery,
+        channel: Channel,
+        link: Link,
+        lost: CancellationToken,
+        held: DropGuard,
+    ) -> Self {
+        Self {
+            oversize: delivery.data.len() > link.settings.message_bytes_max,
+            body: delivery.data.into(),
+            properties: message::read(&delivery.properties),
+            redelivered: delivery.redelivered,
+            raw: delivery.properties,
+            exchange: delivery.exchange,
+            routing_key: delivery.routing_key,
+            acker: delivery.acker,
+            channel,
+            link,
+            lost,
+            _held: held,
+        }
+    }
+
+    /// Resolves when the channel of this delivery is gone: whatever we do, the broker hands the message out again.
+    pub fn lost(&self) -> WaitForCancellationFutureOwned {
+        self.lost.clone().cancelled_owned()
+    }
+
+    /// Says that all is done. The broker does not answer; if this gets lost, the message comes again.
+    pub async fn ack(self) -> Result<(), Error> {
+        match self.acker.ack(BasicAckOptions::default()).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(Error::DeliveryLost),
+        }
+    }
+
+    /// Gives the message back at once, for anybody.
+    pub async fn requeue(self) -> Result<(), Error> {
+        match self.acker.reject(BasicRejectOptions { requeue: true }).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(Error::DeliveryLost),
+        }
+    }
+
+    /// Puts the message off for `retry_delay_seconds`, with its attempt counted: a copy of it goes to the delay
+    /// queue, and once the broker has that safely, the message itself is gone.
+    pub async fn retry_later(self) -> Result<(), Error> {
+        let properties = message::next_attempt(&self.raw);
+        let delay = self.link.topology.delay.clone();
+        self.move_to(ShortString::default(), delay, properties).await
+    }
+
+    /// Gives the message up, for a human to look at: a copy that says why goes to the dead-letter exchange, and
+    /// once the broker has that safely, the message itself is gone.
+    pub async fn dead_letter(self, reason: &str) -> Result<(), Error> {
+        let properties = message::dead(&self.raw, reason, self.exchange.as_str(), self.routing_key.as_str());
+        let dead = self.link.topology.dead.clone();
+        let routing_key = self.routing_key.clone();
+        self.move_to(dead, routing_key, properties).await
+    }
+
+    async fn move_to(
+        self,
+        exchange: ShortString,
+        routing_key: ShortString,
+        properties: BasicProperties,
+    ) -> Result<(), Error> {
+        if !self.acker.usable() {
+            return Err(Error::DeliveryLost);
+        }
+        // On the delivery's own channel: if that goes, so does our right to the message, and there is no copy to make.
+        let copy = publisher::publish_on(&self.channel, &exchange, &routing_key, &self.body, properties);
+        let destination = || publisher::destination(&exchange, &routing_key);
+        match self.link.bounded(|| format!("move a message to {}", destination()), copy).await {
+            Ok(Routed::Queued) => self.ack().await,
+            Ok(Routed::Nowhere) => Err(Error::NoRoute { destination: destination() }),
+            Err(Error::Lost { .. }) => Err(Error::DeliveryLost),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl std::fmt::Debug for Delivery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Delivery")
+            .field("body_bytes", &self.body.len())
+            .field("properties", &self.properties)
+            .field("redelivered", &self.redelivered)
+            .finish_non_exhaustive()
+    }
+}

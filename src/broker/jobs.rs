@@ -1,0 +1,185 @@
+//! Jobs in: each slot has a channel of its own and one delivery at a time.
+//!
+//! A slot per running job means that a channel which the broker closes, say because a job ran for longer than the
+//! broker's patience, takes nothing with it but that one delivery.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Consumer};
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::connection::{Link, Live};
+use super::topology::open_channel;
+use super::{Delivery, Error};
+use crate::error::{Causes, Class};
+
+/// How long a slot waits before it opens a channel again.
+const REOPEN_PAUSE: Duration = Duration::from_millis(500);
+/// How long it waits when the broker refuses what we need.
+const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+/// How often a slot that consumes no more looks whether its channel is still there.
+const DRAIN_LOOK: Duration = Duration::from_millis(500);
+
+/// The jobs that the broker hands to this worker.
+pub struct Jobs {
+    deliveries: mpsc::Receiver<Delivery>,
+    stopping: CancellationToken,
+}
+
+impl Jobs {
+    pub(super) fn start(link: &Link, slot_count: usize) -> Self {
+        let (sender, deliveries) = mpsc::channel(slot_count.max(1));
+        let stopping = CancellationToken::new();
+        for _ in 0..slot_count {
+            let slot = Slot { link: link.clone(), sender: sender.clone(), stopping: stopping.clone() };
+            link.tasks.spawn(slot.run());
+        }
+        Self { deliveries, stopping }
+    }
+
+    /// Waits for the next job, over reconnects. None after `stop` and after the broker was closed.
+    pub async fn next(&mut self) -> Option<Delivery> {
+        self.deliveries.recv().await
+    }
+
+    /// Takes no more jobs. Those that were handed out can still be settled; those that were not go back.
+    pub fn stop(&mut self) {
+        self.stopping.cancel();
+        self.deliveries.close();
+        while self.deliveries.try_recv().is_ok() {}
+    }
+}
+
+impl Drop for Jobs {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+struct Slot {
+    link: Link,
+    sender: mpsc::Sender<Delivery>,
+    stopping: CancellationToken,
+}
+
+impl Slot {
+    async fn run(self) {
+        loop {
+            let live = tokio::select! {
+                () = self.stopping.cancelled() => return,
+                live = self.link.live() => live,
+            };
+            let Ok(live) = live else { return };
+            let pause = match self.consume(&live).await {
+                Err(error) if error.class() == Class::Permanent => self.redeclare(&live, &error).await,
+                // The end of the connection is told by the supervisor, that of a channel by `Delivery::lost`.
+                _ => REOPEN_PAUSE,
+            };
+            drop(live);
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = self.link.closing.cancelled() => return,
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Declares everything again, for somebody may have deleted the queue. Says how long to wait then.
+    async fn redeclare(&self, live: &Live, error: &Error) -> Duration {
+        warn!(error = %Causes(error), "job queue not consumed, trying again");
+        match self.link.topology.declare(&live.connection).await {
+            Ok(()) => REOPEN_PAUSE,
+            Err(error) => {
+                warn!(error = %Causes(&error), "topology not declared, trying again");
+                REFUSED_PAUSE
+            }
+        }
+    }
+
+    /// Consumes until the channel ends or we are to stop; then the channel is closed, and the broker has back what
+    /// was not settled.
+    async fn consume(&self, live: &Live) -> Result<(), Error> {
+        let (channel, mut consumer) = self.open(live).await?;
+        loop {
+            let next = tokio::select! {
+                () = self.stopping.cancelled() => return Ok(()),
+                () = self.link.closing.cancelled() => return Ok(()),
+                next = consumer.next() => next,
+            };
+            let Some(Ok(delivery)) = next else {
+                return Ok(());
+            };
+            if !self.hand_out(delivery, &channel, &mut consumer).await {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn open(&self, live: &Live) -> Result<(Channel, Consumer), Error> {
+        let channel = open_channel(&live.connection).await?;
+        let queue = self.link.topology.jobs.clone();
+        let consume = async {
+            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+            channel.basic_consume(queue.clone(), "".into(), options, arguments).await
+        };
+        let consumer =
+            consume.await.map_err(|error| Error::doing(format!("consume queue {queue}"), &error))?;
+        Ok((channel, consumer))
+    }
+
+    /// Hands the delivery out and waits for its end. False if the channel is of no more use.
+    async fn hand_out(
+        &self,
+        delivery: lapin::message::Delivery,
+        channel: &Channel,
+        consumer: &mut Consumer,
+    ) -> bool {
+        let (lost, settled) = (CancellationToken::new(), CancellationToken::new());
+        let acker = delivery.acker.clone();
+        let handed = Delivery::new(
+            delivery,
+            channel.clone(),
+            self.link.clone(),
+            lost.clone(),
+            settled.clone().drop_guard(),
+        );
+        // Each slot has one delivery at most and the queue has room for all slots, so this never waits.
+        let _ = self.sender.send(handed).await;
+        let usable = tokio::select! {
+            () = settled.cancelled() => true,
+            () = self.stopping.cancelled() => {
+                self.drain(channel, consumer, &settled).await;
+                false
+            }
+            () = self.link.closing.cancelled() => false,
+            // With a prefetch of one, nothing but its end comes from the consumer.
+            _ = consumer.next() => false,
+        };
+        if !settled.is_cancelled() {
+            lost.cancel();
+        }
+        if acker.usable() {
+            let _ = acker.reject(BasicRejectOptions { requeue: true }).await;
+        }
+        usable
+    }
+
+    /// Stops consuming and waits until the last delivery is settled or lost.
+    async fn drain(&self, channel: &Channel, consumer: &Consumer, settled: &CancellationToken) {
+        let _ = channel.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await;
+        while channel.status().connected() {
+            tokio::select! {
+                () = settled.cancelled() => return,
+                () = self.link.closing.cancelled() => return,
+                () = sleep(DRAIN_LOOK) => {}
+            }
+        }
+    }
+}
