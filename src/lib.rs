@@ -6,5 +6,6 @@ pub mod broker;
 pub mod engine;
 pub mod error;
 pub mod job;
+pub mod message;
 pub mod store;
 pub mod volume;

@@ -1,0 +1,14 @@
+//! Turns bytes into commands, and what happened into bytes: the only room that knows the wire.
+//!
+//! It knows JSON and the schemas, and nothing of where the bytes come from or go to: no AMQP client, no engine, no
+//! store. What is allowed on this worker (which files, which pools) is not decided here either.
+
+mod json;
+mod native;
+mod rejection;
+
+pub use native::{
+    COMMAND_BYTES_MAX, COMMAND_CONTENT_TYPE, EVENT_CONTENT_TYPE, EventError, REJECTED_ROUTING_KEY, Received,
+    encode_command, encode_event, encode_rejected, event_id, parse_command, parse_event, routing_key,
+};
+pub use rejection::{Reason, Rejection};

@@ -1,0 +1,13 @@
+//! Our own messages: commands in JSON, events as CloudEvents in structured JSON.
+//!
+//! `docs/messages.md` describes them for those who write and read them, `schemas/` exactly.
+
+mod command;
+mod event;
+mod schema;
+
+pub use command::{COMMAND_BYTES_MAX, COMMAND_CONTENT_TYPE, encode_command, parse_command};
+pub use event::{
+    EVENT_CONTENT_TYPE, EventError, REJECTED_ROUTING_KEY, Received, encode_event, encode_rejected, event_id,
+    parse_event, routing_key,
+};
