@@ -2,6 +2,7 @@
 //!
 //! `ARCHITECTURE.md` has the plan of the house: each module here is one of its rooms.
 
+pub mod cli;
 pub mod config;
 pub mod error;
 pub mod job;
