@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use backhaul::config::{Compression, Config, Queue, Store, StoreKind};
+use backhaul::config::{Compression, Config, Queue, SETTINGS, Store, StoreKind};
 use backhaul::error::Causes;
 use rstest::rstest;
 
@@ -225,4 +225,77 @@ fn a_password_is_not_shown() {
 fn store_path(store: &Store) -> &Path {
     let StoreKind::Posix { path, .. } = &store.kind;
     path
+}
+
+/// The rows of the tables in the documents: setting, environment and default.
+fn documented() -> Vec<[String; 3]> {
+    let rows = include_str!("../docs/configuration.md").lines().filter(|line| line.starts_with("| `"));
+    let rows = rows.map(|row| {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        [cells[1].replace('`', ""), cells[2].replace('`', ""), cells[4].to_owned()]
+    });
+    rows.collect()
+}
+
+#[test]
+fn every_setting_is_documented_with_its_variable() {
+    let documented = documented();
+    let names: Vec<&str> = documented.iter().map(|[setting, ..]| setting.as_str()).collect();
+    assert_eq!(names, SETTINGS);
+    for [setting, variable, _] in &documented {
+        assert_eq!(*variable, format!("BACKHAUL_{}", setting.to_uppercase().replace('.', "__")));
+    }
+}
+
+#[test]
+fn every_setting_is_listed_and_every_listed_one_exists() {
+    for setting in SETTINGS {
+        let (section, key) = setting.rsplit_once('.').unwrap();
+        let error = TempConfig::of(&format!("[{section}]\n{key}.x = 1\n")).load(&[]).unwrap_err();
+        assert!(error.starts_with(setting) && error.contains("found a section; write "), "{error}");
+
+        let error = TempConfig::of(&format!("[{section}]\nqqq = 1\n")).load(&[]).unwrap_err();
+        let (_, known) = error.split_once("known here are ").unwrap();
+        let listed = |key: &str| SETTINGS.iter().any(|s| s.starts_with(&format!("{section}.{key}")));
+        assert!(known.split(", ").all(listed), "{error}");
+    }
+}
+
+#[test]
+fn the_documented_defaults_are_the_defaults() {
+    let required =
+        "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\nceph.NAME = {}\n";
+    let mut explicit = required.replace("ceph.NAME = {}\n", "");
+    for [setting, _, default] in documented() {
+        if let Some(value) = default.strip_prefix('`').and_then(|text| text.strip_suffix('`')) {
+            explicit += &format!("{setting} = {value}\n");
+        }
+    }
+    assert!(explicit.lines().count() > 15, "{explicit}");
+    let (implicit, explicit) = (TempConfig::of(required), TempConfig::of(&explicit));
+
+    let explicit = Config { file: None, ..explicit.load(&[]).unwrap() };
+    assert_eq!(explicit, Config { file: None, ..implicit.load(&[]).unwrap() });
+}
+
+#[test]
+fn the_example_loads_also_with_all_that_is_commented_out() {
+    let example = include_str!("../dev/backhaul.example.toml");
+    let config = TempConfig::of(example).load(&[]).unwrap();
+    assert_eq!(config.store(None).unwrap().0.as_str(), "local");
+
+    let is_setting = |line: &str| {
+        line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '))
+    };
+    let mut settings = 0;
+    let all: String = example
+        .lines()
+        .map(|line| match line.strip_prefix("# ").filter(|line| is_setting(line)) {
+            Some(line) => format!("{line}\n"),
+            None => format!("{line}\n"),
+        })
+        .inspect(|line| settings += usize::from(line.contains(" = ")))
+        .collect();
+    assert_eq!(settings, SETTINGS.len());
+    TempConfig::of(&all.replace("amqp://", "amqps://")).load(&[]).unwrap();
 }

@@ -163,7 +163,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   backhaul record import record.json
-  cinder --os-volume-api-version 3 backup-export BACKUP | … | backhaul record import -")]
+  backhaul record import - --store archive")]
     Import {
         /// A file with {"backup_service": …, "backup_url": …}, or - for standard input.
         record: PathBuf,
@@ -390,5 +390,141 @@ fn log_filter(text: &str) -> Result<String, String> {
     match EnvFilter::try_new(text) {
         Ok(_) => Ok(text.into()),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Command, CommandFactory};
+    use rstest::rstest;
+
+    use super::*;
+
+    const ID: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(line.split_whitespace())
+    }
+
+    fn job(line: &str) -> Job {
+        match parse(line).unwrap().command {
+            super::Command::Submit(SubmitArgs { job, .. }) | super::Command::Run(job) => job.job().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_arguments_are_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples_and_they_can_be_written() {
+        fn visit(command: &Command) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples: Vec<&str> = help.lines().filter(|line| line.starts_with("  backhaul ")).collect();
+            assert!(
+                !examples.is_empty() || command.has_subcommands(),
+                "{} has no example",
+                command.get_name()
+            );
+            for example in examples {
+                parse(example).unwrap_or_else(|error| panic!("{example}: {error}"));
+            }
+            command.get_subcommands().for_each(visit);
+        }
+        visit(&Args::command());
+    }
+
+    #[test]
+    fn a_backup_job_is_what_was_written() {
+        let line = format!(
+            "backhaul submit --job-id {ID} backup --volume-id {ID} --backup-id {ID} --source rbd:main/p/i@s --parent {ID} \
+             --store local --container a/b --name n --description d --project-id p --wait --json --priority 9"
+        );
+        let work = BackupWork {
+            backup_id: ID.parse().unwrap(),
+            volume_id: ID.parse().unwrap(),
+            source: "rbd:main/p/i@s".parse().unwrap(),
+            parent: Parent::Given(ID.parse().unwrap()),
+            container: Some("a/b".parse().unwrap()),
+            name: Some("n".into()),
+            description: Some("d".into()),
+            project_id: Some("p".into()),
+            volume_meta: None,
+        };
+        let expected =
+            Job { id: ID.parse().unwrap(), store: Some("local".parse().unwrap()), work: Work::Backup(work) };
+        assert_eq!(job(&line), expected);
+        let super::Command::Submit(submit) = parse(&line).unwrap().command else { panic!("no submit") };
+        assert_eq!((submit.wait, submit.job.json, submit.priority), (true, true, Some(9)));
+    }
+
+    #[test]
+    fn the_other_jobs_are_what_was_written() {
+        let id = ID.parse().unwrap();
+        let target = "file:/b".parse().unwrap();
+        let restore = RestoreWork { backup_id: id, target, volume_id: Some(ID.parse().unwrap()) };
+        let line = format!("backhaul run restore --backup-id {ID} --target file:/b --volume-id {ID}");
+        assert_eq!(job(&line).work, Work::Restore(restore));
+        assert_eq!(job(&format!("backhaul run delete --backup-id {ID}")).work, Work::Delete(id));
+        assert_eq!(job(&format!("backhaul submit verify --backup-id {ID}")).work, Work::Verify(id));
+    }
+
+    #[test]
+    fn ids_are_made_where_none_are_given_and_incremental_is_to_the_latest() {
+        let line = format!("backhaul submit backup --volume-id {ID} --source file:/a --incremental");
+        let (one, two) = (job(&line), job(&line));
+        assert_ne!(one.id, two.id);
+        assert_ne!(one.backup_id(), two.backup_id());
+        assert!(matches!(one.work, Work::Backup(BackupWork { parent: Parent::Latest, .. })));
+    }
+
+    #[test]
+    fn a_metadata_file_must_be_json() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("metadata.json");
+        let line = format!(
+            "backhaul run backup --volume-id {ID} --source file:/a --metadata-file {}",
+            file.display()
+        );
+        let meta = || match parse(&line).unwrap().command {
+            super::Command::Run(args) => args.job().map_err(|error| error.to_string()),
+            other => panic!("{other:?}"),
+        };
+        let file = file.display();
+
+        assert_eq!(meta().unwrap_err(), format!("read the metadata file {file}"));
+        std::fs::write(file.to_string(), "{version: 2}").unwrap();
+        assert_eq!(meta().unwrap_err(), format!("the metadata file {file} is not JSON"));
+        std::fs::write(file.to_string(), "{\"version\": 2}\n").unwrap();
+        let Work::Backup(work) = meta().unwrap().work else { panic!("no backup") };
+        assert_eq!(work.volume_meta.as_deref(), Some("{\"version\": 2}\n"));
+    }
+
+    #[rstest]
+    #[case::bad_id("backhaul show 7", "write a UUID")]
+    #[case::no_location("backhaul submit backup --volume-id ID --source /a", "write file:/path or rbd:")]
+    #[case::two_parents(
+        "backhaul run backup --volume-id ID --source file:/a --parent ID --incremental",
+        "cannot be used with"
+    )]
+    #[case::snapshot(
+        "backhaul run restore --backup-id ID --target rbd:p/i@s",
+        "a snapshot cannot be written to"
+    )]
+    #[case::container(
+        "backhaul run backup --volume-id ID --source file:/a --container ../x",
+        "no part may begin with a dot"
+    )]
+    #[case::store("backhaul list --store a/b", "write 1 to 64 of")]
+    #[case::priority("backhaul submit delete --backup-id ID --priority 10", "10 is not in 0..=9")]
+    #[case::wait_here("backhaul run delete --backup-id ID --wait", "unexpected argument '--wait'")]
+    #[case::missing("backhaul submit restore --backup-id ID", "--target <PLACE>")]
+    #[case::log("backhaul check --log a=b=c", "invalid value 'a=b=c' for '--log <FILTER>'")]
+    fn what_makes_no_sense_is_a_usage_error(#[case] line: &str, #[case] expected: &str) {
+        let error = parse(&line.replace("ID", ID)).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(expected), "{error}");
     }
 }

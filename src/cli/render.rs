@@ -67,7 +67,10 @@ pub fn show(record: &Record) -> String {
     line("created", &format!("{} UTC", time(record.created_at)));
     line("size", &format!("{} ({} bytes)", bytes(record.volume_bytes), record.volume_bytes));
     match &record.method {
-        Some(method) => line("made by", &format!("{method}{}", job_of(record))),
+        Some(method) => {
+            let job = record.job_id.map_or(String::new(), |id| format!(", job {id}"));
+            line("made by", &format!("{method}{job}"));
+        }
         None => line("made by", "Cinder"),
     }
     let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
@@ -208,10 +211,6 @@ fn kind(record: &Record) -> &'static str {
     if record.parent_id.is_some() { "incremental" } else { "full" }
 }
 
-fn job_of(record: &Record) -> String {
-    record.job_id.map_or(String::new(), |id| format!(", job {id}"))
-}
-
 fn objects(count: u64) -> String {
     if count == 1 { "1 object".into() } else { format!("{count} objects") }
 }
@@ -226,4 +225,183 @@ fn time(timestamp: Timestamp) -> String {
 
 fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Class;
+    use crate::job::{Account, Method, Mode, Strategy};
+
+    const BACKUP: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";
+    const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
+    const JOB: &str = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    const FULL: Method = Method { strategy: Strategy::Chunked, mode: Some(Mode::Full) };
+
+    fn record() -> Record {
+        Record {
+            backup_id: BACKUP.parse().unwrap(),
+            volume_id: VOLUME.parse().unwrap(),
+            state: RecordState::Available,
+            parent_id: None,
+            job_id: Some(JOB.parse().unwrap()),
+            service: "cinder.backup.drivers.posix.PosixBackupDriver".into(),
+            service_metadata: "volume_3f2b_20260102140322_backup_8c1d".into(),
+            container: "8c/1d/8c1d".parse().unwrap(),
+            name: Some("monday \u{1b}[31m".into()),
+            description: None,
+            project_id: None,
+            created_at: "2026-01-02T14:03:22.5Z".parse().unwrap(),
+            volume_bytes: 1 << 30,
+            method: Some(FULL),
+            counts: counts(),
+            digest: None,
+            object_digests: Vec::new(),
+            cinder_fields: serde_json::Map::new(),
+        }
+    }
+
+    fn counts() -> Counts {
+        Counts {
+            bytes_read: 768 << 20,
+            bytes_zero: 1 << 20,
+            bytes_hole: 256 << 20,
+            bytes_stored: 300 << 20,
+            object_count: 21,
+            ..Counts::default()
+        }
+    }
+
+    fn ended(operation: Operation, outcome: Outcome) -> Completion {
+        let account = Account {
+            method: Some(FULL),
+            attempt_count: 2,
+            counts: counts(),
+            seconds: 12.34,
+            ..Account::default()
+        };
+        Completion {
+            job_id: JOB.parse().unwrap(),
+            operation,
+            backup_id: BACKUP.parse().unwrap(),
+            volume_id: None,
+            store: None,
+            outcome,
+            account,
+        }
+    }
+
+    fn a_problem() -> Problem {
+        Problem {
+            class: Class::Permanent,
+            message: "open the source".into(),
+            causes: vec!["no\nsuch file".into(), "gone".into()],
+        }
+    }
+
+    #[test]
+    fn a_table_has_a_line_a_backup_in_columns() {
+        let mut incremental = record();
+        incremental.parent_id = Some(BACKUP.parse().unwrap());
+        incremental.state = RecordState::Creating(JOB.parse().unwrap());
+        incremental.volume_bytes = 1;
+
+        let blank = " ".repeat(30);
+        let expected = format!(
+            "BACKUP{blank}  VOLUME{blank}  STATE      KIND         PARENT{blank}      SIZE      STORED  CREATED (UTC)\n\
+             {BACKUP}  {VOLUME}  available  full         -{blank}       1.00 GiB  300.00 MiB  2026-01-02 14:03:22\n\
+             {BACKUP}  {VOLUME}  creating   incremental  {BACKUP}       1 B  300.00 MiB  2026-01-02 14:03:22\n",
+        );
+        assert_eq!(table(&[record(), incremental]), expected);
+    }
+
+    #[test]
+    fn a_record_is_shown_line_by_line_without_control_characters() {
+        let text = show(&record());
+        for line in [
+            "state             available",
+            "kind              full",
+            "name              monday  [31m",
+            "created           2026-01-02 14:03:22 UTC",
+            "size              1.00 GiB (1073741824 bytes)",
+            "made by           chunked full, job 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3",
+            "skipped           256.00 MiB holes",
+            "stored            300.00 MiB in 21 objects",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
+        }
+        assert!(!text.contains('\u{1b}'));
+    }
+
+    #[test]
+    fn the_end_of_a_job_is_one_line() {
+        let succeeded = |operation| completion(&ended(operation, Outcome::Succeeded));
+        assert_eq!(
+            succeeded(Operation::Backup),
+            "succeeded in 12.3 s by chunked full: read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB in 21 objects"
+        );
+        assert!(
+            succeeded(Operation::Restore)
+                .ends_with("read 300.00 MiB in 21 objects, skipped 257.00 MiB, wrote 0 B")
+        );
+        assert!(
+            succeeded(Operation::Verify).ends_with("checked 768.00 MiB, stored as 300.00 MiB in 21 objects")
+        );
+        assert!(succeeded(Operation::Delete).ends_with("freed 300.00 MiB in 21 objects"));
+        assert_eq!(
+            completion(&ended(Operation::Backup, Outcome::Failed(a_problem()))),
+            "failed after 12.3 s and 2 attempts: open the source: no such file: gone"
+        );
+        assert_eq!(completion(&ended(Operation::Backup, Outcome::Cancelled)), "cancelled after 12.3 s");
+    }
+
+    #[test]
+    fn an_event_is_one_line_with_its_ids() {
+        let reading = Reading { bytes_total: 1 << 30, bytes_done: 1 << 29, counts: counts() };
+        let cases = [
+            (Happening::Accepted, "accepted"),
+            (Happening::Started { method: FULL, attempt: 2 }, "started: chunked full, attempt 2"),
+            (
+                Happening::Progress(reading),
+                "50 % of 1.00 GiB done: read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB in 21 objects",
+            ),
+            (
+                Happening::FellBack { from: FULL, to: FULL, reason: a_problem() },
+                "fell back from chunked full to chunked full: open the source: no such file: gone",
+            ),
+            (
+                Happening::Ended(Box::new(ended(Operation::Backup, Outcome::Cancelled))),
+                "cancelled after 12.3 s",
+            ),
+        ];
+        for (happening, expected) in cases {
+            let line = event(&Event {
+                job_id: JOB.parse().unwrap(),
+                operation: Operation::Backup,
+                backup_id: BACKUP.parse().unwrap(),
+                volume_id: None,
+                store: None,
+                time: "2026-01-02T14:03:22Z".parse().unwrap(),
+                sequence: 1,
+                happening,
+            });
+            assert_eq!(line, format!("2026-01-02 14:03:22 backup {BACKUP} job {JOB}: {expected}"));
+        }
+    }
+
+    #[test]
+    fn causes_stand_below_their_error() {
+        let expected = "open the source\n  because: no such file\n  because: gone";
+        assert_eq!(problem(&a_problem()), expected);
+
+        let io = std::io::Error::other(std::fmt::Error);
+        let nested = crate::cli::args::MetadataFileError::Read { path: "/m".into(), source: io };
+        let text = error(&nested);
+        assert!(text.starts_with("read the metadata file /m\n  because: "), "{text}");
+    }
+
+    #[test]
+    fn the_bar_can_be_drawn() {
+        assert!(ProgressStyle::with_template(BAR).is_ok());
+    }
 }

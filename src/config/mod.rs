@@ -54,7 +54,7 @@ pub const SETTINGS: &[&str] = &[
 ];
 
 /// The whole configuration.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// The file it was read from; none if everything comes from the environment.
     pub file: Option<PathBuf>,
@@ -69,7 +69,7 @@ pub struct Config {
 }
 
 /// `[broker]`: how the AMQP broker is reached and used.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section: [broker]")]
 pub struct Broker {
     /// `amqp://` or `amqps://`, with user and password.
