@@ -1,0 +1,530 @@
+//! What people may write on the command line. What is parsed here is valid: ids, names and locations have their types.
+//!
+//! Doing what was asked for is left to the commands.
+
+use std::io;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::job::{
+    BackupId, BackupWork, Container, Job, JobId, Location, Parent, RestoreWork, StoreName, VolumeId, Work,
+};
+
+/// Backs up block volumes and restores them, in OpenStack Cinder's formats, driven by an AMQP broker.
+#[derive(Debug, Parser)]
+#[command(
+    name = "backhaul",
+    version,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true,
+    after_help = "\
+Examples:
+  backhaul check
+  backhaul worker --config /etc/backhaul/backhaul.toml
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img --wait
+  backhaul list
+
+Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 cancelled."
+)]
+pub struct Args {
+    /// Read the configuration from FILE [default: $BACKHAUL_CONFIG, ./backhaul.toml, /etc/backhaul/backhaul.toml].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Log what FILTER lets through, such as debug or backhaul=debug,lapin=warn [default: info of a worker, else warn].
+    #[arg(long, global = true, value_name = "FILTER", env = "BACKHAUL_LOG", hide_env_values = true)]
+    #[arg(value_parser = log_filter)]
+    log: Option<String>,
+
+    /// How log lines on standard error look.
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Take jobs from the broker and do them, until told to stop.
+    #[command(after_help = "\
+SIGTERM or SIGINT lets running jobs come to an end first; a second one gives them back to the broker.
+
+Examples:
+  backhaul worker
+  backhaul worker --config /etc/backhaul/backhaul.toml --log-format json")]
+    Worker,
+
+    /// Send a job to the workers, through the broker.
+    #[command(after_help = "\
+The id of the job is printed; with --wait, how it ended.
+
+Examples:
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img
+  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --target file:/var/lib/volumes/b.img --wait")]
+    Submit(SubmitArgs),
+
+    /// Do a job in this process, without a broker.
+    #[command(after_help = "\
+Examples:
+  backhaul run backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img
+  backhaul run verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b")]
+    Run(JobArgs),
+
+    /// Ask for the end of a job, whether it runs or still waits.
+    #[command(after_help = "\
+Examples:
+  backhaul cancel 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3")]
+    Cancel {
+        /// The job, as submit printed it.
+        job_id: JobId,
+    },
+
+    /// List the backups in a store.
+    #[command(after_help = "\
+Examples:
+  backhaul list
+  backhaul list --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --json")]
+    List {
+        /// Look in this store [default: the default store].
+        #[arg(long, value_name = "NAME")]
+        store: Option<StoreName>,
+        /// List backups of this volume only.
+        #[arg(long, value_name = "ID")]
+        volume_id: Option<VolumeId>,
+        /// Print the records as a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Show all that is known of a backup.
+    #[command(after_help = "\
+Examples:
+  backhaul show 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b
+  backhaul show 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --store archive --json")]
+    Show {
+        /// The backup.
+        backup_id: BackupId,
+        /// Look in this store [default: the default store].
+        #[arg(long, value_name = "NAME")]
+        store: Option<StoreName>,
+        /// Print the record as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Exchange backup records with Cinder.
+    #[command(subcommand)]
+    Record(RecordCommand),
+
+    /// Show live what happens to every job, until interrupted.
+    #[command(after_help = "\
+Examples:
+  backhaul watch")]
+    Watch,
+
+    /// Check the configuration, and that all it names is reachable and usable.
+    #[command(after_help = "\
+Examples:
+  backhaul check
+  backhaul check --config ./backhaul.toml")]
+    Check,
+}
+
+/// What to do with a record.
+#[derive(Debug, Subcommand)]
+pub enum RecordCommand {
+    /// Print a backup's record as Cinder's export record: `cinder backup-import` takes it.
+    #[command(after_help = "\
+Examples:
+  backhaul record export 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b")]
+    Export {
+        /// The backup.
+        backup_id: BackupId,
+        /// Look in this store [default: the default store].
+        #[arg(long, value_name = "NAME")]
+        store: Option<StoreName>,
+    },
+    /// Take in a backup that lies in the store already, by an export record of Cinder's.
+    #[command(after_help = "\
+Examples:
+  backhaul record import record.json
+  backhaul record import - --store archive")]
+    Import {
+        /// A file with {"backup_service": …, "backup_url": …}, or - for standard input.
+        record: PathBuf,
+        /// The store that holds the data [default: the default store].
+        #[arg(long, value_name = "NAME")]
+        store: Option<StoreName>,
+    },
+}
+
+/// A job for the workers.
+#[derive(Debug, clap::Args)]
+pub struct SubmitArgs {
+    /// The job.
+    #[command(flatten)]
+    pub job: JobArgs,
+
+    /// Wait for the end of the job, showing its progress, and exit by how it ended.
+    #[arg(long, global = true)]
+    pub wait: bool,
+
+    /// Overtake waiting jobs of a lower priority, 0 to 9; needs classic queues [default: 0].
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=9))]
+    pub priority: Option<u8>,
+}
+
+/// A job.
+#[derive(Debug, clap::Args)]
+pub struct JobArgs {
+    #[command(subcommand)]
+    work: WorkArgs,
+
+    /// Work on this store [default: the default store].
+    #[arg(long, global = true, value_name = "NAME")]
+    store: Option<StoreName>,
+
+    /// Give the job this id; the same id again is the same job, not another one [default: a new id].
+    #[arg(long, global = true, value_name = "ID")]
+    job_id: Option<JobId>,
+
+    /// Print the completion event as JSON, and nothing else, on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum WorkArgs {
+    /// Copy a volume into the store.
+    #[command(after_help = "\
+Examples:
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source rbd:volumes/a@monday --incremental")]
+    Backup(BackupArgs),
+
+    /// Copy a backup onto a volume.
+    #[command(after_help = "\
+Examples:
+  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --target file:/var/lib/volumes/b.img
+  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --target rbd:volumes/b --wait")]
+    Restore {
+        /// Restore this backup.
+        #[arg(long, value_name = "ID")]
+        backup_id: BackupId,
+        /// Write to this place: file:/path or rbd:[cluster/]pool/image.
+        #[arg(long, value_name = "PLACE", value_parser = target)]
+        target: Location,
+        /// The volume that the target belongs to.
+        #[arg(long, value_name = "ID")]
+        volume_id: Option<VolumeId>,
+    },
+
+    /// Remove a backup from the store; one that others build on is kept.
+    #[command(after_help = "\
+Examples:
+  backhaul submit delete --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait")]
+    Delete {
+        /// Remove this backup.
+        #[arg(long, value_name = "ID")]
+        backup_id: BackupId,
+    },
+
+    /// Read a whole backup and compare it with its digests.
+    #[command(after_help = "\
+Examples:
+  backhaul submit verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait --json")]
+    Verify {
+        /// Check this backup.
+        #[arg(long, value_name = "ID")]
+        backup_id: BackupId,
+    },
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct BackupArgs {
+    /// The volume that the bytes belong to.
+    #[arg(long, value_name = "ID")]
+    volume_id: VolumeId,
+
+    /// Read from this place: file:/path or rbd:[cluster/]pool/image[@snapshot].
+    #[arg(long, value_name = "PLACE")]
+    source: Location,
+
+    /// Give the backup this id [default: a new id].
+    #[arg(long, value_name = "ID")]
+    backup_id: Option<BackupId>,
+
+    /// Store what differs from this backup [default: store everything].
+    #[arg(long, value_name = "ID")]
+    parent: Option<BackupId>,
+
+    /// Store what differs from the newest backup of the volume.
+    #[arg(long, conflicts_with = "parent", action = ArgAction::SetTrue)]
+    incremental: bool,
+
+    /// Put the objects there in the store [default: where Cinder would].
+    #[arg(long, value_name = "NAME")]
+    container: Option<Container>,
+
+    /// A name for people.
+    #[arg(long)]
+    name: Option<String>,
+
+    /// A description for people.
+    #[arg(long, value_name = "TEXT")]
+    description: Option<String>,
+
+    /// The project (tenant) that the backup belongs to.
+    #[arg(long, value_name = "ID")]
+    project_id: Option<String>,
+
+    /// Keep the volume's metadata, JSON as in Cinder, with the backup.
+    #[arg(long, value_name = "FILE")]
+    metadata_file: Option<PathBuf>,
+}
+
+/// Says why a `--metadata-file` cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MetadataFileError {
+    /// It is not there, or not readable as text.
+    #[error("read the metadata file {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not JSON.
+    #[error("the metadata file {} is not JSON", path.display())]
+    NotJson {
+        /// The file.
+        path: PathBuf,
+        /// What the parser found.
+        source: serde_json::Error,
+    },
+}
+
+impl Args {
+    /// What of the log is shown: `--log`, else `BACKHAUL_LOG`, else what fits the command.
+    pub fn log_filter(&self) -> &str {
+        self.log.as_deref().unwrap_or(match self.command {
+            Command::Worker => "info",
+            _ => "warn",
+        })
+    }
+}
+
+impl JobArgs {
+    /// The job as asked for, with new ids where none are given. Reads the metadata file.
+    pub fn job(&self) -> Result<Job, MetadataFileError> {
+        let work = match self.work.clone() {
+            WorkArgs::Backup(args) => Work::Backup(args.work()?),
+            WorkArgs::Restore { backup_id, target, volume_id } => {
+                Work::Restore(RestoreWork { backup_id, target, volume_id })
+            }
+            WorkArgs::Delete { backup_id } => Work::Delete(backup_id),
+            WorkArgs::Verify { backup_id } => Work::Verify(backup_id),
+        };
+        Ok(Job { id: self.job_id.unwrap_or_else(JobId::random), store: self.store.clone(), work })
+    }
+}
+
+impl BackupArgs {
+    fn work(self) -> Result<BackupWork, MetadataFileError> {
+        let parent = match self.parent {
+            Some(id) => Parent::Given(id),
+            None if self.incremental => Parent::Latest,
+            None => Parent::None,
+        };
+        Ok(BackupWork {
+            backup_id: self.backup_id.unwrap_or_else(BackupId::random),
+            volume_id: self.volume_id,
+            source: self.source,
+            parent,
+            container: self.container,
+            name: self.name,
+            description: self.description,
+            project_id: self.project_id,
+            volume_meta: self.metadata_file.map(metadata).transpose()?,
+        })
+    }
+}
+
+fn metadata(path: PathBuf) -> Result<String, MetadataFileError> {
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(source) => return Err(MetadataFileError::Read { path, source }),
+    };
+    match serde_json::from_str::<serde::de::IgnoredAny>(&text) {
+        Ok(_) => Ok(text),
+        Err(source) => Err(MetadataFileError::NotJson { path, source }),
+    }
+}
+
+fn target(text: &str) -> Result<Location, String> {
+    match text.parse() {
+        Ok(Location::Rbd(image)) if image.snapshot.is_some() => {
+            Err("a snapshot cannot be written to: write rbd:[cluster/]pool/image".into())
+        }
+        Ok(location) => Ok(location),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn log_filter(text: &str) -> Result<String, String> {
+    match EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Command, CommandFactory};
+    use rstest::rstest;
+
+    use super::*;
+
+    const ID: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(line.split_whitespace())
+    }
+
+    fn job(line: &str) -> Job {
+        match parse(line).unwrap().command {
+            super::Command::Submit(SubmitArgs { job, .. }) | super::Command::Run(job) => job.job().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_arguments_are_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples_and_they_can_be_written() {
+        fn visit(command: &Command) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples: Vec<&str> = help.lines().filter(|line| line.starts_with("  backhaul ")).collect();
+            assert!(
+                !examples.is_empty() || command.has_subcommands(),
+                "{} has no example",
+                command.get_name()
+            );
+            for example in examples {
+                parse(example).unwrap_or_else(|error| panic!("{example}: {error}"));
+            }
+            command.get_subcommands().for_each(visit);
+        }
+        visit(&Args::command());
+    }
+
+    #[test]
+    fn a_backup_job_is_what_was_written() {
+        let line = format!(
+            "backhaul submit --job-id {ID} backup --volume-id {ID} --backup-id {ID} --source rbd:main/p/i@s --parent {ID} \
+             --store local --container a/b --name n --description d --project-id p --wait --json --priority 9"
+        );
+        let work = BackupWork {
+            backup_id: ID.parse().unwrap(),
+            volume_id: ID.parse().unwrap(),
+            source: "rbd:main/p/i@s".parse().unwrap(),
+            parent: Parent::Given(ID.parse().unwrap()),
+            container: Some("a/b".parse().unwrap()),
+            name: Some("n".into()),
+            description: Some("d".into()),
+            project_id: Some("p".into()),
+            volume_meta: None,
+        };
+        let expected =
+            Job { id: ID.parse().unwrap(), store: Some("local".parse().unwrap()), work: Work::Backup(work) };
+        assert_eq!(job(&line), expected);
+        let super::Command::Submit(submit) = parse(&line).unwrap().command else { panic!("no submit") };
+        assert_eq!((submit.wait, submit.job.json, submit.priority), (true, true, Some(9)));
+    }
+
+    #[test]
+    fn the_other_jobs_are_what_was_written() {
+        let id = ID.parse().unwrap();
+        let target = "file:/b".parse().unwrap();
+        let restore = RestoreWork { backup_id: id, target, volume_id: Some(ID.parse().unwrap()) };
+        let line = format!("backhaul run restore --backup-id {ID} --target file:/b --volume-id {ID}");
+        assert_eq!(job(&line).work, Work::Restore(restore));
+        assert_eq!(job(&format!("backhaul run delete --backup-id {ID}")).work, Work::Delete(id));
+        assert_eq!(job(&format!("backhaul submit verify --backup-id {ID}")).work, Work::Verify(id));
+    }
+
+    #[test]
+    fn ids_are_made_where_none_are_given_and_incremental_is_to_the_latest() {
+        let line = format!("backhaul submit backup --volume-id {ID} --source file:/a --incremental");
+        let (one, two) = (job(&line), job(&line));
+        assert_ne!(one.id, two.id);
+        assert_ne!(one.backup_id(), two.backup_id());
+        assert!(matches!(one.work, Work::Backup(BackupWork { parent: Parent::Latest, .. })));
+    }
+
+    #[test]
+    fn a_metadata_file_must_be_json() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("metadata.json");
+        let line = format!(
+            "backhaul run backup --volume-id {ID} --source file:/a --metadata-file {}",
+            file.display()
+        );
+        let meta = || match parse(&line).unwrap().command {
+            super::Command::Run(args) => args.job().map_err(|error| error.to_string()),
+            other => panic!("{other:?}"),
+        };
+        let file = file.display();
+
+        assert_eq!(meta().unwrap_err(), format!("read the metadata file {file}"));
+        std::fs::write(file.to_string(), "{version: 2}").unwrap();
+        assert_eq!(meta().unwrap_err(), format!("the metadata file {file} is not JSON"));
+        std::fs::write(file.to_string(), "{\"version\": 2}\n").unwrap();
+        let Work::Backup(work) = meta().unwrap().work else { panic!("no backup") };
+        assert_eq!(work.volume_meta.as_deref(), Some("{\"version\": 2}\n"));
+    }
+
+    #[rstest]
+    #[case::bad_id("backhaul show 7", "write a UUID")]
+    #[case::no_location("backhaul submit backup --volume-id ID --source /a", "write file:/path or rbd:")]
+    #[case::two_parents(
+        "backhaul run backup --volume-id ID --source file:/a --parent ID --incremental",
+        "cannot be used with"
+    )]
+    #[case::snapshot(
+        "backhaul run restore --backup-id ID --target rbd:p/i@s",
+        "a snapshot cannot be written to"
+    )]
+    #[case::container(
+        "backhaul run backup --volume-id ID --source file:/a --container ../x",
+        "no part may begin with a dot"
+    )]
+    #[case::store("backhaul list --store a/b", "write 1 to 64 of")]
+    #[case::priority("backhaul submit delete --backup-id ID --priority 10", "10 is not in 0..=9")]
+    #[case::wait_here("backhaul run delete --backup-id ID --wait", "unexpected argument '--wait'")]
+    #[case::missing("backhaul submit restore --backup-id ID", "--target <PLACE>")]
+    #[case::log("backhaul check --log a=b=c", "invalid value 'a=b=c' for '--log <FILTER>'")]
+    fn what_makes_no_sense_is_a_usage_error(#[case] line: &str, #[case] expected: &str) {
+        let error = parse(&line.replace("ID", ID)).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}

@@ -1,0 +1,407 @@
+//! What people get to read: texts made from values. Nothing here does I/O but the progress bar.
+//!
+//! `--json` prints values as they are and needs nothing of this. Texts may hold what strangers wrote, so control
+//! characters are taken out before they reach a terminal.
+
+use std::error::Error;
+
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+
+use crate::error::Problem;
+use crate::job::{Completion, Counts, Event, Happening, Operation, Outcome, Reading, Record, RecordState};
+
+/// A table of backups in the order given, one a line, below a header.
+pub fn table(records: &[Record]) -> String {
+    let mut rows = vec![
+        ["BACKUP", "VOLUME", "STATE", "KIND", "PARENT", "SIZE", "STORED", "CREATED (UTC)"].map(String::from),
+    ];
+    for record in records {
+        rows.push([
+            record.backup_id.to_string(),
+            record.volume_id.to_string(),
+            state(&record.state).into(),
+            kind(record).into(),
+            record.parent_id.map_or("-".into(), |id| id.to_string()),
+            bytes(record.volume_bytes),
+            bytes(record.counts.bytes_stored),
+            time(record.created_at),
+        ]);
+    }
+    let mut widths = [0; 8];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.len().max(*width);
+        }
+    }
+    let [b, v, s, k, p, size, stored, _] = widths;
+    let lines = rows.iter().map(|[c0, c1, c2, c3, c4, c5, c6, c7]| {
+        format!("{c0:b$}  {c1:v$}  {c2:s$}  {c3:k$}  {c4:p$}  {c5:>size$}  {c6:>stored$}  {c7}\n")
+    });
+    lines.collect()
+}
+
+/// All that is known of a backup, one thing a line.
+pub fn show(record: &Record) -> String {
+    let mut text = String::new();
+    let mut line = |what: &str, value: &str| text += &format!("{what:<17} {}\n", plain(value));
+    line("backup", &record.backup_id.to_string());
+    line("volume", &record.volume_id.to_string());
+    match &record.state {
+        RecordState::Creating(job) => line("state", &format!("creating, by job {job}")),
+        RecordState::Available => line("state", "available"),
+        RecordState::Error(problem) => line("state", &format!("error: {problem}")),
+        RecordState::Deleting(job) => line("state", &format!("deleting, by job {job}")),
+    }
+    line("kind", kind(record));
+    if let Some(parent) = record.parent_id {
+        line("parent", &parent.to_string());
+    }
+    let texts =
+        [("name", &record.name), ("description", &record.description), ("project", &record.project_id)];
+    for (what, value) in texts {
+        if let Some(value) = value {
+            line(what, value);
+        }
+    }
+    line("created", &format!("{} UTC", time(record.created_at)));
+    line("size", &format!("{} ({} bytes)", bytes(record.volume_bytes), record.volume_bytes));
+    match &record.method {
+        Some(method) => {
+            let job = record.job_id.map_or(String::new(), |id| format!(", job {id}"));
+            line("made by", &format!("{method}{job}"));
+        }
+        None => line("made by", "Cinder"),
+    }
+    let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
+        record.counts;
+    line("read", &bytes(bytes_read));
+    let skipped = [(bytes_zero, "zeros"), (bytes_hole, "holes"), (bytes_unchanged, "as in the parent")];
+    for (count, what) in skipped {
+        line("skipped", &format!("{} {what}", bytes(count)));
+    }
+    line("stored", &format!("{} in {}", bytes(bytes_stored), objects(object_count)));
+    line("container", record.container.as_str());
+    line("object prefix", &record.service_metadata);
+    line("driver", &record.service);
+    if let Some(digest) = &record.digest {
+        line("digest", digest);
+    }
+    text
+}
+
+/// One line on something that happened to a job.
+pub fn event(event: &Event) -> String {
+    let what = match &event.happening {
+        Happening::Accepted => "accepted".into(),
+        Happening::Started { method, attempt } => format!("started: {method}, attempt {attempt}"),
+        Happening::Progress(reading) => progress(event.operation, reading),
+        Happening::FellBack { from, to, reason } => format!("fell back from {from} to {to}: {reason}"),
+        Happening::Ended(end) => completion(end),
+    };
+    let Event { operation, backup_id, job_id, .. } = event;
+    plain(&format!("{} {operation} {backup_id} job {job_id}: {what}", time(event.time)))
+}
+
+/// One line on how a job ended.
+pub fn completion(completion: &Completion) -> String {
+    let account = &completion.account;
+    let seconds = account.seconds;
+    let attempts = match account.attempt_count {
+        1 => "1 attempt".into(),
+        count => format!("{count} attempts"),
+    };
+    let text = match &completion.outcome {
+        Outcome::Succeeded => {
+            let by = account.method.map_or(String::new(), |method| format!(" by {method}"));
+            let moved = moved(completion.operation, &account.counts);
+            format!("succeeded in {seconds:.1} s{by}: {moved}")
+        }
+        Outcome::Failed(problem) => format!("failed after {seconds:.1} s and {attempts}: {problem}"),
+        Outcome::Cancelled => format!("cancelled after {seconds:.1} s"),
+    };
+    plain(&text)
+}
+
+/// An error with each of its causes on a line of its own.
+pub fn error(error: &(dyn Error + 'static)) -> String {
+    let mut text = plain(&error.to_string());
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!("\n  because: {}", plain(&error.to_string()));
+        cause = error.source();
+    }
+    text
+}
+
+/// A problem with each of its causes on a line of its own.
+pub fn problem(problem: &Problem) -> String {
+    let causes = problem.causes.iter().map(|cause| format!("\n  because: {}", plain(cause)));
+    plain(&problem.message) + &causes.collect::<String>()
+}
+
+/// Shows how far a job is, on standard error; shows nothing if that is no terminal.
+pub struct Bar {
+    bar: ProgressBar,
+}
+
+const BAR: &str = "{prefix} {bar:24} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  \
+                   {binary_bytes_per_sec}  ETA {eta}  {msg}";
+
+impl Bar {
+    /// Begins to show a job.
+    pub fn new(operation: Operation) -> Self {
+        let style = ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar());
+        Self { bar: ProgressBar::no_length().with_style(style).with_prefix(operation.as_str()) }
+    }
+
+    /// Shows how far the job is now.
+    pub fn show(&self, reading: &Reading) {
+        if reading.bytes_total > 0 {
+            self.bar.set_length(reading.bytes_total);
+        }
+        self.bar.set_position(reading.bytes_done);
+        self.bar.set_message(format!("skipped {}", bytes(skipped(&reading.counts))));
+    }
+
+    /// Takes the bar off the terminal.
+    pub fn end(self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn progress(operation: Operation, reading: &Reading) -> String {
+    let Reading { bytes_total, bytes_done, counts } = reading;
+    let moved = moved(operation, counts);
+    if *bytes_total == 0 {
+        return format!("{} done: {moved}", bytes(*bytes_done));
+    }
+    let percent = 100.0 * *bytes_done as f64 / *bytes_total as f64;
+    format!("{percent:.0} % of {} done: {moved}", bytes(*bytes_total))
+}
+
+fn moved(operation: Operation, counts: &Counts) -> String {
+    let Counts { bytes_read, bytes_stored, bytes_written, object_count, .. } = *counts;
+    let (read, skipped, stored) = (bytes(bytes_read), bytes(skipped(counts)), bytes(bytes_stored));
+    let objects = objects(object_count);
+    match operation {
+        Operation::Backup => format!("read {read}, skipped {skipped}, stored {stored} in {objects}"),
+        Operation::Restore => {
+            format!("read {stored} in {objects}, skipped {skipped}, wrote {}", bytes(bytes_written))
+        }
+        Operation::Verify => format!("checked {read}, stored as {stored} in {objects}"),
+        Operation::Delete => format!("freed {stored} in {objects}"),
+    }
+}
+
+fn skipped(counts: &Counts) -> u64 {
+    counts.bytes_zero + counts.bytes_hole + counts.bytes_unchanged
+}
+
+fn state(state: &RecordState) -> &'static str {
+    match state {
+        RecordState::Creating(_) => "creating",
+        RecordState::Available => "available",
+        RecordState::Error(_) => "error",
+        RecordState::Deleting(_) => "deleting",
+    }
+}
+
+fn kind(record: &Record) -> &'static str {
+    if record.parent_id.is_some() { "incremental" } else { "full" }
+}
+
+fn objects(count: u64) -> String {
+    if count == 1 { "1 object".into() } else { format!("{count} objects") }
+}
+
+fn bytes(count: u64) -> String {
+    HumanBytes(count).to_string()
+}
+
+fn time(timestamp: Timestamp) -> String {
+    timestamp.strftime("%Y-%m-%d %H:%M:%S").to_string()
+}
+
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Class;
+    use crate::job::{Account, Method, Mode, Strategy};
+
+    const BACKUP: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";
+    const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
+    const JOB: &str = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    const FULL: Method = Method { strategy: Strategy::Chunked, mode: Some(Mode::Full) };
+
+    fn record() -> Record {
+        Record {
+            backup_id: BACKUP.parse().unwrap(),
+            volume_id: VOLUME.parse().unwrap(),
+            state: RecordState::Available,
+            parent_id: None,
+            job_id: Some(JOB.parse().unwrap()),
+            service: "cinder.backup.drivers.posix.PosixBackupDriver".into(),
+            service_metadata: "volume_3f2b_20260102140322_backup_8c1d".into(),
+            container: "8c/1d/8c1d".parse().unwrap(),
+            name: Some("monday \u{1b}[31m".into()),
+            description: None,
+            project_id: None,
+            created_at: "2026-01-02T14:03:22.5Z".parse().unwrap(),
+            volume_bytes: 1 << 30,
+            method: Some(FULL),
+            counts: counts(),
+            digest: None,
+            object_digests: Vec::new(),
+            cinder_fields: serde_json::Map::new(),
+        }
+    }
+
+    fn counts() -> Counts {
+        Counts {
+            bytes_read: 768 << 20,
+            bytes_zero: 1 << 20,
+            bytes_hole: 256 << 20,
+            bytes_stored: 300 << 20,
+            object_count: 21,
+            ..Counts::default()
+        }
+    }
+
+    fn ended(operation: Operation, outcome: Outcome) -> Completion {
+        let account = Account {
+            method: Some(FULL),
+            attempt_count: 2,
+            counts: counts(),
+            seconds: 12.34,
+            ..Account::default()
+        };
+        Completion {
+            job_id: JOB.parse().unwrap(),
+            operation,
+            backup_id: BACKUP.parse().unwrap(),
+            volume_id: None,
+            store: None,
+            outcome,
+            account,
+        }
+    }
+
+    fn a_problem() -> Problem {
+        Problem {
+            class: Class::Permanent,
+            message: "open the source".into(),
+            causes: vec!["no\nsuch file".into(), "gone".into()],
+        }
+    }
+
+    #[test]
+    fn a_table_has_a_line_a_backup_in_columns() {
+        let mut incremental = record();
+        incremental.parent_id = Some(BACKUP.parse().unwrap());
+        incremental.state = RecordState::Creating(JOB.parse().unwrap());
+        incremental.volume_bytes = 1;
+
+        let blank = " ".repeat(30);
+        let expected = format!(
+            "BACKUP{blank}  VOLUME{blank}  STATE      KIND         PARENT{blank}      SIZE      STORED  CREATED (UTC)\n\
+             {BACKUP}  {VOLUME}  available  full         -{blank}       1.00 GiB  300.00 MiB  2026-01-02 14:03:22\n\
+             {BACKUP}  {VOLUME}  creating   incremental  {BACKUP}       1 B  300.00 MiB  2026-01-02 14:03:22\n",
+        );
+        assert_eq!(table(&[record(), incremental]), expected);
+    }
+
+    #[test]
+    fn a_record_is_shown_line_by_line_without_control_characters() {
+        let text = show(&record());
+        for line in [
+            "state             available",
+            "kind              full",
+            "name              monday  [31m",
+            "created           2026-01-02 14:03:22 UTC",
+            "size              1.00 GiB (1073741824 bytes)",
+            "made by           chunked full, job 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3",
+            "skipped           256.00 MiB holes",
+            "stored            300.00 MiB in 21 objects",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
+        }
+        assert!(!text.contains('\u{1b}'));
+    }
+
+    #[test]
+    fn the_end_of_a_job_is_one_line() {
+        let succeeded = |operation| completion(&ended(operation, Outcome::Succeeded));
+        assert_eq!(
+            succeeded(Operation::Backup),
+            "succeeded in 12.3 s by chunked full: read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB in 21 objects"
+        );
+        assert!(
+            succeeded(Operation::Restore)
+                .ends_with("read 300.00 MiB in 21 objects, skipped 257.00 MiB, wrote 0 B")
+        );
+        assert!(
+            succeeded(Operation::Verify).ends_with("checked 768.00 MiB, stored as 300.00 MiB in 21 objects")
+        );
+        assert!(succeeded(Operation::Delete).ends_with("freed 300.00 MiB in 21 objects"));
+        assert_eq!(
+            completion(&ended(Operation::Backup, Outcome::Failed(a_problem()))),
+            "failed after 12.3 s and 2 attempts: open the source: no such file: gone"
+        );
+        assert_eq!(completion(&ended(Operation::Backup, Outcome::Cancelled)), "cancelled after 12.3 s");
+    }
+
+    #[test]
+    fn an_event_is_one_line_with_its_ids() {
+        let reading = Reading { bytes_total: 1 << 30, bytes_done: 1 << 29, counts: counts() };
+        let cases = [
+            (Happening::Accepted, "accepted"),
+            (Happening::Started { method: FULL, attempt: 2 }, "started: chunked full, attempt 2"),
+            (
+                Happening::Progress(reading),
+                "50 % of 1.00 GiB done: read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB in 21 objects",
+            ),
+            (
+                Happening::FellBack { from: FULL, to: FULL, reason: a_problem() },
+                "fell back from chunked full to chunked full: open the source: no such file: gone",
+            ),
+            (
+                Happening::Ended(Box::new(ended(Operation::Backup, Outcome::Cancelled))),
+                "cancelled after 12.3 s",
+            ),
+        ];
+        for (happening, expected) in cases {
+            let line = event(&Event {
+                job_id: JOB.parse().unwrap(),
+                operation: Operation::Backup,
+                backup_id: BACKUP.parse().unwrap(),
+                volume_id: None,
+                store: None,
+                time: "2026-01-02T14:03:22Z".parse().unwrap(),
+                sequence: 1,
+                happening,
+            });
+            assert_eq!(line, format!("2026-01-02 14:03:22 backup {BACKUP} job {JOB}: {expected}"));
+        }
+    }
+
+    #[test]
+    fn causes_stand_below_their_error() {
+        let expected = "open the source\n  because: no such file\n  because: gone";
+        assert_eq!(problem(&a_problem()), expected);
+
+        let io = std::io::Error::other(std::fmt::Error);
+        let nested = crate::cli::args::MetadataFileError::Read { path: "/m".into(), source: io };
+        let text = error(&nested);
+        assert!(text.starts_with("read the metadata file /m\n  because: "), "{text}");
+    }
+
+    #[test]
+    fn the_bar_can_be_drawn() {
+        assert!(ProgressStyle::with_template(BAR).is_ok());
+    }
+}

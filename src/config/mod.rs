@@ -1,0 +1,389 @@
+//! The configuration: every setting with its type, default and range, checked once when it is loaded.
+//!
+//! A setting is declared in one place, at its field: what exists here is valid. Where the values come from, and how
+//! an error tells it, is in `layers`; `docs/configuration.md` has the whole list for people.
+
+mod layers;
+mod value;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+pub use layers::ConfigError;
+use layers::Layers;
+pub use value::{Compression, InvalidCompression, Queue, Secret};
+use value::{
+    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, some_path, whole,
+};
+
+use crate::job::StoreName;
+
+/// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
+const MEMORY_BYTES_BASE: u64 = 96 << 20;
+
+/// Every setting by its full name; `NAME` stands for the name of a store or a cluster.
+pub const SETTINGS: &[&str] = &[
+    "broker.url",
+    "broker.prefix",
+    "broker.queue",
+    "broker.heartbeat_seconds",
+    "broker.retry_delay_seconds",
+    "broker.reconnect_seconds_max",
+    "broker.publish_seconds_max",
+    "broker.message_bytes_max",
+    "broker.tls.ca_file",
+    "broker.tls.client_certificate_file",
+    "broker.tls.client_key_file",
+    "worker.name",
+    "worker.jobs_max",
+    "worker.memory_bytes_max",
+    "worker.cpu_threads_max",
+    "worker.file_roots",
+    "worker.attempts_max",
+    "worker.progress_seconds",
+    "ceph.NAME.conf",
+    "ceph.NAME.user",
+    "store.NAME.kind",
+    "store.NAME.default",
+    "store.NAME.path",
+    "store.NAME.compression",
+    "store.NAME.object_bytes",
+    "store.NAME.sha_block_bytes",
+];
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The file it was read from; none if everything comes from the environment.
+    pub file: Option<PathBuf>,
+    /// `[broker]`; commands that need no broker work without it.
+    pub broker: Option<Broker>,
+    /// `[worker]`.
+    pub worker: Worker,
+    /// `[ceph.NAME]`: the Ceph clusters by name.
+    pub ceph: BTreeMap<String, Ceph>,
+    /// `[store.NAME]`: the stores by name.
+    pub stores: BTreeMap<StoreName, Store>,
+}
+
+/// `[broker]`: how the AMQP broker is reached and used.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a section: [broker]")]
+pub struct Broker {
+    /// `amqp://` or `amqps://`, with user and password.
+    #[serde(deserialize_with = "broker_url")]
+    pub url: Secret,
+    /// The first part of the names of all exchanges and queues.
+    #[serde(default = "broker_prefix", deserialize_with = "name")]
+    pub prefix: String,
+    /// The kind of the job queues.
+    #[serde(default)]
+    pub queue: Queue,
+    /// How often both ends show that they live.
+    #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    pub heartbeat_seconds: u16,
+    /// How long a job that is to be tried again waits on the delay queue.
+    #[serde(default = "number::<_, 30>", deserialize_with = "whole::<_, _, 1, 86400>")]
+    pub retry_delay_seconds: u32,
+    /// The longest pause between two attempts to reach a lost broker.
+    #[serde(default = "number::<_, 30>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    pub reconnect_seconds_max: u32,
+    /// How long to try to publish one message before its job is taken to have failed to.
+    #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    pub publish_seconds_max: u32,
+    /// A longer message is refused.
+    #[serde(default = "message_bytes_max", deserialize_with = "whole::<_, _, 1024, 134_217_728>")]
+    pub message_bytes_max: usize,
+    /// `[broker.tls]`.
+    #[serde(default)]
+    pub tls: Tls,
+}
+
+/// `[broker.tls]`: what an `amqps` connection checks and shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a section: [broker.tls]")]
+pub struct Tls {
+    /// The certificates, in PEM, of the authorities that may have signed the broker's; the system's if absent.
+    #[serde(default, deserialize_with = "some_path")]
+    pub ca_file: Option<PathBuf>,
+    /// Our own certificate, in PEM.
+    #[serde(default, deserialize_with = "some_path")]
+    pub client_certificate_file: Option<PathBuf>,
+    /// The key to it, in PEM.
+    #[serde(default, deserialize_with = "some_path")]
+    pub client_key_file: Option<PathBuf>,
+}
+
+/// `[worker]`: what a worker takes on, and what it may use for it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a section: [worker]")]
+pub struct Worker {
+    /// Names the worker in events and at the broker; the host's name by default.
+    #[serde(default = "host_name", deserialize_with = "name")]
+    pub name: String,
+    /// How many jobs run at the same time.
+    #[serde(default = "number::<_, 4>", deserialize_with = "whole::<_, _, 1, 64>")]
+    pub jobs_max: u16,
+    /// What all jobs together may hold of volumes' data.
+    #[serde(
+        default = "memory_bytes_max",
+        deserialize_with = "whole::<_, _, 134_217_728, 70_368_744_177_664>"
+    )]
+    pub memory_bytes_max: u64,
+    /// How many threads hash and compress; one a core by default.
+    #[serde(default = "core_count", deserialize_with = "whole::<_, _, 1, 1024>")]
+    pub cpu_threads_max: usize,
+    /// File sources and targets must lie below one of these absolute paths; with none there are no file jobs.
+    #[serde(default, deserialize_with = "paths")]
+    pub file_roots: Vec<PathBuf>,
+    /// How often a job is tried before it has failed.
+    #[serde(default = "number::<_, 3>", deserialize_with = "whole::<_, _, 1, 100>")]
+    pub attempts_max: u32,
+    /// How often the progress of a job is published.
+    #[serde(default = "number::<_, 1>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    pub progress_seconds: u32,
+}
+
+/// `[ceph.NAME]`: how a Ceph cluster is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a section: [ceph.NAME]")]
+pub struct Ceph {
+    /// Ceph's own configuration file.
+    #[serde(default = "ceph_conf", deserialize_with = "path")]
+    pub conf: PathBuf,
+    /// The Ceph user, without the leading `client.`.
+    #[serde(default = "admin", deserialize_with = "ceph_user")]
+    pub user: String,
+}
+
+/// `[store.NAME]`: a place for backups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    /// Takes the jobs that name no store.
+    pub default: bool,
+    /// What it is, with the settings of that kind.
+    pub kind: StoreKind,
+}
+
+/// What a store is, with the settings of its kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreKind {
+    /// A folder.
+    Posix {
+        /// The folder.
+        path: PathBuf,
+        /// How volumes are cut up for it.
+        chunking: Chunking,
+    },
+}
+
+/// How the chunked engine cuts up a volume and packs the pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunking {
+    /// How objects are compressed.
+    pub compression: Compression,
+    /// How much of a volume an object holds, before compression. A multiple of `sha_block_bytes`.
+    pub object_bytes: u64,
+    /// How much of a volume has one digest; an incremental backup stores multiples of it.
+    pub sha_block_bytes: u64,
+}
+
+impl Config {
+    /// Loads the configuration: from `path`, else the file that `BACKHAUL_CONFIG` names, else `./backhaul.toml`, else
+    /// `/etc/backhaul/backhaul.toml`, with the environment on top.
+    ///
+    /// Fails if a file that was named cannot be read, and if any setting is unknown, missing or not valid.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let environment = layers::environment()?;
+        let file = layers::find(path, &environment);
+        Self::load_from(file.as_deref(), &environment)
+    }
+
+    /// Loads the configuration from `file`, with the `BACKHAUL_…` variables of `environment` on top.
+    ///
+    /// Relative paths in either are relative to the folder of the file, or to the current one if there is no file.
+    pub fn load_from(file: Option<&Path>, environment: &[(String, String)]) -> Result<Self, ConfigError> {
+        let layers = Layers::read(file, environment)?;
+        let sections = layers.sections()?;
+        check(&sections, &layers)?;
+        let Sections { mut broker, mut worker, mut ceph, store } = sections;
+
+        let folder = layers.folder();
+        if let Some(Broker { tls, .. }) = &mut broker {
+            for file in [&mut tls.ca_file, &mut tls.client_certificate_file, &mut tls.client_key_file] {
+                *file = file.take().map(|file| folder.join(file));
+            }
+        }
+        worker.file_roots = worker.file_roots.iter().map(|root| folder.join(root)).collect();
+        for cluster in ceph.values_mut() {
+            cluster.conf = folder.join(&cluster.conf);
+        }
+        let stores = store.into_iter().map(|(name, section)| (name, section.store(folder))).collect();
+        Ok(Self { file: layers.file().map(Into::into), broker, worker, ceph, stores })
+    }
+
+    /// The broker; fails if none is configured.
+    pub fn broker(&self) -> Result<&Broker, ConfigError> {
+        let problem = "a broker is needed; write [broker] with url = \"amqp://user:password@host:5672/%2f\"";
+        self.broker.as_ref().ok_or_else(|| self.lacks("broker.url".into(), problem.into()))
+    }
+
+    /// The store `name`, or the one for jobs that name none; fails if there is no such store.
+    pub fn store(&self, name: Option<&StoreName>) -> Result<(&StoreName, &Store), ConfigError> {
+        if self.stores.is_empty() {
+            let problem = "a store is needed; write a section such as [store.local] \
+                           with kind = \"posix\" and path = \"/var/backups/backhaul\"";
+            return Err(self.lacks("store".into(), problem.into()));
+        }
+        let names = || self.stores.keys().map(StoreName::as_str).collect::<Vec<_>>().join(", ");
+        match name {
+            Some(name) => self.stores.get_key_value(name).ok_or_else(|| {
+                self.lacks(format!("store.{name}"), format!("there is no such store; there are: {}", names()))
+            }),
+            None => self.stores.iter().find(|(_, s)| s.default || self.stores.len() == 1).ok_or_else(|| {
+                let problem = format!(
+                    "no store is the default: name one of {}, or write default = true at one",
+                    names()
+                );
+                self.lacks("store".into(), problem)
+            }),
+        }
+    }
+
+    fn lacks(&self, setting: String, problem: String) -> ConfigError {
+        let origin = self.file.as_ref().map_or(layers::NO_FILE.into(), |file| file.display().to_string());
+        ConfigError::Setting { setting, origin, problem }
+    }
+}
+
+/// The sections as they are written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sections {
+    broker: Option<Broker>,
+    worker: Worker,
+    #[serde(default)]
+    ceph: BTreeMap<String, Ceph>,
+    #[serde(default)]
+    store: BTreeMap<StoreName, StoreSection>,
+}
+
+/// A `[store.NAME]` section as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a section: [store.NAME]")]
+struct StoreSection {
+    kind: Kind,
+    #[serde(default)]
+    default: bool,
+    #[serde(deserialize_with = "path")]
+    path: PathBuf,
+    #[serde(default, deserialize_with = "compression")]
+    compression: Compression,
+    #[serde(default = "object_bytes", deserialize_with = "whole::<_, _, 512, 2_147_483_647>")]
+    object_bytes: u64,
+    #[serde(default = "sha_block_bytes", deserialize_with = "whole::<_, _, 512, 67_108_864>")]
+    sha_block_bytes: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Posix,
+}
+
+impl StoreSection {
+    fn store(self, folder: &Path) -> Store {
+        let Self { kind: Kind::Posix, default, path, compression, object_bytes, sha_block_bytes } = self;
+        let chunking = Chunking { compression, object_bytes, sha_block_bytes };
+        Store { default, kind: StoreKind::Posix { path: folder.join(path), chunking } }
+    }
+}
+
+/// Checks what no setting can tell alone.
+fn check(sections: &Sections, layers: &Layers) -> Result<(), ConfigError> {
+    if let Some(Broker { url, tls, .. }) = &sections.broker {
+        if *tls != Tls::default() && !url.expose().starts_with("amqps:") {
+            let problem =
+                "[broker.tls] is set, but the URL is not one of TLS; write amqps:// or remove [broker.tls]";
+            return Err(layers.refuse("broker.url", problem.into()));
+        }
+        let half = match (&tls.client_certificate_file, &tls.client_key_file) {
+            (Some(_), None) => Some(("client_certificate_file", "client_key_file")),
+            (None, Some(_)) => Some(("client_key_file", "client_certificate_file")),
+            _ => None,
+        };
+        if let Some((alone, other)) = half {
+            let problem = format!("it is of no use alone; write {other} too");
+            return Err(layers.refuse(&format!("broker.tls.{alone}"), problem));
+        }
+    }
+
+    let memory = sections.worker.memory_bytes_max;
+    for (name, section) in &sections.store {
+        let (object, block) = (section.object_bytes, section.sha_block_bytes);
+        let setting = |key: &str| format!("store.{name}.{key}");
+        if block % 512 != 0 {
+            let problem =
+                format!("found {block}; write a multiple of 512, such as {}", block.next_multiple_of(512));
+            return Err(layers.refuse(&setting("sha_block_bytes"), problem));
+        }
+        if object % block != 0 {
+            let (key, origin) = (setting("sha_block_bytes"), layers.origin(&setting("sha_block_bytes")));
+            let near = (object / block * block).max(block);
+            let problem = format!(
+                "found {object}; write a multiple of {key} ({origin}), which is {block}, such as {near}"
+            );
+            return Err(layers.refuse(&setting("object_bytes"), problem));
+        }
+        let needed = 2 * object + MEMORY_BYTES_BASE;
+        if memory < needed {
+            let (key, origin) = (setting("object_bytes"), layers.origin(&setting("object_bytes")));
+            let mut problem = format!(
+                "found {memory}; two objects of {key} ({origin}), {object} each, must fit in it beside {MEMORY_BYTES_BASE} \
+                 bytes for the rest; write at least {needed}"
+            );
+            let fits = (memory - MEMORY_BYTES_BASE) / 2 / block * block;
+            if fits > 0 {
+                problem += &format!(", or an object_bytes of at most {fits}");
+            }
+            return Err(layers.refuse("worker.memory_bytes_max", problem));
+        }
+    }
+
+    let mut defaults = sections.store.iter().filter(|(_, section)| section.default).map(|(name, _)| name);
+    if let (Some(one), Some(two)) = (defaults.next(), defaults.next()) {
+        let problem = format!("store.{one} is the default already; write default = true at one store only");
+        return Err(layers.refuse(&format!("store.{two}.default"), problem));
+    }
+    Ok(())
+}
+
+fn broker_prefix() -> String {
+    "backhaul".into()
+}
+
+fn message_bytes_max() -> usize {
+    1 << 20
+}
+
+fn memory_bytes_max() -> u64 {
+    512 << 20
+}
+
+fn object_bytes() -> u64 {
+    52_428_800
+}
+
+fn sha_block_bytes() -> u64 {
+    32_768
+}
+
+fn ceph_conf() -> PathBuf {
+    "/etc/ceph/ceph.conf".into()
+}
+
+fn admin() -> String {
+    "admin".into()
+}

@@ -1,0 +1,246 @@
+//! What a single setting may be: each function here reads one value and says what to write instead of a bad one.
+//!
+//! Where the value came from is added by `layers`.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error, SeqAccess, Unexpected, Visitor};
+use url::Url;
+
+/// A text that nobody may see: it is not shown, and it cannot be serialised.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text, for the one who needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+/// How objects are compressed; the words are Cinder's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// As zlib does: RFC 1950.
+    Zlib,
+    /// As bzip2 does.
+    Bz2,
+    /// As Zstandard does.
+    #[default]
+    Zstd,
+}
+
+/// Says that a text names no compression.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is no compression: write none, zlib, bz2 or zstd")]
+pub struct InvalidCompression(String);
+
+impl Compression {
+    /// The word of the configuration and of Cinder's metadata.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zlib => "zlib",
+            Self::Bz2 => "bz2",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+impl FromStr for Compression {
+    type Err = InvalidCompression;
+
+    fn from_str(text: &str) -> Result<Self, InvalidCompression> {
+        let all = [Self::None, Self::Zlib, Self::Bz2, Self::Zstd];
+        let found = all.into_iter().find(|compression| compression.as_str() == text);
+        found.ok_or_else(|| InvalidCompression(text.chars().take(40).collect()))
+    }
+}
+
+/// The kind of the job queues.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Queue {
+    /// Quorum where the broker knows it, else classic.
+    #[default]
+    Auto,
+    /// Replicated; survives the loss of a node.
+    Quorum,
+    /// On one node, with priorities.
+    Classic,
+}
+
+pub(super) fn number<T: From<u16>, const NUMBER: u16>() -> T {
+    NUMBER.into()
+}
+
+pub(super) fn core_count() -> usize {
+    std::thread::available_parallelism().map_or(1, Into::into)
+}
+
+pub(super) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Reads a whole number from `MIN` to `MAX`.
+pub(super) fn whole<'de, D, T, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: TryFrom<u64>,
+{
+    struct Whole<T>(PhantomData<T>, u64, u64);
+
+    impl<T: TryFrom<u64>> Visitor<'_> for Whole<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a whole number from {} to {}", self.1, self.2)
+        }
+
+        fn visit_u64<E: Error>(self, number: u64) -> Result<T, E> {
+            let in_range = (self.1..=self.2).contains(&number);
+            let number_or_none = if in_range { T::try_from(number).ok() } else { None };
+            number_or_none.ok_or_else(|| E::invalid_value(Unexpected::Unsigned(number), &self))
+        }
+
+        fn visit_i64<E: Error>(self, number: i64) -> Result<T, E> {
+            match u64::try_from(number) {
+                Ok(number) => self.visit_u64(number),
+                Err(_) => Err(E::invalid_value(Unexpected::Signed(number), &self)),
+            }
+        }
+    }
+
+    deserializer.deserialize_u64(Whole(PhantomData, MIN, MAX))
+}
+
+/// Reads a text that `take` accepts; `expected` says which texts those are.
+fn text_that<'de, D, T>(
+    deserializer: D,
+    expected: &'static str,
+    take: fn(&str) -> Option<T>,
+) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    struct Text<T>(&'static str, fn(&str) -> Option<T>);
+
+    impl<T> Visitor<'_> for Text<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
+            (self.1)(text).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+        }
+    }
+
+    deserializer.deserialize_str(Text(expected, take))
+}
+
+/// Reads the name of something at the broker.
+pub(super) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    text_that(deserializer, "1 to 100 of a-z, A-Z, 0-9, '.', '_', '-' and '@', in quotes", |text| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || ".-_@".contains(c);
+        ((1..=100).contains(&text.len()) && text.chars().all(plain)).then(|| text.into())
+    })
+}
+
+/// Reads a Ceph user.
+pub(super) fn ceph_user<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    text_that(deserializer, "the name of a Ceph user without \"client.\", such as \"cinder\"", |text| {
+        let plain = |c: char| c.is_ascii_graphic();
+        (!text.is_empty() && !text.starts_with("client.") && text.chars().all(plain)).then(|| text.into())
+    })
+}
+
+/// Reads a compression.
+pub(super) fn compression<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Compression, D::Error> {
+    let expected = "one of \"none\", \"zlib\", \"bz2\", \"zstd\"";
+    text_that(deserializer, expected, |text| text.parse().ok())
+}
+
+/// Reads a path.
+pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    text_that(deserializer, "a path, in quotes", |text| {
+        (!text.is_empty() && !text.contains('\0')).then(|| text.into())
+    })
+}
+
+/// Reads a path that may be absent.
+pub(super) fn some_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    path(deserializer).map(Some)
+}
+
+/// Reads a list of paths.
+pub(super) fn paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    struct Paths;
+
+    #[derive(Deserialize)]
+    struct Item(#[serde(deserialize_with = "path")] PathBuf);
+
+    impl<'de> Visitor<'de> for Paths {
+        type Value = Vec<PathBuf>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of paths, such as [\"/var/lib/volumes\"]")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut paths = Vec::new();
+            while let Some(Item(path)) = seq.next_element()? {
+                paths.push(path);
+            }
+            Ok(paths)
+        }
+    }
+
+    deserializer.deserialize_seq(Paths)
+}
+
+/// Reads the URL of the broker. No error repeats any of it, since it may hold a password.
+pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+    const EXPECTED: &str = "the URL of the broker, such as \"amqp://user:password@host:5672/%2f\"";
+    let text = text_that(deserializer, EXPECTED, |text| Some(text.to_owned()))?;
+    let invalid = |why: &str| Err(D::Error::custom(format!("{why}; write {EXPECTED}")));
+    let url = match Url::parse(&text) {
+        Ok(url) => url,
+        Err(error) => return invalid(&format!("not a URL ({error})")),
+    };
+    if !["amqp", "amqps"].contains(&url.scheme()) {
+        return invalid("the URL does not begin with amqp:// or amqps://");
+    }
+    if url.host_str().is_none_or(str::is_empty) {
+        return invalid("the URL has no host");
+    }
+    if url.port() == Some(0) {
+        return invalid("the URL has the port 0");
+    }
+    match url.path() {
+        "/" => invalid(
+            "the URL ends in /, which is a virtual host without a name: leave the / out or write /%2f",
+        ),
+        path if path.matches('/').count() > 1 => invalid("the virtual host has a /: write it as %2f"),
+        _ => Ok(Secret(text)),
+    }
+}

@@ -1,0 +1,301 @@
+//! The configuration: what is refused and how it is told, what overrides what, and that the documents agree.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::{Path, PathBuf};
+
+use backhaul::config::{Compression, Config, Queue, SETTINGS, Store, StoreKind};
+use backhaul::error::Causes;
+use rstest::rstest;
+
+/// A folder with a configuration file in it.
+struct TempConfig(tempfile::TempDir);
+
+impl TempConfig {
+    fn of(toml: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("backhaul.toml"), toml).unwrap();
+        Self(folder)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("backhaul.toml")
+    }
+
+    fn load(&self, environment: &[(&str, &str)]) -> Result<Config, String> {
+        load(Some(&self.file()), environment)
+    }
+}
+
+fn load(file: Option<&Path>, environment: &[(&str, &str)]) -> Result<Config, String> {
+    let environment: Vec<_> =
+        environment.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+    Config::load_from(file, &environment).map_err(|error| Causes(&error).to_string())
+}
+
+const STORE: &str = "[store.local]\nkind = \"posix\"\npath = \"/b\"\n";
+const TWO_STORES: &str =
+    "[store.a]\nkind = \"posix\"\npath = \"/a\"\n[store.b]\nkind = \"posix\"\npath = \"/b\"\n";
+
+/// `FILE` in an expectation stands for the path of the file.
+#[rstest]
+#[case::not_toml("a = [", &[], &["FILE is not TOML: line 1: "])]
+#[case::not_toml_further_down("[worker]\njobs_max = 1\nname = x\n", &[], &["FILE is not TOML: line 3: "])]
+#[case::unknown_section("[stores.a]\n", &[], &["stores (FILE): ", "did you mean store?"])]
+#[case::unknown_setting("[worker]\njobs_mx = 1", &[], &["worker.jobs_mx (FILE): ", "did you mean jobs_max?"])]
+#[case::unlike_anything("[broker.tls]\nqqq = 1", &[], &["broker.tls.qqq (FILE): ", "known here are ca_file, client_cert"])]
+#[case::unknown_in_store(&format!("{STORE}compresion = \"zstd\""), &[], &["store.local.compresion (FILE): ", "did you mean compression?"])]
+#[case::section_is_no_section("worker = 4", &[], &["worker (FILE): found 4; write a section: [worker]"])]
+#[case::too_many("[worker]\njobs_max = 65", &[], &["worker.jobs_max (FILE): found 65; write a whole number from 1 to 64"])]
+#[case::negative("[worker]\njobs_max = -1", &[], &["worker.jobs_max (FILE): found -1; write a whole number from 1 to 64"])]
+#[case::a_fraction("[worker]\njobs_max = 1.5", &[], &["worker.jobs_max (FILE): found 1.5; write a whole number from 1 to 64"])]
+#[case::not_a_number("[worker]\njobs_max = \"many\"", &[], &["worker.jobs_max (FILE): found \"many\"; write a whole number"])]
+#[case::no_time("[worker]\nprogress_seconds = 0", &[], &["worker.progress_seconds (FILE): found 0; write a whole number from 1"])]
+#[case::empty_name("[worker]\nname = \"\"", &[], &["worker.name (FILE): found \"\"; write 1 to 100 of a-z"])]
+#[case::roots_are_a_list("[worker]\nfile_roots = \"/a\"", &[], &["worker.file_roots (FILE): found \"/a\"; write a list of paths"])]
+#[case::an_empty_root("[worker]\nfile_roots = [\"/a\", \"\"]", &[], &["worker.file_roots.1 (FILE): found \"\"; write a path"])]
+#[case::no_url("[broker]\nprefix = \"x\"", &[], &["broker.url (FILE): it is missing; write ", "url = \"amqp://"])]
+#[case::other_scheme("[broker]\nurl = \"http://u:hush@h\"", &[], &["broker.url (FILE): ", "amqp:// or amqps://"])]
+#[case::no_host("[broker]\nurl = \"amqp://\"", &[], &["broker.url (FILE): the URL has no host; write"])]
+#[case::big_port("[broker]\nurl = \"amqp://u:hush@h:65536\"", &[], &["broker.url (FILE): ", "invalid port number"])]
+#[case::port_zero("[broker]\nurl = \"amqp://u:hush@h:0\"", &[], &["broker.url (FILE): ", "port 0"])]
+#[case::nameless_vhost("[broker]\nurl = \"amqp://u:hush@h/\"", &[], &["broker.url (FILE): ", "/%2f"])]
+#[case::vhost_with_slash("[broker]\nurl = \"amqp://u:hush@h/a/b\"", &[], &["broker.url (FILE): ", "%2f"])]
+#[case::bad_prefix("[broker]\nurl = \"amqp://h\"\nprefix = \"a b\"", &[], &["broker.prefix (FILE): found \"a b\""])]
+#[case::bad_queue("[broker]\nurl = \"amqp://h\"\nqueue = \"lazy\"", &[], &["broker.queue (FILE): found \"lazy\"; write one of \"auto\", \"quorum\", \"classic\""])]
+#[case::tls_without_tls("[broker]\nurl = \"amqp://h\"\n[broker.tls]\nca_file = \"ca.pem\"", &[], &["broker.url (FILE): ", "amqps://"])]
+#[case::half_a_certificate("[broker]\nurl = \"amqps://h\"\n[broker.tls]\nclient_key_file = \"k\"", &[], &["broker.tls.client_key_file (FILE): ", "client_certificate_file"])]
+#[case::ceph_user("[ceph.main]\nuser = \"client.x\"", &[], &["ceph.main.user (FILE): found \"client.x\"", "without \"client.\""])]
+#[case::no_kind("[store.x]\npath = \"/b\"", &[], &["store.x.kind (FILE): it is missing; write kind = \"posix\""])]
+#[case::no_path("[store.x]\nkind = \"posix\"", &[], &["store.x.path (FILE): it is missing; write ", "path = "])]
+#[case::kind_to_come("[store.x]\nkind = \"s3\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no s3 stores yet; write \"posix\""])]
+#[case::no_such_kind("[store.x]\nkind = \"tape\"\npath = \"/b\"", &[], &["store.x.kind (FILE): found \"tape\"; write \"posix\""])]
+#[case::store_name("[store.\"a b\"]\nkind = \"posix\"\npath = \"/b\"", &[], &["store.a b (FILE): ", "write 1 to 64 of a-z"])]
+#[case::compression(&format!("{STORE}compression = \"gzip\""), &[], &["store.local.compression (FILE): found \"gzip\"; write one of \"none\", \"zlib\", \"bz2\", \"zstd\""])]
+#[case::odd_block(&format!("{STORE}sha_block_bytes = 1000"), &[], &["store.local.sha_block_bytes (FILE): found 1000; write a multiple of 512, such as 1024"])]
+#[case::odd_object(&format!("{STORE}object_bytes = 100000"), &[], &["store.local.object_bytes (FILE): found 100000", "store.local.sha_block_bytes (default)", "32768, such as 98304"])]
+#[case::object_below_block(&format!("{STORE}object_bytes = 512"), &[], &["store.local.object_bytes (FILE): ", "such as 32768"])]
+#[case::huge_object(&format!("{STORE}object_bytes = 2147483648"), &[], &["store.local.object_bytes (FILE): found 2147483648; write a whole number from 512 to 2147483647"])]
+#[case::memory(&format!("{STORE}[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (default), 52428800", "at least 205520896", "at most 16777216"])]
+#[case::memory_by_object(&format!("{STORE}object_bytes = 1073741824"), &[], &["worker.memory_bytes_max (default): ", "store.local.object_bytes (FILE)"])]
+#[case::two_defaults("[store.a]\nkind=\"posix\"\npath=\"/a\"\ndefault=true\n[store.b]\nkind=\"posix\"\npath=\"/b\"\ndefault=true", &[], &["store.b.default (FILE): store.a is the default already"])]
+#[case::value_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__OBJECT_BYTES", "7")], &["store.local.object_bytes (environment variable BACKHAUL_STORE__LOCAL__OBJECT_BYTES): found 7;"])]
+#[case::word_from_environment(STORE, &[("BACKHAUL_WORKER__JOBS_MAX", "many")], &["worker.jobs_max (environment variable BACKHAUL_WORKER__JOBS_MAX): found \"many\"; write a whole"])]
+#[case::unknown_from_environment("", &[("BACKHAUL_WORKER__JOB_MAX", "1")], &["worker.job_max (environment variable BACKHAUL_WORKER__JOB_MAX): ", "did you mean jobs_max?"])]
+#[case::unknown_section_from_environment("", &[("BACKHAUL_BRKER__URL", "x")], &["brker (environment variable BACKHAUL_BRKER__URL): ", "did you mean broker?"])]
+#[case::one_underscore("", &[("BACKHAUL_BROKER_URL", "x")], &["BACKHAUL_BROKER_URL (environment): ", "did you mean BACKHAUL_BROKER__URL?"])]
+#[case::store_without_setting("", &[("BACKHAUL_STORE__PATH", "/x")], &["BACKHAUL_STORE__PATH (environment): ", "BACKHAUL_STORE__NAME__SETTING"])]
+#[case::which_store("[store.a-b]\nkind=\"posix\"\npath=\"/a\"\n[store.A_b]\nkind=\"posix\"\npath=\"/b\"", &[("BACKHAUL_STORE__A_B__PATH", "/x")], &["BACKHAUL_STORE__A_B__PATH (environment): ", "store.A_b or store.a-b"])]
+fn a_bad_setting_is_named_with_its_origin(
+    #[case] toml: &str,
+    #[case] environment: &[(&str, &str)],
+    #[case] expected: &[&str],
+) {
+    let config = TempConfig::of(toml);
+
+    let error = config.load(environment).unwrap_err();
+
+    for part in expected {
+        let part = part.replace("FILE", &config.file().display().to_string());
+        assert!(error.contains(&part), "{part:?} is not in: {error}");
+    }
+    assert!(!error.contains("hush"), "a password is in: {error}");
+}
+
+#[test]
+fn what_is_not_set_has_its_default() {
+    let config =
+        TempConfig::of(&format!("[broker]\nurl = \"amqp://h\"\n{STORE}[ceph.main]\n")).load(&[]).unwrap();
+
+    let broker = config.broker().unwrap();
+    assert_eq!((broker.prefix.as_str(), broker.queue), ("backhaul", Queue::Auto));
+    assert_eq!((broker.heartbeat_seconds, broker.retry_delay_seconds), (60, 30));
+    assert_eq!((broker.reconnect_seconds_max, broker.publish_seconds_max), (30, 60));
+    assert_eq!(broker.message_bytes_max, 1 << 20);
+    let worker = &config.worker;
+    assert_eq!((worker.jobs_max, worker.memory_bytes_max), (4, 512 << 20));
+    assert_eq!((worker.attempts_max, worker.progress_seconds), (3, 1));
+    assert_eq!(worker.cpu_threads_max, std::thread::available_parallelism().unwrap().get());
+    assert_eq!(worker.file_roots, Vec::<PathBuf>::new());
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    assert_eq!(worker.name, host.trim());
+    assert_eq!(config.ceph["main"].conf, Path::new("/etc/ceph/ceph.conf"));
+    assert_eq!(config.ceph["main"].user, "admin");
+    let StoreKind::Posix { chunking, .. } = &config.store(None).unwrap().1.kind;
+    assert_eq!(chunking.compression, Compression::Zstd);
+    assert_eq!((chunking.object_bytes, chunking.sha_block_bytes), (52_428_800, 32_768));
+}
+
+#[test]
+fn the_environment_overrides_the_file_and_can_stand_alone() {
+    let file = TempConfig::of("[worker]\njobs_max = 2\n[store.Fast-one]\nkind = \"posix\"\npath = \"/a\"\n");
+    let config = file
+        .load(&[
+            ("BACKHAUL_WORKER__JOBS_MAX", "8"),
+            ("BACKHAUL_WORKER__NAME", "007"),
+            ("BACKHAUL_WORKER__FILE_ROOTS", r#"["/a,b", "/c"]"#),
+            ("BACKHAUL_STORE__FAST_ONE__PATH", "/b"),
+            ("BACKHAUL_WORKER_SERVICE_HOST", "set by somebody else"),
+            ("BACKHAUL_LOG", "debug"),
+            ("PATH", "/bin"),
+        ])
+        .unwrap();
+    assert_eq!((config.worker.jobs_max, config.worker.name.as_str()), (8, "007"));
+    assert_eq!(config.worker.file_roots, [Path::new("/a,b"), Path::new("/c")]);
+    assert_eq!(store_path(config.store(None).unwrap().1), Path::new("/b"));
+
+    let config = load(
+        None,
+        &[
+            ("BACKHAUL_BROKER__URL", "amqps://u:p@h:5671/v"),
+            ("BACKHAUL_BROKER__TLS__CA_FILE", "/ca.pem"),
+            ("BACKHAUL_STORE__LOCAL__KIND", "posix"),
+            ("BACKHAUL_STORE__LOCAL__PATH", "b"),
+            ("BACKHAUL_STORE__LOCAL__DEFAULT", "true"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.broker().unwrap().url.expose(), "amqps://u:p@h:5671/v");
+    assert_eq!(config.broker().unwrap().tls.ca_file.as_deref(), Some(Path::new("/ca.pem")));
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(store_path(config.store(None).unwrap().1), here.join("b"));
+}
+
+#[test]
+fn a_relative_path_is_relative_to_the_file() {
+    let file = TempConfig::of(
+        "[broker]\nurl = \"amqps://h\"\n\
+         [broker.tls]\nca_file = \"ca.pem\"\nclient_certificate_file = \"/c.pem\"\nclient_key_file = \"tls/k.pem\"\n\
+         [worker]\nfile_roots = [\"volumes\", \"/v\"]\n\
+         [ceph.main]\nconf = \"ceph.conf\"\n[store.local]\nkind = \"posix\"\npath = \"../b\"\n",
+    );
+    let folder = file.0.path();
+
+    let config = file.load(&[]).unwrap();
+
+    let tls = &config.broker().unwrap().tls;
+    assert_eq!(tls.ca_file, Some(folder.join("ca.pem")));
+    assert_eq!(tls.client_certificate_file, Some("/c.pem".into()));
+    assert_eq!(tls.client_key_file, Some(folder.join("tls/k.pem")));
+    assert_eq!(config.worker.file_roots, [folder.join("volumes"), "/v".into()]);
+    assert_eq!(config.ceph["main"].conf, folder.join("ceph.conf"));
+    assert_eq!(store_path(config.store(None).unwrap().1), folder.join("../b"));
+    assert_eq!(config.file, Some(file.file()));
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = load(Some(Path::new("/no/such/backhaul.toml")), &[]).unwrap_err();
+    assert_eq!(
+        error,
+        "read the configuration file /no/such/backhaul.toml: No such file or directory (os error 2)"
+    );
+}
+
+#[test]
+fn the_default_store_is_the_only_one_or_the_one_that_says_so() {
+    let name = |text: &str| text.parse().unwrap();
+
+    let none = TempConfig::of("").load(&[]).unwrap();
+    assert!(
+        none.store(None)
+            .unwrap_err()
+            .to_string()
+            .contains("a store is needed; write a section such as [store.local]")
+    );
+    assert!(none.broker().unwrap_err().to_string().starts_with("broker.url ("));
+
+    let two = TempConfig::of(TWO_STORES).load(&[]).unwrap();
+    assert!(two.store(None).unwrap_err().to_string().contains("name one of a, b, or write default = true"));
+    assert!(two.store(Some(&name("c"))).unwrap_err().to_string().contains("there are: a, b"));
+    assert_eq!(two.store(Some(&name("b"))).unwrap().0.as_str(), "b");
+
+    let one_default = TempConfig::of(&format!("{TWO_STORES}default = true")).load(&[]).unwrap();
+    assert_eq!(one_default.store(None).unwrap().0.as_str(), "b");
+}
+
+#[test]
+fn a_password_is_not_shown() {
+    let config = TempConfig::of("[broker]\nurl = \"amqp://u:hush@h\"\n").load(&[]).unwrap();
+    assert!(!format!("{config:?}").contains("hush"));
+
+    let not_toml = TempConfig::of("[broker]\nurl = amqp://u:hush@h\n").load(&[]).unwrap_err();
+    assert!(!not_toml.contains("hush"), "{not_toml}");
+}
+
+fn store_path(store: &Store) -> &Path {
+    let StoreKind::Posix { path, .. } = &store.kind;
+    path
+}
+
+/// The rows of the tables in the documents: setting, environment and default.
+fn documented() -> Vec<[String; 3]> {
+    let rows = include_str!("../docs/configuration.md").lines().filter(|line| line.starts_with("| `"));
+    let rows = rows.map(|row| {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        [cells[1].replace('`', ""), cells[2].replace('`', ""), cells[4].to_owned()]
+    });
+    rows.collect()
+}
+
+#[test]
+fn every_setting_is_documented_with_its_variable() {
+    let documented = documented();
+    let names: Vec<&str> = documented.iter().map(|[setting, ..]| setting.as_str()).collect();
+    assert_eq!(names, SETTINGS);
+    for [setting, variable, _] in &documented {
+        assert_eq!(*variable, format!("BACKHAUL_{}", setting.to_uppercase().replace('.', "__")));
+    }
+}
+
+#[test]
+fn every_setting_is_listed_and_every_listed_one_exists() {
+    for setting in SETTINGS {
+        let (section, key) = setting.rsplit_once('.').unwrap();
+        let error = TempConfig::of(&format!("[{section}]\n{key}.x = 1\n")).load(&[]).unwrap_err();
+        assert!(error.starts_with(setting) && error.contains("found a section; write "), "{error}");
+
+        let error = TempConfig::of(&format!("[{section}]\nqqq = 1\n")).load(&[]).unwrap_err();
+        let (_, known) = error.split_once("known here are ").unwrap();
+        let listed = |key: &str| SETTINGS.iter().any(|s| s.starts_with(&format!("{section}.{key}")));
+        assert!(known.split(", ").all(listed), "{error}");
+    }
+}
+
+#[test]
+fn the_documented_defaults_are_the_defaults() {
+    let required =
+        "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\nceph.NAME = {}\n";
+    let mut explicit = required.replace("ceph.NAME = {}\n", "");
+    for [setting, _, default] in documented() {
+        if let Some(value) = default.strip_prefix('`').and_then(|text| text.strip_suffix('`')) {
+            explicit += &format!("{setting} = {value}\n");
+        }
+    }
+    assert!(explicit.lines().count() > 15, "{explicit}");
+    let (implicit, explicit) = (TempConfig::of(required), TempConfig::of(&explicit));
+
+    let explicit = Config { file: None, ..explicit.load(&[]).unwrap() };
+    assert_eq!(explicit, Config { file: None, ..implicit.load(&[]).unwrap() });
+}
+
+#[test]
+fn the_example_loads_also_with_all_that_is_commented_out() {
+    let example = include_str!("../dev/backhaul.example.toml");
+    let config = TempConfig::of(example).load(&[]).unwrap();
+    assert_eq!(config.store(None).unwrap().0.as_str(), "local");
+
+    let is_setting = |line: &str| {
+        line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '))
+    };
+    let mut settings = 0;
+    let all: String = example
+        .lines()
+        .map(|line| match line.strip_prefix("# ").filter(|line| is_setting(line)) {
+            Some(line) => format!("{line}\n"),
+            None => format!("{line}\n"),
+        })
+        .inspect(|line| settings += usize::from(line.contains(" = ")))
+        .collect();
+    assert_eq!(settings, SETTINGS.len());
+    TempConfig::of(&all.replace("amqp://", "amqps://")).load(&[]).unwrap();
+}
