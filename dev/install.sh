@@ -67,12 +67,17 @@ allow_services() {
 }
 
 install_packages() {
-  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
+  local log apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
   command -v apt-get >/dev/null || die "this is no Debian; install by hand what gives: $*"
   say "installing $*"
   forbid_services
-  as_root "${apt[@]}" update >&2
-  as_root "${apt[@]}" install --yes --no-install-recommends "$@" >&2 </dev/null
+  log=$(mktemp)
+  if ! { as_root "${apt[@]}" update && as_root "${apt[@]}" install --yes --no-install-recommends "$@"; } \
+    >"$log" 2>&1 </dev/null; then
+    cat "$log" >&2
+    die "apt-get failed; all it said is above and in $log"
+  fi
+  rm -f "$log"
   if [[ " $* " == *" rabbitmq-server "* ]] && command -v systemctl >/dev/null; then
     say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"
     as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket >&2 || true
