@@ -149,8 +149,8 @@ target=$(target_folder)
 work=$target/demo
 PATH=$target/release:$PATH:/usr/sbin:/sbin # mkfs.ext4 and debugfs are not in everybody's PATH
 
-exec {lock}>"$work.lock"
-flock --nonblock "$lock" || die "another demo is running"
+exec 9>"$work.lock"
+flock --nonblock 9 || die "another demo is running"
 "$repository/dev/rabbit.sh" down "$work/rabbit" >/dev/null 2>&1 || true # of a demo that was killed
 rm -rf "$work"
 mkdir -p "$work"/{volumes,backups}
@@ -160,7 +160,7 @@ trap finish EXIT
 step "Start a private RabbitMQ and a worker"
 say "Work folder, where all commands from here on run: $work"
 show "dev/rabbit.sh up rabbit"
-"$repository/dev/rabbit.sh" up "$work/rabbit" >rabbit.log 2>&1 {lock}>&- || { cat rabbit.log >&2; die "no broker"; }
+"$repository/dev/rabbit.sh" up "$work/rabbit" >rabbit.log 2>&1 9>&- || { cat rabbit.log >&2; die "no broker"; }
 cat >backhaul.toml <<END
 [broker]
 url = "$(<rabbit/url)"
@@ -177,7 +177,7 @@ show "cat backhaul.toml"
 sed 's/^/   /' backhaul.toml
 run backhaul check
 show "backhaul worker 2> worker.log &"
-backhaul worker >worker.log 2>&1 {lock}>&- &
+backhaul worker >worker.log 2>&1 9>&- &
 worker=$!
 
 step "Make a volume of 1 GiB: ext4, full of real files"
