@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing on Debian 12, as root or through sudo; does nothing, quickly, when all is there.
 #   install.sh          what building, running and the demo need
-#   install.sh test     and cargo-nextest
+#   install.sh test     and what the tests need
 #   install.sh check    and the linters
 # Rust itself must be there: https://rustup.rs
 set -euo pipefail
@@ -15,7 +15,7 @@ tools=()
 components=()
 case ${1:-run} in
 run) ;;
-test) tools=(cargo-nextest@0.9.143) ;;
+test) packages+=(openssl) tools=(cargo-nextest@0.9.143) ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
 *) die "usage: install.sh [test|check]" ;;
 esac
