@@ -1,0 +1,44 @@
+# Every target installs what it needs; `make` alone lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install build demo test check advisories fmt clean clean-demo
+
+help: ## List what there is to make
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+install: ## Install the Debian packages that building and running need
+	@dev/install.sh
+
+build: ## Build the release binary
+	@dev/install.sh
+	cargo build --locked --release
+
+demo: ## Back up and restore a 1 GiB volume through a broker of its own, and compare
+	@dev/demo.sh
+
+test: ## Run every test, with and without Ceph; ARGS='-E test(name)' picks some
+	@dev/test.sh $(ARGS)
+
+check: ## Check format, lints, licences, scripts and container files
+	@dev/install.sh check
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	cargo deny --locked check --hide-inclusion-graph bans licenses sources
+	shellcheck .ci/run dev/*.sh
+	dev/containers.sh
+
+advisories: ## Check the dependencies for known vulnerabilities; needs github.com
+	@dev/install.sh check
+	cargo deny --locked check advisories
+
+fmt: ## Format the code
+	cargo fmt
+
+clean: ## Remove everything that was built
+	cargo clean
+
+clean-demo: ## Remove what the last demo left to look at
+	@dev/demo.sh clean

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Installs what is missing on Debian 12, as root or through sudo; does nothing, quickly, when all is there.
+#   install.sh          what building, running and the demo need
+#   install.sh test     and what the tests need
+#   install.sh check    and the linters
+# Rust itself must be there: https://rustup.rs
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+die() { echo "install.sh: $*" >&2; exit 1; }
+say() { echo "install.sh: $*" >&2; }
+
+packages=(build-essential e2fsprogs jq librados-dev librbd-dev rabbitmq-server)
+tools=()
+components=()
+case ${1:-run} in
+run) ;;
+test) packages+=(openssl) tools=(cargo-nextest@0.9.143) ;;
+check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
+*) die "usage: install.sh [test|check]" ;;
+esac
+
+require_rust() {
+  local needed found component
+  needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+  command -v cargo >/dev/null || die "cargo is not in PATH: install Rust $needed or newer, see https://rustup.rs"
+  found=$(cargo --version | cut -d' ' -f2)
+  printf '%s\n' "$needed" "${found%%-*}" | sort --version-sort --check=silent ||
+    die "cargo is $found: Rust $needed or newer is needed, try: rustup update stable"
+  for component in "${components[@]}"; do
+    cargo "$component" --version >/dev/null 2>&1 ||
+      die "cargo $component does not work, try: rustup component add rustfmt clippy"
+  done
+}
+
+as_root() {
+  if [[ $EUID == 0 ]]; then
+    "$@"
+  else
+    command -v sudo >/dev/null || die "to install $*: run as root, or install sudo"
+    sudo "$@"
+  fi
+}
+
+missing_packages() {
+  local package
+  for package in "${packages[@]}"; do
+    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || echo "$package"
+  done
+}
+
+# While this file says 101, packages start no services: no second broker on the default port, no epmd.
+policy=/usr/sbin/policy-rc.d
+policy_mark='# Written by the install.sh of Backhaul while it runs'
+
+forbid_services() {
+  if [[ -e $policy ]] && ! grep -qxF "$policy_mark" "$policy"; then
+    return # somebody else's, who knows why
+  fi
+  trap allow_services EXIT
+  printf '#!/bin/sh\n%s\nexit 101\n' "$policy_mark" | as_root tee "$policy" >/dev/null
+  as_root chmod 755 "$policy"
+}
+
+allow_services() {
+  as_root rm -f "$policy"
+}
+
+install_packages() {
+  local log apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
+  command -v apt-get >/dev/null || die "this is no Debian; install by hand what gives: $*"
+  say "installing $*"
+  forbid_services
+  log=$(mktemp)
+  if ! { as_root "${apt[@]}" update && as_root "${apt[@]}" install --yes --no-install-recommends "$@"; } \
+    >"$log" 2>&1 </dev/null; then
+    cat "$log" >&2
+    die "apt-get failed; all it said is above and in $log"
+  fi
+  rm -f "$log"
+  if [[ " $* " == *" rabbitmq-server "* ]] && command -v systemctl >/dev/null; then
+    say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"
+    as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket >&2 || true
+  fi
+}
+
+require_rust
+
+mapfile -t missing < <(missing_packages)
+if [[ ${#missing[@]} != 0 ]]; then
+  install_packages "${missing[@]}"
+fi
+
+for tool in "${tools[@]}"; do
+  if ! cargo "$(sed 's/^cargo-//; s/@.*//' <<<"$tool")" --version >/dev/null 2>&1; then
+    say "building $tool, which takes some minutes"
+    cargo install --locked "$tool" >&2
+  fi
+done
