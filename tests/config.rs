@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use backhaul::config::{Compression, Config, Queue, SETTINGS, Store, StoreKind};
+use backhaul::config::{Config, Queue, SETTINGS, Store, StoreKind};
+use backhaul::engine::chunked::Compression;
 use backhaul::error::Causes;
 use rstest::rstest;
 

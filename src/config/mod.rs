@@ -13,11 +13,13 @@ use serde::Deserialize;
 
 pub use layers::ConfigError;
 use layers::Layers;
-pub use value::{Compression, InvalidCompression, Queue, Secret};
+pub use value::{Queue, Secret};
+
 use value::{
     broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, some_path, whole,
 };
 
+use crate::engine::chunked::Compression;
 use crate::job::StoreName;
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.

@@ -11,6 +11,8 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error, SeqAccess, Unexpected, Visitor};
 use url::Url;
 
+use crate::engine::chunked::Compression;
+
 /// A text that nobody may see: it is not shown, and it cannot be serialised.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -31,47 +33,6 @@ impl From<String> for Secret {
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret")
-    }
-}
-
-/// How objects are compressed; the words are Cinder's.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Compression {
-    /// Not at all.
-    None,
-    /// As zlib does: RFC 1950.
-    Zlib,
-    /// As bzip2 does.
-    Bz2,
-    /// As Zstandard does.
-    #[default]
-    Zstd,
-}
-
-/// Says that a text names no compression.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is no compression: write none, zlib, bz2 or zstd")]
-pub struct InvalidCompression(String);
-
-impl Compression {
-    /// The word of the configuration and of Cinder's metadata.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Zlib => "zlib",
-            Self::Bz2 => "bz2",
-            Self::Zstd => "zstd",
-        }
-    }
-}
-
-impl FromStr for Compression {
-    type Err = InvalidCompression;
-
-    fn from_str(text: &str) -> Result<Self, InvalidCompression> {
-        let all = [Self::None, Self::Zlib, Self::Bz2, Self::Zstd];
-        let found = all.into_iter().find(|compression| compression.as_str() == text);
-        found.ok_or_else(|| InvalidCompression(text.chars().take(40).collect()))
     }
 }
 

@@ -7,16 +7,13 @@ use std::fmt;
 use std::io::{self, BufReader, Read, Write};
 use std::str::FromStr;
 
-use serde::Deserialize;
-
 /// Cinder's writer has python-zstd's default level.
 const ZSTD_LEVEL: i32 = 3;
 /// Cinder's writer has zlib's default level.
 const ZLIB_LEVEL: i32 = 6;
 
 /// How an object's bytes are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Compression {
     /// Not at all.
     None,
@@ -25,6 +22,7 @@ pub enum Compression {
     /// bzip2 at level 9.
     Bz2,
     /// A zstd frame with its content's size.
+    #[default]
     Zstd,
 }
 

@@ -1,0 +1,351 @@
+//! A worker: the only place where the rooms are put together. Takes deliveries, has them run, and settles them.
+//!
+//! A delivery is settled once, and only after what it caused is safe: data, record, event confirmed by the broker,
+//! then the acknowledgement. Whatever dies in between leads to the same job again, which finds how far it had come.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rayon_core::ThreadPoolBuildError;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, error, info, info_span, warn};
+
+use crate::broker::{self, Broker, Delivery, Properties};
+use crate::config::{self, Config, ConfigError, StoreKind};
+use crate::engine::chunked::{Budget, Chunked, Settings};
+use crate::engine::{Cpu, Engine};
+use crate::error::{Causes, Class, Problem};
+use crate::event::Native;
+use crate::job::{Command, Context, Job, JobId, StoreName};
+use crate::message::{self, Reason, Rejection};
+use crate::runner::{self, Attempts, Ended, Report};
+use crate::store::{self, Posix};
+use crate::volume::FileRoots;
+
+/// Memory that the program needs besides what it reads into: code, threads, connections, unpackers.
+const MEMORY_BESIDES_BYTES: u64 = 64 << 20;
+/// Jobs whose cancelling is remembered, in case they are delivered later.
+const CANCELLED_MAX: usize = 10_000;
+
+/// Why a worker, or a command that works on a store, could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration cannot be used.
+    #[error("the configuration cannot be used")]
+    Config(#[from] ConfigError),
+    /// A store cannot be opened.
+    #[error("store.{name} cannot be used")]
+    Store {
+        /// The store.
+        name: StoreName,
+        /// Why.
+        source: store::Error,
+    },
+    /// The broker's settings cannot be used.
+    #[error("the broker cannot be used")]
+    Broker(#[from] broker::Error),
+    /// Threads could not be started.
+    #[error("start {0} CPU threads")]
+    Threads(usize, #[source] ThreadPoolBuildError),
+}
+
+/// The stores of the configuration, opened, each with an engine on it. They share CPU threads and memory.
+#[derive(Debug, Clone)]
+pub struct Stores {
+    engines: BTreeMap<StoreName, Engine>,
+    default: Option<StoreName>,
+}
+
+impl Stores {
+    /// Opens all stores.
+    pub fn open(config: &Config) -> Result<Self, Error> {
+        let (default, _) = match config.store(None) {
+            Ok((name, store)) => (Some(name.clone()), Some(store)),
+            // Several stores may do without a default one; none at all is of no use.
+            Err(_) if !config.stores.is_empty() => (None, None),
+            Err(error) => return Err(error.into()),
+        };
+        let threads = config.worker.cpu_threads_max;
+        let cpu = Cpu::start(threads).map_err(|source| Error::Threads(threads, source))?;
+        let budget =
+            Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BESIDES_BYTES) as usize);
+        let roots = FileRoots::new(&config.worker.file_roots);
+        let mut engines = BTreeMap::new();
+        for (name, store) in &config.stores {
+            let StoreKind::Posix { path, chunking } = &store.kind;
+            let opened = Posix::open(path).map_err(|source| Error::Store { name: name.clone(), source })?;
+            let settings = Settings {
+                compression: chunking.compression,
+                object_bytes: chunking.object_bytes as usize,
+                sha_block_bytes: chunking.sha_block_bytes as usize,
+            };
+            let chunked = Chunked::new(Arc::new(opened), settings, cpu.clone(), budget.clone());
+            engines.insert(name.clone(), Engine::new(chunked, roots.clone()));
+        }
+        Ok(Self { engines, default })
+    }
+
+    /// The engine on the store of that name, or on the default one; the problem says what there is instead.
+    pub fn engine(&self, name: Option<&StoreName>) -> Result<&Engine, Problem> {
+        if let Some(engine) = name.or(self.default.as_ref()).and_then(|name| self.engines.get(name)) {
+            return Ok(engine);
+        }
+        let known: Vec<&str> = self.engines.keys().map(StoreName::as_str).collect();
+        let message = match name {
+            Some(name) => format!("this worker has no store {name}: it has {}", known.join(", ")),
+            None => format!("no store is the default: name one of {}", known.join(", ")),
+        };
+        Err(Problem { class: Class::Permanent, message, causes: Vec::new() })
+    }
+}
+
+/// How to reach the broker, in the words of the broker's room. `purpose` tells this connection from others in the
+/// broker's own list.
+pub fn broker_settings(config: &Config, purpose: &str) -> Result<broker::Settings, Error> {
+    let settings = config.broker()?;
+    Ok(broker::Settings {
+        url: settings.url.expose().parse().map_err(|_| settings_url())?,
+        prefix: settings.prefix.clone(),
+        connection_name: format!("backhaul {purpose} {}", config.worker.name),
+        heartbeat_seconds: settings.heartbeat_seconds,
+        tls: broker::Tls {
+            ca_file: settings.tls.ca_file.clone(),
+            client_certificate_file: settings.tls.client_certificate_file.clone(),
+            client_key_file: settings.tls.client_key_file.clone(),
+        },
+        queue_kind: match settings.queue {
+            config::Queue::Auto => broker::QueueKind::Auto,
+            config::Queue::Quorum => broker::QueueKind::Quorum,
+            config::Queue::Classic => broker::QueueKind::Classic,
+        },
+        retry_delay_seconds: settings.retry_delay_seconds,
+        reconnect_seconds_max: settings.reconnect_seconds_max,
+        publish_seconds_max: settings.publish_seconds_max,
+        message_bytes_max: settings.message_bytes_max,
+    })
+}
+
+/// When a worker is to end.
+#[derive(Debug, Clone, Default)]
+pub struct Shutdown {
+    /// Take nothing more, and let what runs come to its end.
+    pub drain: CancellationToken,
+    /// End now; what runs goes back to the broker.
+    pub now: CancellationToken,
+}
+
+/// Works until it is told to end.
+pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
+    let stores = Stores::open(config)?;
+    let broker = Broker::start(broker_settings(config, "worker")?)?;
+    let worker = Arc::new(Worker {
+        stores,
+        broker: broker.clone(),
+        source: format!("/backhaul/worker/{}", config.worker.name),
+        attempts_max: config.worker.attempts_max,
+        progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
+        jobs: Mutex::default(),
+    });
+    let mut deliveries = broker.jobs(config.worker.jobs_max.into());
+    let mut control = broker.control();
+    let mut state = broker.state();
+    let mut running = JoinSet::new();
+    info!(jobs_max = config.worker.jobs_max, stores = config.stores.len(), "worker started");
+
+    loop {
+        tokio::select! {
+            Some(delivery) = deliveries.next() => {
+                let worker = worker.clone();
+                running.spawn(async move { worker.handle(delivery).await });
+            }
+            Some(notice) = control.next() => worker.take_control(&notice.body),
+            Some(ended) = running.join_next() => lost_task(ended),
+            Ok(()) = state.changed() => info!(state = %*state.borrow_and_update(), "broker"),
+            () = shutdown.drain.cancelled() => break,
+            () = shutdown.now.cancelled() => break,
+        }
+    }
+
+    info!(running = running.len(), "stopping: no more jobs are taken");
+    deliveries.stop();
+    loop {
+        tokio::select! {
+            ended = running.join_next() => match ended {
+                Some(ended) => lost_task(ended),
+                None => break,
+            },
+            Some(notice) = control.next() => worker.take_control(&notice.body),
+            () = shutdown.now.cancelled() => {
+                warn!(running = running.len(), "stopping at once: what runs goes back to the broker");
+                running.shutdown().await;
+            }
+        }
+    }
+    broker.close().await;
+    info!("worker stopped");
+    Ok(())
+}
+
+fn lost_task(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        error!(%error, "a job's task broke; its delivery goes back to the broker");
+    }
+}
+
+struct Worker {
+    stores: Stores,
+    broker: Broker,
+    source: String,
+    attempts_max: u32,
+    progress_every: Duration,
+    jobs: Mutex<Jobs>,
+}
+
+/// What this worker knows of jobs at this moment.
+#[derive(Default)]
+struct Jobs {
+    running: HashMap<JobId, Running>,
+    /// The latest ids that were cancelled without running here.
+    cancelled: VecDeque<JobId>,
+}
+
+struct Running {
+    cancel: CancellationToken,
+    /// Deliveries of the same job that came while it ran: the broker had given the first one up.
+    adopted: Vec<Delivery>,
+}
+
+impl Worker {
+    fn jobs(&self) -> MutexGuard<'_, Jobs> {
+        // Nothing panics while it holds the lock.
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn handle(&self, delivery: Delivery) {
+        let command = if delivery.oversize {
+            let message = format!("the message has {} bytes, more than is taken", delivery.body.len());
+            Err(Rejection { reason: Reason::Oversize, message, job_id: None })
+        } else {
+            message::parse_command(&delivery.body)
+        };
+        let settled = match command {
+            Ok(Command::Run(job)) => {
+                let span =
+                    info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
+                self.run(delivery, &job).instrument(span).await
+            }
+            Ok(Command::Cancel(id)) => self.pass_on_cancel(delivery, id).await,
+            Err(rejection) => self.reject(delivery, &rejection).await,
+        };
+        if let Err(error) = settled {
+            // It will be delivered again, and then found to be done.
+            warn!(error = %Causes(&error), "delivery not settled");
+        }
+    }
+
+    async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
+        let ctx = Context::default();
+        let delivery = {
+            let mut jobs = self.jobs();
+            if let Some(running) = jobs.running.get_mut(&job.id) {
+                info!("job runs here already, delivery adopted");
+                running.adopted.push(delivery);
+                return Ok(());
+            }
+            if let Some(index) = jobs.cancelled.iter().position(|id| *id == job.id) {
+                jobs.cancelled.remove(index);
+                ctx.cancel.cancel();
+            }
+            jobs.running.insert(job.id, Running { cancel: ctx.cancel.clone(), adopted: Vec::new() });
+            delivery
+        };
+        let attempts = Attempts { current: delivery.properties.attempt, max: self.attempts_max };
+        let sink = Native::new(self.broker.clone(), self.source.clone(), delivery.properties.clone());
+        let report = Report::new(&sink, job);
+        let engine = self.stores.engine(job.store.as_ref());
+        let ended = match &engine {
+            Ok(engine) => runner::run(&ctx, engine, job, attempts, self.progress_every, &report).await,
+            Err(problem) => runner::refuse(job, problem.clone(), &report).await,
+        };
+
+        let adopted = self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
+        let deliveries = std::iter::once(delivery).chain(adopted);
+        match ended {
+            Ended::Over(_) => {
+                for delivery in deliveries {
+                    // Of several, all but the last are lost already.
+                    delivery.ack().await?;
+                }
+                if let Ok(engine) = &engine
+                    && let Err(error) = engine.catalog().settle(job.id).await
+                {
+                    warn!(error = %Causes(&error), "the outcome of a job that was told stays in the store");
+                }
+            }
+            Ended::Later(problem) => {
+                warn!(error = %problem, attempt = attempts.current, "failed for now, trying again later");
+                for delivery in deliveries {
+                    delivery.retry_later().await?;
+                }
+            }
+            Ended::Untold(error) => {
+                warn!(error = %Causes(&error), "the end of the job could not be told");
+                for delivery in deliveries {
+                    delivery.requeue().await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A cancel that came through the job queue goes to all workers.
+    async fn pass_on_cancel(&self, delivery: Delivery, id: JobId) -> Result<(), broker::Error> {
+        let body = message::encode_command(&Command::Cancel(id));
+        self.broker.publish_control(body.into(), command_properties()).await?;
+        delivery.ack().await
+    }
+
+    async fn reject(&self, delivery: Delivery, rejection: &Rejection) -> Result<(), broker::Error> {
+        warn!(reason = %rejection.reason, error = %rejection, "message rejected");
+        let message_id = delivery.properties.message_id.as_deref();
+        let body = message::encode_rejected(rejection, Timestamp::now(), &self.source, message_id);
+        let properties = Properties {
+            content_type: Some(message::EVENT_CONTENT_TYPE.into()),
+            correlation_id: delivery.properties.correlation_id.clone(),
+            ..Properties::default()
+        };
+        let body = bytes::Bytes::from(body);
+        self.broker.publish_event(message::REJECTED_ROUTING_KEY, body.clone(), properties.clone()).await?;
+        if let Some(queue) = delivery.properties.reply_to.clone() {
+            self.broker.publish_reply(queue, body, properties).await?;
+        }
+        delivery.dead_letter(&format!("{}: {rejection}", rejection.reason)).await
+    }
+
+    fn take_control(&self, body: &[u8]) {
+        match message::parse_command(body) {
+            Ok(Command::Cancel(id)) => {
+                let mut jobs = self.jobs();
+                if let Some(running) = jobs.running.get(&id) {
+                    info!(job = %id, "cancelling");
+                    running.cancel.cancel();
+                } else if !jobs.cancelled.contains(&id) {
+                    if jobs.cancelled.len() == CANCELLED_MAX {
+                        jobs.cancelled.pop_front();
+                    }
+                    jobs.cancelled.push_back(id);
+                }
+            }
+            Ok(Command::Run(_)) => warn!("a job came where only cancels belong; it is ignored"),
+            Err(rejection) => warn!(error = %rejection, "a control message could not be read"),
+        }
+    }
+}
+
+/// The properties that a command of ours is published with.
+pub fn command_properties() -> Properties {
+    Properties { content_type: Some(message::COMMAND_CONTENT_TYPE.into()), ..Properties::default() }
+}
