@@ -91,7 +91,7 @@ impl CommandSchema {
         let what = match error.kind() {
             ValidationErrorKind::AdditionalProperties { unexpected } => {
                 let names = unexpected.iter().take(FAULTS_SHOWN_MAX);
-                let field = names.map(|name| shortened(name)).collect::<Vec<_>>().join(", ");
+                let field = names.map(String::as_str).map(shortened).collect::<Vec<_>>().join(", ");
                 let known = self.text["properties"].as_object().into_iter().flat_map(|fields| fields.keys());
                 let known = known.map(String::as_str).collect::<Vec<_>>().join(", ");
                 return Fault { field, what: format!("no such field: {} has {known}", self.operation) };
@@ -108,7 +108,8 @@ impl CommandSchema {
                 Value::Null => "null is not allowed: leave the field out, or".to_owned(),
                 Value::Array(_) => "an array is not allowed".to_owned(),
                 Value::Object(_) => "an object is not allowed".to_owned(),
-                value => format!("{} is not allowed", shortened(&value.to_string())),
+                Value::String(text) => format!("\"{}\" is not allowed", shortened(text)),
+                value => format!("{value} is not allowed"),
             },
         };
         let hint = SCHEMAS.hint(self, &path).unwrap_or("what the schema asks for");
@@ -170,12 +171,10 @@ impl fmt::Display for Fault {
     }
 }
 
-/// As much of a text as is shown to people.
+/// As much of a text as is shown to people, with what cannot be seen escaped.
 fn shortened(text: &str) -> String {
-    match text.char_indices().nth(VALUE_CHARS_MAX) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    let shown: String = text.chars().take(VALUE_CHARS_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().nth(VALUE_CHARS_MAX).is_some() { format!("{shown}…") } else { shown }
 }
 
 #[cfg(test)]
