@@ -69,7 +69,7 @@ impl CommandSchema {
         let mut faults: Vec<Fault> = Vec::new();
         for error in self.validator.iter_errors(message) {
             let fault = self.fault(&error);
-            // An empty text, say, breaks its pattern and its minimal length: that is one fault.
+            // A text that is too long and has line ends, say, breaks two rules: that is one fault.
             if faults.iter().all(|known| known.field != fault.field) {
                 faults.push(fault);
             }
@@ -102,19 +102,25 @@ impl CommandSchema {
             }
             ValidationErrorKind::Required { property } => {
                 path.push(property.as_str().unwrap_or_default().to_owned());
-                "missing".to_owned()
+                "missing:".to_owned()
             }
             _ => match error.instance().as_ref() {
-                Value::Null => "null is not allowed: leave the field out, or".to_owned(),
-                Value::Array(_) => "an array is not allowed".to_owned(),
-                Value::Object(_) => "an object is not allowed".to_owned(),
-                Value::String(text) => format!("\"{}\" is not allowed", shortened(text)),
-                value => format!("{value} is not allowed"),
+                Value::Null if self.is_optional(&path) => {
+                    "null is not allowed: leave the field out, or".to_owned()
+                }
+                Value::Array(_) => "an array is not allowed:".to_owned(),
+                Value::Object(_) => "an object is not allowed:".to_owned(),
+                Value::String(text) => format!("\"{}\" is not allowed:", shortened(text)),
+                value => format!("{value} is not allowed:"),
             },
         };
         let hint = SCHEMAS.hint(self, &path).unwrap_or("what the schema asks for");
-        let write = if what.ends_with(" or") { " write" } else { ": write" };
-        Fault { field: path.join("."), what: format!("{what}{write} {hint}") }
+        Fault { field: path.join("."), what: format!("{what} write {hint}") }
+    }
+
+    fn is_optional(&self, path: &[String]) -> bool {
+        let [name] = path else { return false };
+        self.text["required"].as_array().is_none_or(|required| required.iter().all(|known| known != name))
     }
 }
 
