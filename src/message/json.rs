@@ -22,6 +22,9 @@ pub(super) fn read(text: &[u8]) -> Result<Value, String> {
     }
     let text = std::str::from_utf8(text)
         .map_err(|error| format!("it is not UTF-8: byte {} is wrong", error.valid_up_to() + 1))?;
+    if text.trim_ascii().is_empty() {
+        return Err("it is empty".into());
+    }
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let value = Strict { depth: 0 }.deserialize(&mut deserializer).map_err(|error| error.to_string())?;
     deserializer.end().map_err(|error| error.to_string())?;

@@ -96,7 +96,7 @@ fn backup() -> impl Strategy<Value = Work> {
 }
 
 /// Every command that can be asked for.
-pub fn command() -> impl Strategy<Value = Command> {
+pub(crate) fn command() -> impl Strategy<Value = Command> {
     let restore = (backup_id(), target(), of(volume_id())).prop_map(|(backup_id, target, volume_id)| {
         Work::Restore(RestoreWork { backup_id, target, volume_id })
     });
@@ -194,7 +194,7 @@ fn change() -> impl Strategy<Value = Change> {
 }
 
 /// Every event that can be told of.
-pub fn event() -> impl Strategy<Value = Event> {
+pub(crate) fn event() -> impl Strategy<Value = Event> {
     let operation = prop_oneof![
         Just(Operation::Backup),
         Just(Operation::Restore),

@@ -69,7 +69,7 @@ impl CommandSchema {
         let mut faults: Vec<Fault> = Vec::new();
         for error in self.validator.iter_errors(message) {
             let fault = self.fault(&error);
-            // An empty text, say, breaks its pattern and its minimal length: that is one fault.
+            // A text that is too long and has line ends, say, breaks two rules: that is one fault.
             if faults.iter().all(|known| known.field != fault.field) {
                 faults.push(fault);
             }
@@ -91,7 +91,7 @@ impl CommandSchema {
         let what = match error.kind() {
             ValidationErrorKind::AdditionalProperties { unexpected } => {
                 let names = unexpected.iter().take(FAULTS_SHOWN_MAX);
-                let field = names.map(|name| shortened(name)).collect::<Vec<_>>().join(", ");
+                let field = names.map(String::as_str).map(shortened).collect::<Vec<_>>().join(", ");
                 let known = self.text["properties"].as_object().into_iter().flat_map(|fields| fields.keys());
                 let known = known.map(String::as_str).collect::<Vec<_>>().join(", ");
                 return Fault { field, what: format!("no such field: {} has {known}", self.operation) };
@@ -102,18 +102,25 @@ impl CommandSchema {
             }
             ValidationErrorKind::Required { property } => {
                 path.push(property.as_str().unwrap_or_default().to_owned());
-                "missing".to_owned()
+                "missing:".to_owned()
             }
             _ => match error.instance().as_ref() {
-                Value::Null => "null is not allowed: leave the field out, or".to_owned(),
-                Value::Array(_) => "an array is not allowed".to_owned(),
-                Value::Object(_) => "an object is not allowed".to_owned(),
-                value => format!("{} is not allowed", shortened(&value.to_string())),
+                Value::Null if self.is_optional(&path) => {
+                    "null is not allowed: leave the field out, or".to_owned()
+                }
+                Value::Array(_) => "an array is not allowed:".to_owned(),
+                Value::Object(_) => "an object is not allowed:".to_owned(),
+                Value::String(text) => format!("\"{}\" is not allowed:", shortened(text)),
+                value => format!("{value} is not allowed:"),
             },
         };
         let hint = SCHEMAS.hint(self, &path).unwrap_or("what the schema asks for");
-        let write = if what.ends_with(" or") { " write" } else { ": write" };
-        Fault { field: path.join("."), what: format!("{what}{write} {hint}") }
+        Fault { field: path.join("."), what: format!("{what} write {hint}") }
+    }
+
+    fn is_optional(&self, path: &[String]) -> bool {
+        let [name] = path else { return false };
+        self.text["required"].as_array().is_none_or(|required| required.iter().all(|known| known != name))
     }
 }
 
@@ -170,12 +177,10 @@ impl fmt::Display for Fault {
     }
 }
 
-/// As much of a text as is shown to people.
+/// As much of a text as is shown to people, with what cannot be seen escaped.
 fn shortened(text: &str) -> String {
-    match text.char_indices().nth(VALUE_CHARS_MAX) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    let shown: String = text.chars().take(VALUE_CHARS_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().nth(VALUE_CHARS_MAX).is_some() { format!("{shown}…") } else { shown }
 }
 
 #[cfg(test)]
