@@ -15,7 +15,8 @@ pub use layers::ConfigError;
 use layers::Layers;
 pub use value::{Compression, InvalidCompression, Queue, Secret};
 use value::{
-    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, some_path, whole,
+    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, posix, queue,
+    some_path, whole,
 };
 
 use crate::job::StoreName;
@@ -79,7 +80,7 @@ pub struct Broker {
     #[serde(default = "broker_prefix", deserialize_with = "name")]
     pub prefix: String,
     /// The kind of the job queues.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "queue")]
     pub queue: Queue,
     /// How often both ends show that they live.
     #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
@@ -274,7 +275,8 @@ struct Sections {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section: [store.NAME]")]
 struct StoreSection {
-    kind: Kind,
+    #[serde(rename = "kind", deserialize_with = "posix")]
+    _kind: (),
     #[serde(default)]
     default: bool,
     #[serde(deserialize_with = "path")]
@@ -287,15 +289,9 @@ struct StoreSection {
     sha_block_bytes: u64,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    Posix,
-}
-
 impl StoreSection {
     fn store(self, folder: &Path) -> Store {
-        let Self { kind: Kind::Posix, default, path, compression, object_bytes, sha_block_bytes } = self;
+        let Self { _kind: (), default, path, compression, object_bytes, sha_block_bytes } = self;
         let chunking = Chunking { compression, object_bytes, sha_block_bytes };
         Store { default, kind: StoreKind::Posix { path: folder.join(path), chunking } }
     }

@@ -76,8 +76,7 @@ impl FromStr for Compression {
 }
 
 /// The kind of the job queues.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Queue {
     /// Quorum where the broker knows it, else classic.
     #[default]
@@ -178,6 +177,21 @@ pub(super) fn ceph_user<'de, D: Deserializer<'de>>(deserializer: D) -> Result<St
 pub(super) fn compression<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Compression, D::Error> {
     let expected = "one of \"none\", \"zlib\", \"bz2\", \"zstd\"";
     text_that(deserializer, expected, |text| text.parse().ok())
+}
+
+/// Reads the kind of the job queues.
+pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue, D::Error> {
+    text_that(deserializer, "one of \"auto\", \"quorum\", \"classic\"", |text| match text {
+        "auto" => Some(Queue::Auto),
+        "quorum" => Some(Queue::Quorum),
+        "classic" => Some(Queue::Classic),
+        _ => None,
+    })
+}
+
+/// Reads the kind of a store, of which there is one so far.
+pub(super) fn posix<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    text_that(deserializer, "\"posix\"", |text| (text == "posix").then_some(()))
 }
 
 /// Reads a path.
