@@ -15,8 +15,8 @@ pub use layers::ConfigError;
 use layers::Layers;
 pub use value::{Compression, InvalidCompression, Queue, Secret};
 use value::{
-    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, posix, queue,
-    some_path, whole,
+    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, posix, prefix,
+    queue, some_path, whole,
 };
 
 use crate::job::StoreName;
@@ -77,7 +77,7 @@ pub struct Broker {
     #[serde(deserialize_with = "broker_url")]
     pub url: Secret,
     /// The first part of the names of all exchanges and queues.
-    #[serde(default = "broker_prefix", deserialize_with = "name")]
+    #[serde(default = "broker_prefix", deserialize_with = "prefix")]
     pub prefix: String,
     /// The kind of the job queues.
     #[serde(default, deserialize_with = "queue")]
@@ -106,7 +106,7 @@ pub struct Broker {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section: [broker.tls]")]
 pub struct Tls {
-    /// The certificates, in PEM, of the authorities that may have signed the broker's; the system's if absent.
+    /// The certificates, in PEM, of the authorities that are trusted besides the system's.
     #[serde(default, deserialize_with = "some_path")]
     pub ca_file: Option<PathBuf>,
     /// Our own certificate, in PEM.
