@@ -12,6 +12,11 @@ use crate::job::{
     BackupId, BackupWork, Container, Job, JobId, Location, Parent, RestoreWork, StoreName, VolumeId, Work,
 };
 
+/// Above the options that every command has.
+const GENERAL: &str = "General options";
+/// Above the options that every job has.
+const JOB: &str = "Job options";
+
 /// Backs up block volumes and restores them, in OpenStack Cinder's formats, driven by an AMQP broker.
 #[derive(Debug, Parser)]
 #[command(
@@ -24,23 +29,25 @@ use crate::job::{
 Examples:
   backhaul check
   backhaul worker --config /etc/backhaul/backhaul.toml
-  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img --wait
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
+      --source file:/var/lib/volumes/a.img --wait
   backhaul list
 
 Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 cancelled."
 )]
 pub struct Args {
     /// Read the configuration from FILE [default: $BACKHAUL_CONFIG, ./backhaul.toml, /etc/backhaul/backhaul.toml].
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = GENERAL)]
     pub config: Option<PathBuf>,
 
     /// Log what FILTER lets through, such as debug or backhaul=debug,lapin=warn [default: info of a worker, else warn].
     #[arg(long, global = true, value_name = "FILTER", env = "BACKHAUL_LOG", hide_env_values = true)]
-    #[arg(value_parser = log_filter)]
+    #[arg(value_parser = log_filter, help_heading = GENERAL)]
     log: Option<String>,
 
-    /// How log lines on standard error look.
+    /// Write the log, on standard error, as text or as json.
     #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    #[arg(hide_possible_values = true, help_heading = GENERAL)]
     pub log_format: LogFormat,
 
     /// What to do.
@@ -74,14 +81,17 @@ Examples:
 The id of the job is printed; with --wait, how it ended.
 
 Examples:
-  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img
-  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --target file:/var/lib/volumes/b.img --wait")]
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
+      --source file:/var/lib/volumes/a.img
+  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b \\
+      --target file:/var/lib/volumes/b.img --wait")]
     Submit(SubmitArgs),
 
     /// Do a job in this process, without a broker.
     #[command(after_help = "\
 Examples:
-  backhaul run backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img
+  backhaul run backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
+      --source file:/var/lib/volumes/a.img
   backhaul run verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b")]
     Run(JobArgs),
 
@@ -181,11 +191,12 @@ pub struct SubmitArgs {
     pub job: JobArgs,
 
     /// Wait for the end of the job, showing its progress, and exit by how it ended.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = JOB)]
     pub wait: bool,
 
     /// Overtake waiting jobs of a lower priority, 0 to 9; needs classic queues [default: 0].
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=9))]
+    #[arg(help_heading = JOB)]
     pub priority: Option<u8>,
 }
 
@@ -196,15 +207,15 @@ pub struct JobArgs {
     work: WorkArgs,
 
     /// Work on this store [default: the default store].
-    #[arg(long, global = true, value_name = "NAME")]
+    #[arg(long, global = true, value_name = "NAME", help_heading = JOB)]
     store: Option<StoreName>,
 
     /// Give the job this id; the same id again is the same job, not another one [default: a new id].
-    #[arg(long, global = true, value_name = "ID")]
+    #[arg(long, global = true, value_name = "ID", help_heading = JOB)]
     job_id: Option<JobId>,
 
     /// Print the completion event as JSON, and nothing else, on standard output.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = JOB)]
     pub json: bool,
 }
 
@@ -213,15 +224,19 @@ enum WorkArgs {
     /// Copy a volume into the store.
     #[command(after_help = "\
 Examples:
-  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source file:/var/lib/volumes/a.img
-  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 --source rbd:volumes/a@monday --incremental")]
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
+      --source file:/var/lib/volumes/a.img
+  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
+      --source rbd:volumes/a@monday --incremental")]
     Backup(BackupArgs),
 
     /// Copy a backup onto a volume.
     #[command(after_help = "\
 Examples:
-  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --target file:/var/lib/volumes/b.img
-  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --target rbd:volumes/b --wait")]
+  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b \\
+      --target file:/var/lib/volumes/b.img
+  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b \\
+      --target rbd:volumes/b --wait")]
     Restore {
         /// Restore this backup.
         #[arg(long, value_name = "ID")]
@@ -422,6 +437,7 @@ mod tests {
     fn every_command_has_examples_and_they_can_be_written() {
         fn visit(command: &Command) {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let help = help.replace("\\\n", "");
             let examples: Vec<&str> = help.lines().filter(|line| line.starts_with("  backhaul ")).collect();
             assert!(
                 !examples.is_empty() || command.has_subcommands(),

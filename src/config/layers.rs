@@ -178,11 +178,6 @@ impl Layers {
                 format!("it is missing; write {}", example(&field))
             }
             Kind::UnknownField(field, known) => unknown(&field, known),
-            Kind::UnknownVariant(found, [known]) => format!("found {found:?}; write {known:?}"),
-            Kind::UnknownVariant(found, known) => {
-                let known: Vec<_> = known.iter().map(|word| format!("{word:?}")).collect();
-                format!("found {found:?}; write one of {}", known.join(", "))
-            }
             Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
                 format!("found {}; write {expected}", shown(&found))
             }
@@ -270,4 +265,16 @@ fn nested(path: &[String], value: Value) -> Dict {
         .fold(value, |inner, key| Dict::from([(key.clone(), inner)]).into())
         .into_dict()
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_named_goes_before_one_that_is_found() {
+        let environment = [("BACKHAUL_CONFIG".to_owned(), "/from/environment".to_owned())];
+        assert_eq!(find(Some(Path::new("/given")), &environment).as_deref(), Some(Path::new("/given")));
+        assert_eq!(find(None, &environment).as_deref(), Some(Path::new("/from/environment")));
+    }
 }

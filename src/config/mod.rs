@@ -16,7 +16,8 @@ use layers::Layers;
 pub use value::{Queue, Secret};
 
 use value::{
-    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, some_path, whole,
+    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, posix, prefix,
+    queue, some_path, whole,
 };
 
 use crate::engine::chunked::Compression;
@@ -78,10 +79,10 @@ pub struct Broker {
     #[serde(deserialize_with = "broker_url")]
     pub url: Secret,
     /// The first part of the names of all exchanges and queues.
-    #[serde(default = "broker_prefix", deserialize_with = "name")]
+    #[serde(default = "broker_prefix", deserialize_with = "prefix")]
     pub prefix: String,
     /// The kind of the job queues.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "queue")]
     pub queue: Queue,
     /// How often both ends show that they live.
     #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
@@ -107,7 +108,7 @@ pub struct Broker {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section: [broker.tls]")]
 pub struct Tls {
-    /// The certificates, in PEM, of the authorities that may have signed the broker's; the system's if absent.
+    /// The certificates, in PEM, of the authorities that are trusted besides the system's.
     #[serde(default, deserialize_with = "some_path")]
     pub ca_file: Option<PathBuf>,
     /// Our own certificate, in PEM.
@@ -276,7 +277,8 @@ struct Sections {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section: [store.NAME]")]
 struct StoreSection {
-    kind: Kind,
+    #[serde(rename = "kind", deserialize_with = "posix")]
+    _kind: (),
     #[serde(default)]
     default: bool,
     #[serde(deserialize_with = "path")]
@@ -289,15 +291,9 @@ struct StoreSection {
     sha_block_bytes: u64,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    Posix,
-}
-
 impl StoreSection {
     fn store(self, folder: &Path) -> Store {
-        let Self { kind: Kind::Posix, default, path, compression, object_bytes, sha_block_bytes } = self;
+        let Self { _kind: (), default, path, compression, object_bytes, sha_block_bytes } = self;
         let chunking = Chunking { compression, object_bytes, sha_block_bytes };
         Store { default, kind: StoreKind::Posix { path: folder.join(path), chunking } }
     }
