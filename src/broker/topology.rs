@@ -67,7 +67,7 @@ impl Topology {
                 .await
                 .map_err(|error| declaring("exchange", name, &error))?;
         }
-        declare_queue(connection, &self.jobs, &self.job_arguments()).await?;
+        declare_queue(connection, &self.jobs, &[self.job_arguments()]).await?;
         declare_queue(connection, &self.dead, &[self.typed(self.kind)]).await?;
         declare_queue(connection, &self.delay, &self.delay_arguments()).await?;
         for name in [&self.jobs, &self.dead] {
@@ -93,20 +93,20 @@ impl Topology {
         table([("x-queue-type", AMQPValue::LongString(word.into()))])
     }
 
-    fn job_arguments(&self) -> Vec<FieldTable> {
+    fn job_arguments(&self) -> FieldTable {
         let mut arguments = self.typed(self.kind);
         arguments.insert("x-dead-letter-exchange".into(), long_string(&self.dead));
         // Brokers before 3.12 keep it without heeding it.
         arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(CONSUMER_TIMEOUT_MILLISECONDS));
-        if self.kind == QueueKind::Classic {
-            arguments.insert("x-max-priority".into(), AMQPValue::ShortShortUInt(PRIORITY_MAX));
-            return vec![arguments];
-        }
-        // From 4.0 on a quorum queue gives a message up after 20 deliveries unless told not to, and older brokers
-        // refuse to be told.
-        let mut unlimited = arguments.clone();
-        unlimited.insert("x-delivery-limit".into(), AMQPValue::LongInt(-1));
-        vec![unlimited, arguments]
+        let (name, value) = if self.kind == QueueKind::Classic {
+            ("x-max-priority", AMQPValue::ShortShortUInt(PRIORITY_MAX))
+        } else {
+            // From 4.0 on a message is given up after 20 deliveries unless told otherwise. -1 would mean without end,
+            // but older brokers take it for a limit, and give up at once.
+            ("x-delivery-limit", AMQPValue::LongInt(i32::MAX))
+        };
+        arguments.insert(name.into(), value);
+        arguments
     }
 
     fn delay_arguments(&self) -> Vec<FieldTable> {

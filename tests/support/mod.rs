@@ -1,1 +1,1 @@
-pub mod rabbit;
+pub(crate) mod rabbit;

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 /// A RabbitMQ node that tests may use.
-pub struct Rabbit {
+pub(crate) struct Rabbit {
     url: String,
     /// Where its files are; none if it is shared.
     own: Option<TempDir>,
@@ -14,7 +14,7 @@ pub struct Rabbit {
 
 impl Rabbit {
     /// The node that `make test` starts for all tests. It must not be broken, and every test needs a prefix of its own.
-    pub fn shared() -> Self {
+    pub(crate) fn shared() -> Self {
         let url = std::env::var("BACKHAUL_TEST_AMQP_URL").unwrap_or_else(|_| {
             panic!("BACKHAUL_TEST_AMQP_URL names no RabbitMQ: run `make test`, which starts one")
         });
@@ -22,12 +22,12 @@ impl Rabbit {
     }
 
     /// Starts a node of one's own, which takes some seconds.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with(&[])
     }
 
     /// Starts a node of one's own, with these lines added to its rabbitmq.conf.
-    pub fn start_with(conf_lines: &[&str]) -> Self {
+    pub(crate) fn start_with(conf_lines: &[&str]) -> Self {
         let folder = TempDir::new().unwrap();
         let output = script("up", folder.path(), conf_lines);
         let url = String::from_utf8(output.stdout).unwrap().trim().to_string();
@@ -35,12 +35,12 @@ impl Rabbit {
     }
 
     /// Its AMQP URL, with the password in it.
-    pub fn url(&self) -> &str {
+    pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
     /// Runs rabbitmqctl against a node of one's own and gives what it printed.
-    pub fn ctl(&self, arguments: &[&str]) -> String {
+    pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
         let folder = self.own.as_ref().expect("the shared node is not to be changed");
         String::from_utf8(script("ctl", folder.path(), arguments).stdout).unwrap()
     }

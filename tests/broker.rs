@@ -1,0 +1,695 @@
+//! The broker room against a real RabbitMQ.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use backhaul::broker::{
+    Broker, Delivery, Error, Jobs, Notice, Outgoing, Properties, QueueKind, Routed, Settings, State,
+    Subscription, Tls,
+};
+use backhaul::error::{Causes, Class};
+use bytes::Bytes;
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Connection, ConnectionProperties};
+use support::rabbit::Rabbit;
+use tokio::time::timeout;
+
+/// Longer than anything here takes when it works.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+fn settings(url: &str) -> Settings {
+    Settings {
+        url: url.parse().unwrap(),
+        prefix: format!("test-{}", uuid::Uuid::new_v4()),
+        connection_name: "broker test".into(),
+        heartbeat_seconds: 10,
+        tls: Tls::default(),
+        queue_kind: QueueKind::Auto,
+        retry_delay_seconds: 1,
+        reconnect_seconds_max: 1,
+        publish_seconds_max: 40,
+        message_bytes_max: 1024,
+    }
+}
+
+async fn shared() -> (Broker, Settings) {
+    let settings = settings(Rabbit::shared().url());
+    (Broker::connect(settings.clone()).await.unwrap(), settings)
+}
+
+async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+}
+
+async fn next(jobs: &mut Jobs) -> Delivery {
+    soon("a delivery", jobs.next()).await.expect("the jobs have ended")
+}
+
+async fn next_notice(subscription: &mut Subscription) -> Notice {
+    soon("a notice", subscription.next()).await.expect("the subscription has ended")
+}
+
+/// Nothing can prove that something never comes; this is long enough for it to come if it is on its way.
+async fn assert_none(jobs: &mut Jobs) {
+    if let Ok(delivery) = timeout(Duration::from_millis(700), jobs.next()).await {
+        panic!("there is a delivery: {delivery:?}");
+    }
+}
+
+async fn publish(broker: &Broker, body: &'static str) {
+    let routed = broker.publish_job(Bytes::from_static(body.as_bytes()), Properties::default()).await;
+    assert_eq!(routed.unwrap(), Routed::Queued);
+}
+
+async fn assert_queue_empty(broker: &Broker, settings: &Settings) {
+    let mut jobs = broker.jobs(1);
+    assert_none(&mut jobs).await;
+    assert_eq!(count(settings, "jobs").await, 0);
+}
+
+/// Another client, which shares no code with ours.
+async fn raw(settings: &Settings, url: &str) -> lapin::Channel {
+    assert_eq!(url.parse::<backhaul::broker::AmqpUrl>().unwrap(), settings.url);
+    let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
+    connection.create_channel().await.unwrap()
+}
+
+async fn count(settings: &Settings, queue: &str) -> u32 {
+    let channel = raw(settings, Rabbit::shared().url()).await;
+    let passive = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+    let name = format!("{}.{queue}", settings.prefix).into();
+    channel.queue_declare(name, passive, FieldTable::default()).await.unwrap().message_count()
+}
+
+fn text(body: &Bytes) -> &str {
+    std::str::from_utf8(body).unwrap()
+}
+
+#[tokio::test]
+async fn a_publish_is_confirmed_and_says_when_no_queue_wanted_it() {
+    let (broker, _) = shared().await;
+    publish(&broker, "a").await;
+
+    let nowhere = broker.publish_event("backup.succeeded.-", Bytes::new(), Properties::default()).await;
+    assert_eq!(nowhere.unwrap(), Routed::Nowhere);
+    let nowhere = broker.publish_reply("no-such-queue", Bytes::new(), Properties::default()).await;
+    assert_eq!(nowhere.unwrap(), Routed::Nowhere);
+    let nowhere = broker.publish_control(Bytes::new(), Properties::default()).await;
+    assert_eq!(nowhere.unwrap(), Routed::Nowhere);
+}
+
+#[tokio::test]
+async fn concurrent_publishes_each_learn_their_own_fate() {
+    let (broker, _) = shared().await;
+    let publishes = (0..200).map(|i| {
+        let broker = &broker;
+        async move {
+            let properties = Properties::default();
+            if i % 2 == 0 {
+                assert_eq!(broker.publish_job(Bytes::new(), properties).await.unwrap(), Routed::Queued);
+            } else {
+                let nowhere = broker.publish_reply("no-such-queue", Bytes::new(), properties).await;
+                assert_eq!(nowhere.unwrap(), Routed::Nowhere);
+            }
+        }
+    });
+    futures_util::future::join_all(publishes).await;
+}
+
+#[tokio::test]
+async fn a_publish_that_was_given_up_leaves_nothing_behind_for_the_next() {
+    let (broker, _) = shared().await;
+    for _ in 0..20 {
+        let dropped = broker.publish_reply("no-such-queue", Bytes::new(), Properties::default());
+        let _ = timeout(Duration::from_micros(300), dropped).await;
+        publish(&broker, "a").await;
+    }
+}
+
+#[tokio::test]
+async fn what_the_broker_refuses_is_an_error_at_once_and_the_next_publish_works() {
+    let (broker, _) = shared().await;
+    let outgoing = Outgoing {
+        exchange: "no-such-exchange".into(),
+        routing_key: String::new(),
+        body: Bytes::new(),
+        properties: Properties::default(),
+    };
+    let error = broker.publish(outgoing).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Permanent);
+    assert!(error.to_string().contains("no-such-exchange"), "{error}");
+
+    let properties = Properties { correlation_id: Some("x".repeat(256)), ..Properties::default() };
+    let error = broker.publish_job(Bytes::new(), properties).await.unwrap_err();
+    assert!(matches!(error, Error::TooLong { .. }), "{error:?}");
+
+    publish(&broker, "a").await;
+}
+
+#[tokio::test]
+async fn a_job_arrives_with_its_body_and_properties() {
+    let (broker, settings) = shared().await;
+    let properties = Properties {
+        content_type: Some("application/json".into()),
+        correlation_id: Some("c".into()),
+        reply_to: Some("r".into()),
+        message_id: Some("m".into()),
+        priority: Some(7),
+        attempt: 3,
+    };
+    broker.publish_job(Bytes::from_static(b"\0body\xff"), properties.clone()).await.unwrap();
+
+    let mut jobs = broker.jobs(1);
+    let delivery = next(&mut jobs).await;
+    assert_eq!(&delivery.body[..], b"\0body\xff");
+    assert_eq!(delivery.properties, properties);
+    assert!(!delivery.redelivered);
+    assert!(!delivery.oversize);
+    delivery.ack().await.unwrap();
+    drop(jobs);
+    assert_queue_empty(&broker, &settings).await;
+}
+
+#[tokio::test]
+async fn a_body_that_is_too_large_is_marked() {
+    let (broker, settings) = shared().await;
+    let mut jobs = broker.jobs(1);
+    for (bytes, oversize) in
+        [(settings.message_bytes_max, false), (settings.message_bytes_max + 1, true), (300_000, true)]
+    {
+        broker.publish_job(vec![7; bytes].into(), Properties::default()).await.unwrap();
+        let delivery = next(&mut jobs).await;
+        assert_eq!((delivery.body.len(), delivery.oversize), (bytes, oversize));
+        delivery.dead_letter("too large").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn each_slot_has_one_delivery_until_that_is_settled_or_dropped() {
+    let (broker, settings) = shared().await;
+    for body in ["1", "2", "3", "4"] {
+        publish(&broker, body).await;
+    }
+    let mut jobs = broker.jobs(2);
+    let first = next(&mut jobs).await;
+    let second = next(&mut jobs).await;
+    let bodies = BTreeSet::from([text(&first.body).to_string(), text(&second.body).to_string()]);
+    assert_eq!(bodies, BTreeSet::from(["1".into(), "2".into()]));
+    assert_none(&mut jobs).await;
+
+    first.ack().await.unwrap();
+    let third = next(&mut jobs).await;
+    assert_eq!(text(&third.body), "3");
+    assert_none(&mut jobs).await;
+
+    second.ack().await.unwrap();
+    let fourth = next(&mut jobs).await;
+    assert_eq!(text(&fourth.body), "4");
+    drop(fourth);
+    let again = next(&mut jobs).await;
+    assert_eq!(text(&again.body), "4");
+    assert!(again.redelivered);
+
+    again.ack().await.unwrap();
+    third.ack().await.unwrap();
+    drop(jobs);
+    assert_queue_empty(&broker, &settings).await;
+}
+
+#[tokio::test]
+async fn a_requeued_job_comes_again_as_redelivered() {
+    let (broker, _) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1);
+    next(&mut jobs).await.requeue().await.unwrap();
+    let again = next(&mut jobs).await;
+    assert!(again.redelivered);
+    assert_eq!(again.properties.attempt, 1);
+    again.ack().await.unwrap();
+    assert_none(&mut jobs).await;
+}
+
+#[tokio::test]
+async fn a_job_that_is_put_off_comes_back_later_as_it_was_with_its_attempt_counted() {
+    let (broker, settings) = shared().await;
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let mut headers = FieldTable::default();
+    headers.insert("theirs".into(), AMQPValue::LongString("kept".into()));
+    headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("other".into())].into()));
+    let properties = BasicProperties::default()
+        .with_headers(headers)
+        .with_content_type("text/plain".into())
+        .with_content_encoding("utf-8".into())
+        .with_correlation_id("c".into())
+        .with_reply_to("r".into())
+        .with_message_id("m".into())
+        .with_type("t".into())
+        .with_app_id("a".into())
+        .with_user_id("guest".into())
+        .with_expiration("60000".into())
+        .with_timestamp(1_700_000_000)
+        .with_priority(5);
+    let exchange = format!("{}.jobs", settings.prefix);
+    channel
+        .basic_publish(
+            exchange.as_str().into(),
+            "job".into(),
+            BasicPublishOptions::default(),
+            b"body",
+            properties,
+        )
+        .await
+        .unwrap()
+        .await
+        .unwrap();
+
+    let mut jobs = broker.jobs(1);
+    let mut first = None;
+    for attempt in 1..=3 {
+        let delivery = next(&mut jobs).await;
+        assert_eq!(delivery.properties.attempt, attempt);
+        assert_eq!(text(&delivery.body), "body");
+        let first = first.get_or_insert(delivery.properties.clone());
+        assert_eq!(Properties { attempt: 1, ..delivery.properties.clone() }, *first);
+        let start = Instant::now();
+        delivery.retry_later().await.unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1), "it does not wait for the delay");
+        assert_none(&mut jobs).await;
+    }
+    next(&mut jobs).await.requeue().await.unwrap();
+    jobs.stop();
+
+    // The other client sees all that it sent, and none of what makes the broker refuse or misroute a copy.
+    let queue = || exchange.as_str().into();
+    let seen = soon("the message", async {
+        loop {
+            if let Some(got) = channel.basic_get(queue(), BasicGetOptions::default()).await.unwrap() {
+                return got;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    seen.ack(BasicAckOptions::default()).await.unwrap();
+    let properties = &seen.properties;
+    assert_eq!(properties.content_encoding().as_ref().unwrap().as_str(), "utf-8");
+    assert_eq!(properties.kind().as_ref().unwrap().as_str(), "t");
+    assert_eq!(properties.app_id().as_ref().unwrap().as_str(), "a");
+    assert_eq!(*properties.timestamp(), Some(1_700_000_000));
+    assert_eq!(*properties.priority(), Some(5));
+    assert_eq!(*properties.delivery_mode(), Some(2));
+    assert_eq!(*properties.user_id(), None);
+    assert_eq!(*properties.expiration(), None);
+    let headers = properties.headers().as_ref().unwrap().inner();
+    assert_eq!(headers["theirs"], AMQPValue::LongString("kept".into()));
+    assert!(!headers.contains_key("CC"));
+}
+
+#[tokio::test]
+async fn a_job_that_is_given_up_lies_in_the_dead_queue_with_the_reason() {
+    let (broker, settings) = shared().await;
+    let properties = Properties { message_id: Some("m".into()), ..Properties::default() };
+    broker.publish_job(Bytes::from_static(b"bad"), properties).await.unwrap();
+    let mut jobs = broker.jobs(1);
+    let reason = "no JSON: é ".to_string() + &"x".repeat(300_000);
+    next(&mut jobs).await.dead_letter(&reason).await.unwrap();
+    assert_none(&mut jobs).await;
+
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let queue = format!("{}.dead", settings.prefix);
+    let dead = channel.basic_get(queue.into(), BasicGetOptions::default()).await.unwrap().unwrap();
+    assert_eq!(dead.data, b"bad");
+    assert_eq!(dead.properties.message_id().as_ref().unwrap().as_str(), "m");
+    let headers = dead.properties.headers().as_ref().unwrap().inner();
+    let AMQPValue::LongString(told) = &headers["x-backhaul-reason"] else { panic!("{headers:?}") };
+    assert!(told.to_string().starts_with("no JSON: é x"));
+    let from = AMQPValue::LongString(format!("{}.jobs", settings.prefix).as_str().into());
+    assert_eq!(headers["x-backhaul-exchange"], from);
+    assert_eq!(headers["x-backhaul-routing-key"], AMQPValue::LongString("job".into()));
+}
+
+#[tokio::test]
+async fn without_a_queue_for_it_nothing_is_given_up() {
+    let (broker, settings) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1);
+    let delivery = next(&mut jobs).await;
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let queue = format!("{}.dead", settings.prefix).into();
+    channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+    let error = delivery.dead_letter("bad").await.unwrap_err();
+    assert!(matches!(error, Error::NoRoute { .. }), "{error:?}");
+    let again = next(&mut jobs).await;
+    assert!(again.redelivered);
+    again.ack().await.unwrap();
+}
+
+#[tokio::test]
+async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
+    let (broker, settings) = shared().await;
+    for body in ["1", "2", "3"] {
+        publish(&broker, body).await;
+    }
+    let mut jobs = broker.jobs(2);
+    let taken = next(&mut jobs).await;
+    jobs.stop();
+    assert!(soon("the end", jobs.next()).await.is_none());
+    taken.ack().await.unwrap();
+    publish(&broker, "4").await;
+
+    // What was handed to the other slot, and all the rest, is there for others.
+    let mut others = broker.jobs(3);
+    let mut rest = BTreeSet::new();
+    for _ in 0..3 {
+        let delivery = next(&mut others).await;
+        rest.insert(text(&delivery.body).to_string());
+        delivery.ack().await.unwrap();
+    }
+    assert_eq!(rest, BTreeSet::from(["2".into(), "3".into(), "4".into()]));
+    drop(others);
+    assert_queue_empty(&broker, &settings).await;
+}
+
+#[tokio::test]
+async fn close_gives_back_what_was_handed_out() {
+    let (broker, settings) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1);
+    let delivery = next(&mut jobs).await;
+    let lost = delivery.lost();
+    soon("close", broker.close()).await;
+    soon("the loss", lost).await;
+    assert!(matches!(delivery.ack().await, Err(Error::DeliveryLost)));
+    assert!(soon("the end", jobs.next()).await.is_none());
+    let error = broker.publish_job(Bytes::new(), Properties::default()).await.unwrap_err();
+    assert!(matches!(error, Error::Closed), "{error:?}");
+    assert!(matches!(*broker.state().borrow(), State::Disconnected { .. }));
+
+    let other = Broker::connect(settings).await.unwrap();
+    let again = next(&mut other.jobs(1)).await;
+    assert!(again.redelivered);
+    again.ack().await.unwrap();
+}
+
+#[tokio::test]
+async fn control_messages_reach_every_worker_and_events_those_who_asked() {
+    let (broker, settings) = shared().await;
+    let other = Broker::connect(settings.clone()).await.unwrap();
+    let mut controls = [broker.control(), other.control()];
+    let mut heard = [0, 0];
+    // There is no telling when the second queue is bound, so this asks until both have heard.
+    let deadline = Instant::now() + PATIENCE;
+    while heard.contains(&0) {
+        assert!(Instant::now() < deadline, "heard {heard:?}");
+        broker.publish_control(Bytes::from_static(b"stop"), Properties::default()).await.unwrap();
+        for (control, heard) in controls.iter_mut().zip(&mut heard) {
+            if let Ok(notice) = timeout(Duration::from_millis(100), control.next()).await {
+                assert_eq!(text(&notice.unwrap().body), "stop");
+                *heard += 1;
+            }
+        }
+    }
+
+    let mut backups = other.events("backup.#").await.unwrap();
+    let mut all = other.events("#").await.unwrap();
+    for key in ["restore.started.v", "backup.started.v"] {
+        let routed = broker.publish_event(key, Bytes::from(key), Properties::default()).await;
+        assert_eq!(routed.unwrap(), Routed::Queued);
+    }
+    assert_eq!(next_notice(&mut backups).await.routing_key, "backup.started.v");
+    let seen = next_notice(&mut all).await;
+    assert_eq!((seen.routing_key.as_str(), text(&seen.body)), ("restore.started.v", "restore.started.v"));
+    assert_eq!(next_notice(&mut all).await.routing_key, "backup.started.v");
+
+    // Who has gone leaves no queue behind.
+    drop((backups, all));
+    soon("the queues to go", async {
+        loop {
+            let nowhere = broker.publish_event("x", Bytes::new(), Properties::default()).await.unwrap();
+            if nowhere == Routed::Nowhere {
+                return;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_queue_that_somebody_deleted_is_made_again() {
+    let (broker, settings) = shared().await;
+    let mut jobs = broker.jobs(1);
+    publish(&broker, "a").await;
+    next(&mut jobs).await.ack().await.unwrap();
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let queue = format!("{}.jobs", settings.prefix).into();
+    channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+    soon("the queue", async {
+        while broker.publish_job(Bytes::from_static(b"b"), Properties::default()).await.unwrap()
+            == Routed::Nowhere
+        {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    let delivery = next(&mut jobs).await;
+    assert_eq!(text(&delivery.body), "b");
+}
+
+#[tokio::test]
+async fn classic_queues_heed_priorities() {
+    let settings = Settings { queue_kind: QueueKind::Classic, ..settings(Rabbit::shared().url()) };
+    let broker = Broker::connect(settings.clone()).await.unwrap();
+    for (body, priority) in [("low", 1), ("high", 9)] {
+        let properties = Properties { priority: Some(priority), ..Properties::default() };
+        broker.publish_job(Bytes::from(body), properties).await.unwrap();
+    }
+    let mut jobs = broker.jobs(1);
+    let high = next(&mut jobs).await;
+    assert_eq!(text(&high.body), "high");
+    high.ack().await.unwrap();
+    let low = next(&mut jobs).await;
+    low.retry_later().await.unwrap();
+    let low = next(&mut jobs).await;
+    assert_eq!((text(&low.body), low.properties.attempt, low.properties.priority), ("low", 2, Some(1)));
+    low.dead_letter("bad").await.unwrap();
+    assert_eq!(count(&settings, "dead").await, 1);
+
+    // Connecting again finds everything as it should be; asking for the other kind does not.
+    Broker::connect(settings.clone()).await.unwrap();
+    let quorum = Settings { queue_kind: QueueKind::Auto, ..settings };
+    let error =
+        Broker::connect(quorum.clone()).await.err().expect("a classic queue taken for a quorum queue");
+    assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Permanent);
+    let told = Causes(&error).to_string();
+    for part in [&format!("queue {}.jobs", quorum.prefix), "queue_kind", "delete it", "x-queue-type"] {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+}
+
+#[tokio::test]
+async fn who_cannot_get_in_is_told_why_and_never_the_password() {
+    let url = Rabbit::shared().url().replace(":guest@", ":hush@");
+    let error = Broker::connect(settings(&url)).await.err().expect("let in with a wrong password");
+    assert!(matches!(error, Error::Credentials { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Permanent);
+    let told = format!("{} {error:?}", Causes(&error));
+    assert!(told.contains("\"guest\"") && !told.contains("hush"), "{told}");
+    assert!(!format!("{:?}", settings(&url)).contains("hush"));
+
+    // A worker keeps trying, and its state tells the same.
+    let broker = Broker::start(settings(&url)).unwrap();
+    let mut state = broker.state();
+    let refused = |state: &State| state.to_string().contains("refuses user \"guest\"");
+    let state = soon("the refusal", state.wait_for(refused)).await.unwrap().to_string();
+    assert!(!state.contains("hush"), "{state}");
+
+    let url = Rabbit::shared().url().replace("%2f", "nowhere");
+    let error = Broker::connect(settings(&url)).await.err().expect("let into a vhost that is not there");
+    assert!(matches!(error, Error::VirtualHost { .. }), "{error:?}");
+    assert!(error.to_string().contains("nowhere"), "{error}");
+}
+
+#[tokio::test]
+async fn what_does_not_answer_is_told_with_its_address() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let settings = Settings { publish_seconds_max: 1, ..settings(&format!("amqp://u:hush@{address}/%2f")) };
+    let error = Broker::connect(settings.clone()).await.err().expect("connected to nothing");
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Transient);
+    let told = Causes(&error).to_string();
+    assert!(told.contains(&address) && told.contains("refused"), "{told}");
+
+    let broker = Broker::start(settings).unwrap();
+    let error = broker.publish_job(Bytes::new(), Properties::default()).await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Transient);
+    assert!(error.to_string().contains(&address), "{error}");
+    soon("close", broker.close()).await;
+}
+
+#[tokio::test]
+async fn a_worker_outlives_its_broker() {
+    let rabbit = Rabbit::start();
+    let settings = settings(rabbit.url());
+    // The worker begins before there is a connection.
+    let broker = Broker::start(settings.clone()).unwrap();
+    let mut jobs = broker.jobs(2);
+    let mut control = broker.control();
+    let mut events = broker.events("#").await.unwrap();
+    publish(&broker, "held").await;
+    let held = next(&mut jobs).await;
+    let lost = held.lost();
+
+    rabbit.ctl(&["stop_app"]);
+    soon("the loss", lost).await;
+    assert!(matches!(held.ack().await, Err(Error::DeliveryLost)));
+    let mut state = broker.state();
+    soon("the state", state.wait_for(|state| *state != State::Connected)).await.unwrap();
+    let during = tokio::spawn({
+        let broker = broker.clone();
+        async move { broker.publish_job(Bytes::from_static(b"during"), Properties::default()).await }
+    });
+    let event = tokio::spawn({
+        let broker = broker.clone();
+        async move { broker.publish_event("a.b.c", Bytes::from_static(b"event"), Properties::default()).await }
+    });
+    rabbit.ctl(&["start_app"]);
+
+    assert_eq!(soon("the publish", during).await.unwrap().unwrap(), Routed::Queued);
+    // The queue of the subscription was there all the time.
+    assert_eq!(soon("the publish", event).await.unwrap().unwrap(), Routed::Queued);
+    assert_eq!(next_notice(&mut events).await.routing_key, "a.b.c");
+    let mut bodies = BTreeSet::new();
+    for _ in 0..2 {
+        let delivery = next(&mut jobs).await;
+        assert_eq!(delivery.redelivered, text(&delivery.body) == "held");
+        bodies.insert(text(&delivery.body).to_string());
+        delivery.ack().await.unwrap();
+    }
+    assert_eq!(bodies, BTreeSet::from(["held".into(), "during".into()]));
+
+    // Again, but only the connections go.
+    publish(&broker, "held").await;
+    let held = next(&mut jobs).await;
+    let lost = held.lost();
+    rabbit.ctl(&["close_all_connections", "test"]);
+    soon("the loss", lost).await;
+    assert!(matches!(held.retry_later().await, Err(Error::DeliveryLost)));
+    let again = next(&mut jobs).await;
+    assert!(again.redelivered);
+    again.ack().await.unwrap();
+    broker.publish_control(Bytes::from_static(b"stop"), Properties::default()).await.unwrap();
+    assert_eq!(text(&next_notice(&mut control).await.body), "stop");
+    assert_none(&mut jobs).await;
+}
+
+#[tokio::test]
+async fn a_delivery_that_took_too_long_for_the_broker_is_lost_and_comes_again() {
+    let rabbit = Rabbit::start_with(&["consumer_timeout = 2000"]);
+    // How often the broker looks; a minute unless told otherwise.
+    rabbit.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 1000)."]);
+    let broker = Broker::connect(settings(rabbit.url())).await.unwrap();
+    let mut jobs = broker.jobs(1);
+    publish(&broker, "slow").await;
+    let slow = next(&mut jobs).await;
+    soon("the loss", slow.lost()).await;
+    let error = slow.ack().await.unwrap_err();
+    assert!(matches!(error, Error::DeliveryLost), "{error:?}");
+    assert_eq!(error.class(), Class::Transient);
+    let again = next(&mut jobs).await;
+    assert!(again.redelivered);
+    again.ack().await.unwrap();
+    assert_eq!(*broker.state().borrow(), State::Connected, "only the channel was closed");
+    assert_none(&mut jobs).await;
+}
+
+#[tokio::test]
+async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    certificates(folder.path());
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let line = |name: &str, value: &Path| format!("{name} = {}", value.display());
+    let conf = [
+        format!("listeners.ssl.1 = 127.0.0.1:{port}"),
+        line("ssl_options.cacertfile", &file("ca.pem")),
+        line("ssl_options.certfile", &file("server.pem")),
+        line("ssl_options.keyfile", &file("server.key")),
+        "ssl_options.verify = verify_peer".into(),
+        "ssl_options.fail_if_no_peer_cert = true".into(),
+    ];
+    let rabbit = Rabbit::start_with(&conf.each_ref().map(String::as_str));
+    let url = format!("amqps://guest:guest@localhost:{port}/%2f");
+    let tls = Tls {
+        ca_file: Some(file("ca.pem")),
+        client_certificate_file: Some(file("client.pem")),
+        client_key_file: Some(file("client.key")),
+    };
+    let with = |tls: Tls| Settings { tls, ..settings(&url) };
+
+    let broker = Broker::connect(with(tls.clone())).await.unwrap();
+    publish(&broker, "a").await;
+    next(&mut broker.jobs(1)).await.ack().await.unwrap();
+    let connections = rabbit.ctl(&["list_connections", "ssl", "peer_cert_subject"]);
+    assert!(connections.contains("true\tCN=client"), "{connections}");
+
+    for (what, tls) in [
+        ("an authority that did not sign", Tls { ca_file: Some(file("other.pem")), ..tls.clone() }),
+        ("no authority", Tls { ca_file: None, ..tls.clone() }),
+        (
+            "no client certificate",
+            Tls { client_certificate_file: None, client_key_file: None, ..tls.clone() },
+        ),
+    ] {
+        let error = Broker::connect(with(tls)).await.err().unwrap_or_else(|| panic!("connected with {what}"));
+        assert!(matches!(error, Error::Tls { .. }), "{what}: {error:?}");
+        assert_eq!(error.class(), Class::Permanent);
+        assert!(error.to_string().contains("ca_file"), "{error}");
+    }
+
+    let missing = Tls { ca_file: Some(file("missing.pem")), ..tls.clone() };
+    let error = Broker::connect(with(missing)).await.err().expect("connected without its file");
+    assert!(matches!(error, Error::TlsFile { .. }), "{error:?}");
+    assert!(error.to_string().contains("missing.pem"), "{error}");
+    let half = Tls { client_key_file: None, ..tls.clone() };
+    let error = Broker::connect(with(half)).await.err().expect("connected without its key");
+    assert!(matches!(error, Error::TlsPair), "{error:?}");
+
+    // TLS to a port that speaks none.
+    let plain = rabbit.url().replace("amqp:", "amqps:");
+    let error =
+        Broker::connect(Settings { tls, ..settings(&plain) }).await.err().expect("TLS with a plain port");
+    assert!(matches!(error, Error::Tls { .. }), "{error:?}");
+}
+
+/// Makes two authorities, and a server's and a client's certificate signed by the first.
+fn certificates(folder: &Path) {
+    let openssl = |arguments: &str| {
+        let output = Command::new("openssl").args(arguments.split(' ')).current_dir(folder).output().unwrap();
+        assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    std::fs::write(folder.join("names"), "subjectAltName=DNS:localhost,IP:127.0.0.1\n").unwrap();
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    for name in ["ca", "other"] {
+        openssl(&format!("req -x509 {key} -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem"));
+    }
+    for name in ["server", "client"] {
+        openssl(&format!("req {key} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+        openssl(&format!(
+            "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.pem"
+        ));
+    }
+}
