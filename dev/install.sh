@@ -34,12 +34,7 @@ require_rust() {
 }
 
 as_root() {
-  if [[ $EUID == 0 ]]; then
-    "$@"
-  else
-    command -v sudo >/dev/null || die "to install $*: run as root, or install sudo"
-    sudo "$@"
-  fi
+  if [[ $EUID == 0 ]]; then "$@"; else sudo "$@"; fi
 }
 
 missing_packages() {
@@ -69,13 +64,15 @@ allow_services() {
 install_packages() {
   local log apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
   command -v apt-get >/dev/null || die "this is no Debian; install by hand what gives: $*"
+  [[ $EUID == 0 ]] || command -v sudo >/dev/null || die "to install $*: run this as root, or install sudo"
   say "installing $*"
   forbid_services
   log=$(mktemp)
   if ! { as_root "${apt[@]}" update && as_root "${apt[@]}" install --yes --no-install-recommends "$@"; } \
     >"$log" 2>&1 </dev/null; then
     cat "$log" >&2
-    die "apt-get failed; all it said is above and in $log"
+    rm -f "$log"
+    die "apt-get failed; all it said is above"
   fi
   rm -f "$log"
   if [[ " $* " == *" rabbitmq-server "* ]] && command -v systemctl >/dev/null; then
