@@ -34,12 +34,7 @@ require_rust() {
 }
 
 as_root() {
-  if [[ $EUID == 0 ]]; then
-    "$@"
-  else
-    command -v sudo >/dev/null || die "to install $*: run as root, or install sudo"
-    sudo "$@"
-  fi
+  if [[ $EUID == 0 ]]; then "$@"; else sudo "$@"; fi
 }
 
 missing_packages() {
@@ -54,30 +49,35 @@ policy=/usr/sbin/policy-rc.d
 policy_mark='# Written by the install.sh of Backhaul while it runs'
 
 forbid_services() {
-  if [[ -e $policy ]] && ! grep -qxF "$policy_mark" "$policy"; then
+  trap allow_services EXIT
+  if [[ -e $policy ]] && ! is_our_policy; then
     return # somebody else's, who knows why
   fi
-  trap allow_services EXIT
   printf '#!/bin/sh\n%s\nexit 101\n' "$policy_mark" | as_root tee "$policy" >/dev/null
   as_root chmod 755 "$policy"
 }
 
 allow_services() {
-  as_root rm -f "$policy"
+  if is_our_policy; then as_root rm -f "$policy"; fi
 }
+
+is_our_policy() { grep --silent --line-regexp --fixed-strings "$policy_mark" "$policy" 2>/dev/null; }
 
 install_packages() {
   local log apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
   command -v apt-get >/dev/null || die "this is no Debian; install by hand what gives: $*"
+  [[ $EUID == 0 ]] || command -v sudo >/dev/null || die "to install $*: run this as root, or install sudo"
   say "installing $*"
   forbid_services
   log=$(mktemp)
   if ! { as_root "${apt[@]}" update && as_root "${apt[@]}" install --yes --no-install-recommends "$@"; } \
     >"$log" 2>&1 </dev/null; then
     cat "$log" >&2
-    die "apt-get failed; all it said is above and in $log"
+    rm -f "$log"
+    die "apt-get failed; all it said is above"
   fi
   rm -f "$log"
+  allow_services
   if [[ " $* " == *" rabbitmq-server "* ]] && command -v systemctl >/dev/null; then
     say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"
     as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket >&2 || true
