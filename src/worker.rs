@@ -107,7 +107,7 @@ impl Stores {
 pub fn broker_settings(config: &Config, purpose: &str) -> Result<broker::Settings, Error> {
     let settings = config.broker()?;
     Ok(broker::Settings {
-        url: settings.url.expose().parse().map_err(|_| settings_url())?,
+        url: settings.url.clone(),
         prefix: settings.prefix.clone(),
         connection_name: format!("backhaul {purpose} {}", config.worker.name),
         heartbeat_seconds: settings.heartbeat_seconds,

@@ -13,13 +13,14 @@ use serde::Deserialize;
 
 pub use layers::ConfigError;
 use layers::Layers;
-pub use value::{Queue, Secret};
+pub use value::Queue;
 
 use value::{
     broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, posix, prefix,
     queue, some_path, whole,
 };
 
+use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
 use crate::job::StoreName;
 
@@ -77,7 +78,7 @@ pub struct Config {
 pub struct Broker {
     /// `amqp://` or `amqps://`, with user and password.
     #[serde(deserialize_with = "broker_url")]
-    pub url: Secret,
+    pub url: AmqpUrl,
     /// The first part of the names of all exchanges and queues.
     #[serde(default = "broker_prefix", deserialize_with = "prefix")]
     pub prefix: String,
@@ -302,7 +303,7 @@ impl StoreSection {
 /// Checks what no setting can tell alone.
 fn check(sections: &Sections, layers: &Layers) -> Result<(), ConfigError> {
     if let Some(Broker { url, tls, .. }) = &sections.broker {
-        if *tls != Tls::default() && !url.expose().starts_with("amqps:") {
+        if *tls != Tls::default() && !url.to_string().starts_with("amqps:") {
             let problem =
                 "[broker.tls] is set, but the URL is not one of TLS; write amqps:// or remove [broker.tls]";
             return Err(layers.refuse("broker.url", problem.into()));

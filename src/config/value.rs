@@ -5,30 +5,13 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, SeqAccess, Unexpected, Visitor};
 use url::Url;
 
+use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
-
-/// A text that nobody may see: it is not shown, and it cannot be serialised.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// The text, for the one who needs it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret")
-    }
-}
 
 /// The kind of the job queues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -198,7 +181,7 @@ pub(super) fn paths<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Pa
 }
 
 /// Reads the URL of the broker. No error repeats any of it, since it may hold a password.
-pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AmqpUrl, D::Error> {
     const EXPECTED: &str = "the URL of the broker, such as \"amqp://user:password@host:5672/%2f\"";
     let text = text_that(deserializer, EXPECTED, |text| Some(text.to_owned()))?;
     let invalid = |why: &str| Err(D::Error::custom(format!("{why}; write {EXPECTED}")));
@@ -215,5 +198,5 @@ pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<S
     if url.port() == Some(0) {
         return invalid("the URL has the port 0");
     }
-    Ok(Secret(text))
+    text.parse().map_err(D::Error::custom)
 }

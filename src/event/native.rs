@@ -36,9 +36,7 @@ impl EventSink for Native {
         // That nobody listens is no fault: the broker was asked, and knows of no queue that wants it.
         let routing_key = message::routing_key(event);
         self.broker.publish_event(routing_key, body.clone(), properties.clone()).await.map_err(failed)?;
-        let (Some(queue), Happening::Accepted | Happening::Ended(_)) =
-            (&self.request.reply_to, &event.happening)
-        else {
+        let (Some(queue), Happening::Ended(_)) = (&self.request.reply_to, &event.happening) else {
             return Ok(());
         };
         if self.broker.publish_reply(queue, body, properties).await.map_err(failed)? == Routed::Nowhere {

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use futures_util::future::FutureExt;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Handle;
@@ -99,7 +100,8 @@ impl Chunked {
         let in_flight = self.cpu.threads() + REQUESTS_MAX;
 
         let chunks = self.read_ahead(ctx, source);
-        let chunks = stream::try_unfold((chunks, parent_list), |(mut chunks, mut parent)| async move {
+        let block_bytes = self.settings.sha_block_bytes;
+        let chunks = stream::try_unfold((chunks, parent_list), move |(mut chunks, mut parent)| async move {
             let Some(chunk) = chunks.recv().await.transpose()? else {
                 // All of the parent's digests are needed to know that the list is whole.
                 if let Some(parent) = &mut parent {
@@ -108,15 +110,15 @@ impl Chunked {
                 return Ok(None);
             };
             let before = match &mut parent {
-                Some(list) => Some(list.take(chunk.length.div_ceil(self.settings.sha_block_bytes)).await?),
+                Some(list) => Some(list.take(chunk.length.div_ceil(block_bytes)).await?),
                 None => None,
             };
             Ok::<_, Error>(Some(((chunk, before), (chunks, parent))))
         });
         let digested = chunks
             .map_ok(|(chunk, before)| {
-                let digester = digester.clone();
-                async move { Ok(self.cpu.run(move || Digested::of(chunk, before, &digester)).await?) }
+                let (cpu, digester) = (self.cpu.clone(), digester.clone());
+                async move { Ok(cpu.run(move || Digested::of(chunk, before, &digester)).await?) }.boxed()
             })
             .try_buffered(in_flight);
         let mut number = 0;
@@ -126,7 +128,9 @@ impl Chunked {
             (first_number, digested)
         });
         let stored = numbered
-            .map_ok(|(first_number, digested)| self.store_chunk(names, first_number, digested, &zeros, puts))
+            .map_ok(|(first_number, digested)| {
+                self.store_chunk(names, first_number, digested, &zeros, puts).boxed()
+            })
             .try_buffered(in_flight);
         let mut stored = std::pin::pin!(stored);
 
