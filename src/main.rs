@@ -1,3 +1,26 @@
 //! The command line program.
 
-fn main() {}
+use std::io;
+use std::process::ExitCode;
+
+use backhaul::cli::args::{Args, LogFormat};
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let log =
+        tracing_subscriber::fmt().with_env_filter(EnvFilter::new(args.log_filter())).with_writer(io::stderr);
+    match args.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(backhaul::cli::run(args))
+}

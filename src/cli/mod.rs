@@ -1,4 +1,140 @@
-//! The command line: what people write, and what they get to read.
+//! The commands of the program: what people type, and what they get to read.
+//!
+//! `args` says what may be typed, `render` how things look, and each of the others does what was asked for.
 
 pub mod args;
+mod check;
+mod jobs;
+mod records;
 pub mod render;
+
+use std::process::ExitCode;
+
+use args::{Args, Command, RecordCommand};
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
+
+use crate::broker;
+use crate::config::{Config, ConfigError};
+use crate::engine;
+use crate::error::Problem;
+use crate::event;
+use crate::worker::{self, Shutdown};
+
+/// A job failed, or something that is not the caller's fault.
+const FAILED: u8 = 1;
+/// What was typed, or the configuration, cannot be used.
+const USAGE: u8 = 2;
+/// A job was cancelled.
+const CANCELLED: u8 = 3;
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    /// What was typed cannot be used, though every part of it can.
+    #[error("{0}")]
+    Usage(String),
+    /// A file that was named cannot be used.
+    #[error(transparent)]
+    MetadataFile(#[from] args::MetadataFileError),
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The rooms could not be put together.
+    #[error(transparent)]
+    Worker(#[from] worker::Error),
+    /// The broker failed.
+    #[error(transparent)]
+    Broker(#[from] broker::Error),
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    /// Anything that was made ready for people already.
+    #[error("{0}")]
+    Problem(Problem),
+    /// The end of the job could not be told.
+    #[error(transparent)]
+    Event(#[from] event::Error),
+    /// A message went where nobody is.
+    #[error("{0}")]
+    Nowhere(&'static str),
+    /// The operating system said no.
+    #[error("{0}")]
+    Io(&'static str, #[source] std::io::Error),
+    /// Something could not be written as JSON.
+    #[error("write JSON")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Error {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::MetadataFile(_) | Self::Config(_) => USAGE,
+            Self::Worker(worker::Error::Config(_)) => USAGE,
+            _ => FAILED,
+        }
+    }
+}
+
+/// Does what was asked for; the exit code is 0 when it was done, 1 when it failed, 2 when it cannot be asked for, and 3
+/// when the job was cancelled.
+pub async fn run(args: Args) -> ExitCode {
+    match dispatch(args).await {
+        Ok(code) => code.into(),
+        Err(error) => {
+            match &error {
+                Error::Problem(problem) => eprintln!("error: {}", render::problem(problem)),
+                error => eprintln!("error: {}", render::error(error)),
+            }
+            error.exit_code().into()
+        }
+    }
+}
+
+async fn dispatch(args: Args) -> Result<u8, Error> {
+    let config = Config::load(args.config.as_deref())?;
+    match args.command {
+        Command::Worker => work(&config).await,
+        Command::Submit(args) => jobs::submit(&config, &args).await,
+        Command::Run(args) => jobs::run(&config, &args).await,
+        Command::Cancel { job_id } => jobs::cancel(&config, job_id).await,
+        Command::List { store, volume_id, json } => records::list(&config, store, volume_id, json).await,
+        Command::Show { backup_id, store, json } => records::show(&config, backup_id, store, json).await,
+        Command::Record(RecordCommand::Export { backup_id, store }) => {
+            records::export(&config, backup_id, store).await
+        }
+        Command::Record(RecordCommand::Import { record, store }) => {
+            records::import(&config, &record, store).await
+        }
+        Command::Watch => jobs::watch(&config).await,
+        Command::Check => check::check(&config).await,
+    }
+}
+
+async fn work(config: &Config) -> Result<u8, Error> {
+    let shutdown = Shutdown::default();
+    let listen = |kind| signal(kind).map_err(|error| Error::Io("listen to signals", error));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let signals = async {
+        for token in [&shutdown.drain, &shutdown.now] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            warn!("asked to stop");
+            token.cancel();
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        result = worker::work(config, shutdown.clone()) => result?,
+        () = signals => {}
+    }
+    Ok(0)
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Error> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}

@@ -103,6 +103,11 @@ pub fn event(event: &Event) -> String {
     plain(&format!("{} {operation} {backup_id} job {job_id}: {what}", time(event.time)))
 }
 
+/// One line on a message that could not be a job.
+pub fn rejected(at: Timestamp, reason: &str, message: &str) -> String {
+    plain(&format!("{} message rejected: {reason}: {message}", time(at)))
+}
+
 /// One line on how a job ended.
 pub fn completion(completion: &Completion) -> String {
     let account = &completion.account;
@@ -164,8 +169,13 @@ impl Bar {
         self.bar.set_message(format!("skipped {}", bytes(skipped(&reading.counts))));
     }
 
+    /// Says something that stays, above the bar.
+    pub fn say(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{}", plain(text)));
+    }
+
     /// Takes the bar off the terminal.
-    pub fn end(self) {
+    pub fn end(&self) {
         self.bar.finish_and_clear();
     }
 }

@@ -1,0 +1,189 @@
+//! Jobs: sent to the workers, done in this process, cancelled, watched.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::args::{JobArgs, SubmitArgs};
+use super::render::{self, Bar};
+use super::{CANCELLED, Error, FAILED};
+use crate::broker::{Broker, Properties, Routed};
+use crate::config::Config;
+use crate::event::{self, EventSink};
+use crate::job::{Command, Completion, Context, Event, Happening, Job, JobId, Outcome, Work};
+use crate::message::{self, Received};
+use crate::runner::{self, Attempts, Ended, Report};
+use crate::worker::{self, Stores};
+
+/// How often the bar of a job in this process moves.
+const BAR_EVERY: Duration = Duration::from_millis(200);
+/// Who tells the events of a job that is done in this process.
+const SOURCE: &str = "/backhaul/run";
+
+/// The job that was typed, if a message can carry it.
+fn job(args: &JobArgs) -> Result<(Job, Vec<u8>), Error> {
+    let command = Command::Run(Box::new(args.job()?));
+    let body = message::encode_command(&command);
+    match message::parse_command(&body) {
+        Ok(Command::Run(job)) => Ok((*job, body)),
+        Ok(Command::Cancel(_)) => Err(Error::Usage("this is no job".into())),
+        Err(rejection) => Err(Error::Usage(rejection.to_string())),
+    }
+}
+
+/// Sends a job to the workers; waits for its end where that was asked for.
+pub(super) async fn submit(config: &Config, args: &SubmitArgs) -> Result<u8, Error> {
+    let (job, body) = job(&args.job)?;
+    let broker = Broker::connect(worker::broker_settings(config, "submit")?).await?;
+    // Before the job is sent, so that none of its events is missed.
+    let events = if args.wait { Some(broker.events("#").await?) } else { None };
+    let properties = Properties {
+        message_id: Some(job.id.to_string()),
+        priority: args.priority,
+        ..worker::command_properties()
+    };
+    if broker.publish_job(body.clone().into(), properties).await? == Routed::Nowhere {
+        return Err(Error::Nowhere("the job queue is gone: start a worker, or run `backhaul check`"));
+    }
+    let Some(mut events) = events else {
+        if args.job.json {
+            println!("{}", String::from_utf8_lossy(&body));
+        } else {
+            println!("{}", submitted(&job));
+        }
+        return Ok(0);
+    };
+    if !args.job.json {
+        eprintln!("{}", submitted(&job));
+    }
+    let bar = Bar::new(job.operation());
+    while let Some(notice) = events.next().await {
+        match message::parse_event(&notice.body) {
+            Ok(Received::Job(event)) if event.job_id == job.id => match &event.happening {
+                Happening::Ended(completion) => {
+                    bar.end();
+                    return Ok(ended(completion, args.job.json.then_some(&notice.body[..])));
+                }
+                happening => show(&bar, happening),
+            },
+            Ok(Received::Rejected { job_id, message, .. }) if job_id == Some(job.id) => {
+                bar.end();
+                return Err(Error::Usage(message));
+            }
+            // Events of other jobs, and of versions to come.
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Err(Error::Nowhere(
+        "the broker is gone; the job goes on: `backhaul watch` shows it, once the broker is back",
+    ))
+}
+
+fn submitted(job: &Job) -> String {
+    match &job.work {
+        Work::Backup(work) => format!("job {} makes backup {}", job.id, work.backup_id),
+        _ => format!("job {}", job.id),
+    }
+}
+
+fn show(bar: &Bar, happening: &Happening) {
+    match happening {
+        Happening::Progress(reading) => bar.show(reading),
+        Happening::FellBack { from, to, reason } => {
+            bar.say(&format!("{from} is not possible, now {to}: {reason}"))
+        }
+        Happening::Accepted | Happening::Started { .. } | Happening::Ended(_) => {}
+    }
+}
+
+/// Says how a job ended, as JSON or for people, and by which code to exit.
+fn ended(completion: &Completion, json: Option<&[u8]>) -> u8 {
+    match json {
+        Some(body) => println!("{}", String::from_utf8_lossy(body)),
+        None => println!("{} {}", completion.operation, render::completion(completion)),
+    }
+    match completion.outcome {
+        Outcome::Succeeded => 0,
+        Outcome::Failed(_) => FAILED,
+        Outcome::Cancelled => CANCELLED,
+    }
+}
+
+/// Does a job in this process.
+pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
+    let (job, _) = job(args)?;
+    let stores = Stores::open(config)?;
+    let engine = stores.engine(job.store.as_ref()).map_err(Error::Problem)?;
+    let terminal = Terminal { bar: Bar::new(job.operation()), last: Mutex::default() };
+    let report = Report::new(&terminal, &job);
+    let ctx = Context::default();
+    let attempts = Attempts { current: 1, max: 1 };
+    let work = runner::run(&ctx, engine, &job, attempts, BAR_EVERY, &report);
+    let interrupted = async {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            ctx.cancel.cancel();
+        }
+        std::future::pending::<()>().await;
+    };
+    let ended_as = tokio::select! {
+        ended = work => ended,
+        // It never ends: an interrupted job still has to clean up.
+        () = interrupted => return Ok(CANCELLED),
+    };
+    terminal.bar.end();
+    let completion = match ended_as {
+        Ended::Over(completion) => completion,
+        Ended::Later(problem) => return Err(Error::Problem(problem)),
+        Ended::Untold(error) => return Err(error.into()),
+    };
+    engine.catalog().settle(job.id).await?;
+    let last = terminal.last.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let body = last.map(|event| message::encode_event(&event, SOURCE));
+    Ok(ended(&completion, body.as_deref().filter(|_| args.json)))
+}
+
+/// Shows the events of a job that is done in this process.
+struct Terminal {
+    bar: Bar,
+    last: Mutex<Option<Event>>,
+}
+
+#[async_trait]
+impl EventSink for Terminal {
+    async fn send(&self, event: &Event) -> Result<(), event::Error> {
+        show(&self.bar, &event.happening);
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(event.clone());
+        Ok(())
+    }
+}
+
+/// Asks all workers to end a job.
+pub(super) async fn cancel(config: &Config, job_id: JobId) -> Result<u8, Error> {
+    let broker = Broker::connect(worker::broker_settings(config, "cancel")?).await?;
+    let body = message::encode_command(&Command::Cancel(job_id));
+    match broker.publish_control(body.into(), worker::command_properties()).await? {
+        Routed::Queued => {
+            println!("the workers were asked to end job {job_id}");
+            Ok(0)
+        }
+        Routed::Nowhere => Err(Error::Nowhere("no worker is there to end a job: the broker knows of none")),
+    }
+}
+
+/// Shows what happens to every job.
+pub(super) async fn watch(config: &Config) -> Result<u8, Error> {
+    let broker = Broker::connect(worker::broker_settings(config, "watch")?).await?;
+    let mut events = broker.events("#").await?;
+    while let Some(notice) = events.next().await {
+        match message::parse_event(&notice.body) {
+            Ok(Received::Job(event)) => println!("{}", render::event(&event)),
+            Ok(Received::Rejected { time, reason, message, .. }) => {
+                println!("{}", render::rejected(time, &reason, &message));
+            }
+            Err(error) => eprintln!("an event could not be read: {}", render::error(&error)),
+        }
+    }
+    Ok(0)
+}
