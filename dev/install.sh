@@ -3,6 +3,7 @@
 #   install.sh          what building, running and the demo need
 #   install.sh test     and what the tests need
 #   install.sh check    and the linters
+#   install.sh bench    and what measuring needs
 # Rust itself must be there: https://rustup.rs
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +18,8 @@ case ${1:-run} in
 run) ;;
 test) packages+=(openssl) tools=(cargo-nextest@0.9.143) ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
-*) die "usage: install.sh [test|check]" ;;
+bench) packages+=(time) ;;
+*) die "usage: install.sh [test|check|bench]" ;;
 esac
 
 require_rust() {

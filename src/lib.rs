@@ -3,6 +3,8 @@
 //! `ARCHITECTURE.md` has the plan of the house: each module here is one of its rooms.
 
 pub mod broker;
+#[cfg(feature = "ceph")]
+pub mod ceph;
 pub mod cli;
 pub mod config;
 pub mod engine;

@@ -7,7 +7,9 @@ use uuid::Uuid;
 
 use super::{Error, FAILED, render};
 use crate::broker::Broker;
-use crate::config::{Config, StoreKind};
+#[cfg(feature = "ceph")]
+use crate::ceph::Cluster;
+use crate::config::{self, Config, StoreKind};
 use crate::store::{self, Folder, ObjectStore, Posix};
 use crate::worker;
 
@@ -25,6 +27,9 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
     }
     if let Err(error) = config.store(None) {
         report.line("default store", Err(render::error(&error)));
+    }
+    for (name, settings) in &config.ceph {
+        report.line(&format!("ceph {name}"), ceph(settings).await);
     }
     for root in &config.worker.file_roots {
         let listed = std::fs::read_dir(root).map(|_| format!("{} is a folder", root.display()));
@@ -63,6 +68,25 @@ async fn broker(config: &Config) -> Result<String, String> {
     let broker = Broker::connect(settings).await.map_err(|error| render::error(&error))?;
     broker.close().await;
     Ok(format!("{url} is reachable; its exchanges and queues are there"))
+}
+
+#[cfg(feature = "ceph")]
+async fn ceph(settings: &config::Ceph) -> Result<String, String> {
+    const SECONDS_MAX: u32 = 10;
+    let config::Ceph { conf, user } = settings.clone();
+    let reached = format!("the cluster of {} answers client.{user}", conf.display());
+    let connected =
+        tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user, SECONDS_MAX).map(drop)).await;
+    match connected {
+        Ok(Ok(())) => Ok(reached),
+        Ok(Err(error)) => Err(render::error(&error)),
+        Err(error) => Err(render::error(&error)),
+    }
+}
+
+#[cfg(not(feature = "ceph"))]
+async fn ceph(_: &config::Ceph) -> Result<String, String> {
+    Err("this program was built without Ceph: build it with the feature ceph, or remove the section".into())
 }
 
 async fn posix(path: &std::path::Path) -> store::Result<()> {

@@ -1,0 +1,411 @@
+//! Whole passes: the real program, a real broker, real files.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::fs;
+use std::process::Stdio;
+
+use backhaul::broker::{Broker, Properties, QueueKind, Settings, Subscription, Tls};
+use serde_json::{Value, json};
+use support::rabbit::Rabbit;
+use support::stack::{Stack, noise, rest_of, until};
+
+const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
+const BACKUP: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";
+const SMALL: &str = "object_bytes = 1048576\nsha_block_bytes = 4096";
+/// Slow enough that a test can do something while a backup runs.
+const SLOW: &str = "object_bytes = 1048576\nsha_block_bytes = 4096\ncompression = \"bz2\"";
+
+fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
+    Settings {
+        url: rabbit.url().parse().unwrap(),
+        prefix: stack.prefix().into(),
+        connection_name: "test".into(),
+        heartbeat_seconds: 60,
+        tls: Tls::default(),
+        queue_kind: QueueKind::Auto,
+        retry_delay_seconds: 1,
+        reconnect_seconds_max: 1,
+        publish_seconds_max: 30,
+        message_bytes_max: 1 << 20,
+    }
+}
+
+/// The next event of a job with one of these states.
+async fn event(events: &mut Subscription, states: &[&str]) -> Value {
+    loop {
+        let notice = tokio::time::timeout(std::time::Duration::from_secs(60), events.next()).await;
+        let notice = notice.expect("an event in time").expect("a broker");
+        if states.iter().any(|state| notice.routing_key.split('.').nth(1) == Some(state)) {
+            return serde_json::from_slice(&notice.body).unwrap();
+        }
+    }
+}
+
+fn backup<'a>(stack: &Stack, more: &[&'a str]) -> Vec<String> {
+    let source = stack.location("a.img");
+    let fixed = ["backup", "--volume-id", VOLUME, "--source", &source];
+    fixed.iter().chain(more).map(ToString::to_string).collect()
+}
+
+fn strs(texts: &[String]) -> Vec<&str> {
+    texts.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn a_volume_goes_through_the_queue_into_the_store_and_back() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let mut first = noise(1, 5_000_000);
+    first[2_000_000..3_500_000].fill(0);
+    fs::write(stack.volume("a.img"), &first).unwrap();
+    let mut worker = stack.worker();
+
+    let (code, full) = stack.submit(&strs(&backup(&stack, &["--name", "first"])));
+    assert_eq!(
+        (code, &full["mode"], &full["volume_bytes"]),
+        (0, &json!("full"), &json!(5_000_000)),
+        "{full}"
+    );
+    let mut second = first.clone();
+    second[100_000..100_010].fill(7);
+    fs::write(stack.volume("a.img"), &second).unwrap();
+    let (code, incremental) = stack.submit(&strs(&backup(&stack, &["--incremental"])));
+    assert_eq!((code, &incremental["mode"]), (0, &json!("incremental")), "{incremental}");
+    assert_eq!(incremental["parent_id"], full["backup_id"]);
+    assert_eq!(incremental["object_count"], 1);
+
+    for (point, bytes) in [(&full, &first), (&incremental, &second)] {
+        let id = point["backup_id"].as_str().unwrap();
+        let target = stack.location("restored.img");
+        let (code, restored) = stack.submit(&["restore", "--backup-id", id, "--target", &target]);
+        assert_eq!((code, &restored["digest"]), (0, &point["digest"]), "{restored}");
+        assert!(fs::read(stack.volume("restored.img")).unwrap() == *bytes);
+        fs::remove_file(stack.volume("restored.img")).unwrap();
+        let (code, verified) = stack.submit(&["verify", "--backup-id", id]);
+        assert_eq!((code, &verified["digest"]), (0, &point["digest"]), "{verified}");
+    }
+
+    assert!(stack.ok(&["list"]).contains(full["backup_id"].as_str().unwrap()));
+    let id = full["backup_id"].as_str().unwrap();
+    let (code, refused) = stack.submit(&["delete", "--backup-id", id]);
+    assert_eq!(code, 1);
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains(incremental["backup_id"].as_str().unwrap()), "{message}");
+    for point in [&incremental, &full] {
+        let id = point["backup_id"].as_str().unwrap();
+        assert_eq!(stack.submit(&["delete", "--backup-id", id]).0, 0);
+    }
+    assert_eq!(stack.objects(), [""; 0]);
+
+    worker.terminate();
+    assert_eq!(worker.ended(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_killed_during_a_backup_leaves_the_job_to_another_one() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SLOW);
+    let volume = noise(2, 64 << 20);
+    fs::write(stack.volume("a.img"), &volume).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let first = stack.worker();
+    let job =
+        stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--backup-id", BACKUP, "--json"]))].concat());
+    let job_id = serde_json::from_str::<Value>(&job).unwrap()["job_id"].clone();
+
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    first.kill();
+    assert!(!stack.objects().iter().any(|object| object.ends_with("_metadata")), "killed too late");
+    let mut second = stack.worker();
+
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!((&ended["type"], &ended["data"]["job_id"]), (&json!("backhaul.job.succeeded.v1"), &job_id));
+    second.terminate();
+    assert_eq!(second.ended(), 0);
+    broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
+    let next = event(&mut events, &["succeeded", "failed", "cancelled", "end"]).await;
+    assert_eq!(next, json!({}), "one completion event, and no other before the test's own");
+
+    // One visible backup, and nothing of the first attempt.
+    let records: Value = serde_json::from_str(&stack.ok(&["list", "--json"])).unwrap();
+    assert_eq!((records.as_array().unwrap().len(), &records[0]["state"]), (1, &json!("available")));
+    let prefix = records[0]["service_metadata"].as_str().unwrap();
+    let objects = stack.objects();
+    assert!(
+        objects
+            .iter()
+            .all(|object| object.contains(prefix) || object.ends_with(&format!("records/{BACKUP}.json"))),
+        "{objects:?}"
+    );
+    assert_eq!(
+        objects.len(),
+        64 + 4,
+        "64 data objects, metadata, sha256 file, checksums, record: {objects:?}"
+    );
+    let target = stack.location("restored.img");
+    stack.ok(&["run", "restore", "--backup-id", BACKUP, "--target", &target]);
+    assert!(fs::read(stack.volume("restored.img")).unwrap() == volume);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_cannot_be_a_job_is_told_and_put_with_the_dead_letters() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("job.rejected.#").await.unwrap();
+    let _worker = stack.worker();
+    let delete = json!({"version": 1, "operation": "delete", "job_id": BACKUP, "backup_id": BACKUP});
+    let with = |name: &str, value: Value| {
+        let mut message = delete.clone();
+        message[name] = value;
+        message.to_string().into_bytes()
+    };
+    let cases = [
+        ("not-json", b"{".to_vec()),
+        ("not-json", vec![0xff, 0xfe, 0]),
+        ("schema", with("backup_id", json!("7"))),
+        ("schema", with("surprise", json!(true))),
+        ("unknown-version", with("version", json!(99))),
+        ("unknown-operation", with("operation", json!("format"))),
+        ("oversize", vec![b' '; (1 << 20) + 1]),
+    ];
+
+    for (index, (reason, body)) in cases.into_iter().enumerate() {
+        let message_id = Some(format!("m{index}"));
+        let properties = Properties { message_id: message_id.clone(), ..Properties::default() };
+        broker.publish_job(body.into(), properties).await.unwrap();
+        let rejected = event(&mut events, &["rejected"]).await;
+        assert_eq!(rejected["data"]["reason"], reason, "{rejected}");
+        assert_eq!(rejected["data"]["message_id"], json!(message_id));
+    }
+
+    // The worker is well, and the dead letters say why they are there.
+    assert_eq!(stack.submit(&["delete", "--backup-id", BACKUP]).0, 1);
+    let dead = dead_letters(&rabbit, &stack, 7).await;
+    for (reason, dead) in
+        ["not-json", "not-json", "schema", "schema", "unknown-version", "unknown-operation", "oversize"]
+            .iter()
+            .zip(&dead)
+    {
+        assert!(dead.starts_with(&format!("{reason}: ")), "{dead}");
+    }
+}
+
+/// The reasons of so many dead letters.
+async fn dead_letters(rabbit: &Rabbit, stack: &Stack, count: usize) -> Vec<String> {
+    use lapin::options::BasicGetOptions;
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let queue = format!("{}.dead", stack.prefix());
+    let mut reasons = Vec::new();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while reasons.len() < count {
+        assert!(std::time::Instant::now() < deadline, "only {reasons:?}");
+        let Some(message) =
+            channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.unwrap()
+        else {
+            continue;
+        };
+        let headers = message.delivery.properties.headers().clone().unwrap();
+        let reason =
+            headers.inner().get("x-backhaul-reason").and_then(|value| value.as_long_string()).unwrap();
+        reasons.push(String::from_utf8(reason.as_bytes().to_vec()).unwrap());
+    }
+    reasons
+}
+
+#[test]
+fn a_job_that_is_cancelled_while_it_runs_ends_as_cancelled_and_leaves_nothing() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SLOW);
+    fs::write(stack.volume("a.img"), noise(3, 64 << 20)).unwrap();
+    let _worker = stack.worker();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    let arguments = backup(&stack, &["--job-id", job_id, "--wait", "--json"]);
+    let mut submit =
+        stack.command(&[&["submit"][..], &strs(&arguments)].concat()).stdout(Stdio::piped()).spawn().unwrap();
+
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    stack.ok(&["cancel", job_id]);
+
+    assert_eq!(submit.wait().unwrap().code(), Some(3));
+    let ended: Value = serde_json::from_str(&rest_of(&mut submit)).unwrap();
+    assert_eq!(ended["type"], "backhaul.job.cancelled.v1");
+    until("the outcome is settled", || stack.objects().is_empty());
+}
+
+#[test]
+fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "jobs_max = 1", SLOW);
+    fs::write(stack.volume("a.img"), noise(4, 32 << 20)).unwrap();
+    let _worker = stack.worker();
+    let (running, waiting) = ("51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3", "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c4");
+    let submit = |job_id, more: &[&str]| {
+        let arguments = backup(&stack, &[&["--job-id", job_id][..], more].concat());
+        stack.command(&[&["submit"][..], &strs(&arguments)].concat()).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    assert!(submit(running, &[]).wait().unwrap().success());
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    let mut second = submit(waiting, &["--wait", "--json"]);
+
+    stack.ok(&["cancel", waiting]);
+    stack.ok(&["cancel", running]);
+
+    assert_eq!(second.wait().unwrap().code(), Some(3));
+    until("all is settled", || stack.objects().is_empty());
+}
+
+#[test]
+fn a_backup_of_a_grown_volume_falls_back_to_a_full_one_and_says_so() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(5, 100_000)).unwrap();
+    let _worker = stack.worker();
+    assert_eq!(stack.submit(&strs(&backup(&stack, &[]))).0, 0);
+    fs::write(stack.volume("a.img"), noise(5, 200_000)).unwrap();
+
+    let (code, ended) = stack.submit(&strs(&backup(&stack, &["--incremental"])));
+
+    assert_eq!((code, &ended["mode"], &ended["parent_id"]), (0, &json!("full"), &Value::Null), "{ended}");
+    let reason = ended["fallback_reason"]["message"].as_str().unwrap();
+    assert!(reason.contains("200000 bytes now") && reason.contains("100000"), "{reason}");
+}
+
+#[test]
+fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(6, 10_000)).unwrap();
+    fs::write(stack.volume("empty.img"), b"").unwrap();
+    let _worker = stack.worker();
+    assert_eq!(stack.submit(&strs(&backup(&stack, &["--backup-id", BACKUP]))).0, 0);
+    let source = |name: &str| {
+        vec!["backup".into(), "--volume-id".into(), VOLUME.into(), "--source".into(), stack.location(name)]
+    };
+    let other = "00000000-0000-4000-8000-000000000000";
+    let target = stack.location("a.img");
+    let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let cases = [
+        (source("missing.img"), "open"),
+        (source("../backhaul.toml"), "not below one of worker.file_roots"),
+        (source("empty.img"), "is empty"),
+        (backup(&stack, &["--backup-id", BACKUP]), "already"),
+        (backup(&stack, &["--parent", other]), "is not in this store"),
+        (backup(&stack, &["--store", "other"]), "this worker has no store other: it has local"),
+        (owned(&["backup", "--volume-id", VOLUME, "--source", "rbd:pool/image"]), "file: volumes only"),
+        (owned(&["verify", "--backup-id", other]), "`backhaul list` shows what is"),
+        (
+            owned(&["restore", "--backup-id", BACKUP, "--target", "file:/etc/backhaul-test"]),
+            "not below one of",
+        ),
+    ];
+
+    for (arguments, words) in cases {
+        let (code, ended) = stack.submit(&strs(&arguments));
+        let error = ended["error"].to_string();
+        assert_eq!((code, &ended["error"]["class"]), (1, &json!("permanent")), "{arguments:?}: {error}");
+        assert!(error.contains(words), "{arguments:?}: {error}");
+    }
+    // Parents must be of the same volume.
+    let arguments = ["backup", "--volume-id", other, "--source", &target, "--parent", BACKUP];
+    let (code, ended) = stack.submit(&arguments);
+    assert_eq!(code, 1);
+    assert!(ended["error"]["message"].as_str().unwrap().contains("is a backup of volume"), "{ended}");
+    // And what was there is whole.
+    assert_eq!(stack.submit(&["verify", "--backup-id", BACKUP]).0, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_job_is_told_to_the_reply_queue_with_the_correlation_id() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let _worker = stack.worker();
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let options = lapin::options::QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let queue = channel.queue_declare("".into(), options, Default::default()).await.unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
+    let properties = Properties {
+        correlation_id: Some("ticket-7".into()),
+        reply_to: Some(queue.name().to_string()),
+        ..Properties::default()
+    };
+
+    broker.publish_job(verify.to_string().into_bytes().into(), properties).await.unwrap();
+
+    let mut reply = None;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while reply.is_none() {
+        assert!(std::time::Instant::now() < deadline, "no reply");
+        let options = lapin::options::BasicGetOptions { no_ack: true };
+        reply = channel.basic_get(queue.name().clone(), options).await.unwrap();
+    }
+    let reply = reply.unwrap().delivery;
+    assert_eq!(
+        reply.properties.correlation_id().as_ref().map(ToString::to_string).as_deref(),
+        Some("ticket-7")
+    );
+    let reply: Value = serde_json::from_slice(&reply.data).unwrap();
+    assert_eq!(reply["type"], "backhaul.job.failed.v1");
+}
+
+#[test]
+fn a_worker_that_is_told_to_stop_lets_its_job_come_to_an_end() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SLOW);
+    fs::write(stack.volume("a.img"), noise(7, 16 << 20)).unwrap();
+    let mut worker = stack.worker();
+    let arguments = backup(&stack, &["--wait", "--json"]);
+    let mut submit =
+        stack.command(&[&["submit"][..], &strs(&arguments)].concat()).stdout(Stdio::piped()).spawn().unwrap();
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    worker.terminate();
+
+    assert_eq!(submit.wait().unwrap().code(), Some(0));
+    assert_eq!(worker.ended(), 0);
+}
+
+#[test]
+fn a_broker_that_is_not_there_is_a_clear_error_and_not_a_usage_error() {
+    let stack = Stack::new("amqp://guest:secret@127.0.0.1:1/%2f", "", SMALL);
+    let output = stack.run(&["submit", "verify", "--backup-id", BACKUP, "--wait"]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told.contains("127.0.0.1:1") && !told.contains("secret"), "{told}");
+
+    let output = stack.run(&["check"]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told.contains("FAILED  broker") && told.contains("ok      store local"), "{told}");
+}
+
+#[test]
+fn check_finds_all_well_and_leaves_nothing_behind() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let told = stack.ok(&["check"]);
+    assert!(!told.contains("FAILED"), "{told}");
+    assert_eq!(fs::read_dir(stack.path("backups")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_job_can_be_done_without_a_broker() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
+    fs::write(stack.volume("a.img"), noise(8, 3_000_000)).unwrap();
+    let arguments = backup(&stack, &["--backup-id", BACKUP, "--json"]);
+    let ended: Value = serde_json::from_str(&stack.ok(&[&["run"][..], &strs(&arguments)].concat())).unwrap();
+    assert_eq!(ended["data"]["bytes_read"], 3_000_000);
+
+    let output = stack.run(&["run", "verify", "--backup-id", "00000000-0000-4000-8000-000000000000"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(stack.run(&["run", "verify", "--backup-id", "7"]).status.code(), Some(2));
+}
