@@ -6,6 +6,7 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
@@ -492,7 +493,7 @@ async fn classic_queues_heed_priorities() {
     assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
     assert_eq!(error.class(), Class::Permanent);
     let told = Causes(&error).to_string();
-    for part in [&format!("queue {}.jobs", quorum.prefix), "queue_kind", "delete it", "x-queue-type"] {
+    for part in [&format!("queue {}.jobs", quorum.prefix), "queue_kind", "delete it", "inequivalent arg"] {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
 }
@@ -538,6 +539,23 @@ async fn what_does_not_answer_is_told_with_its_address() {
     assert_eq!(error.class(), Class::Transient);
     assert!(error.to_string().contains(&address), "{error}");
     soon("close", broker.close()).await;
+}
+
+#[tokio::test]
+async fn what_is_no_broker_is_told_apart() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let web_server = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut header = [0; 8];
+        client.read_exact(&mut header).unwrap();
+        client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").unwrap();
+        header
+    });
+    let settings = settings(&format!("amqp://guest:guest@{address}/%2f"));
+    let error = Broker::connect(settings).await.err().expect("connected to a web server");
+    assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
+    assert_eq!(&web_server.join().unwrap(), b"AMQP\0\0\x09\x01");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 //! lapin's own recovery stays off: it does not bring back a channel that the broker closed.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -211,14 +212,22 @@ fn refused(settings: &Settings, error: &lapin::Error) -> Error {
         return Error::VirtualHost { address, vhost: settings.url.uri().vhost.clone(), source };
     }
     match error.kind() {
-        // So rustls calls everything that it finds wrong.
-        ErrorKind::IOError(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-            Error::Tls { address, source }
-        }
+        ErrorKind::IOError(error) if is_tls(error.kind(), settings) => Error::Tls { address, source },
         ErrorKind::ParsingError(_) | ErrorKind::InvalidProtocolVersion(_) => {
             Error::Protocol { address, source }
         }
         _ => Error::Unreachable { address, source },
+    }
+}
+
+fn is_tls(kind: io::ErrorKind, settings: &Settings) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
+    match kind {
+        // So rustls calls everything that it finds wrong.
+        InvalidData => true,
+        // So a broker that wants another client certificate may end it before its alert arrives.
+        ConnectionAborted | ConnectionReset | UnexpectedEof => settings.url.uri().scheme == AMQPScheme::AMQPS,
+        _ => false,
     }
 }
 
