@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -98,6 +98,7 @@ fn text(body: &Bytes) -> &str {
 #[tokio::test]
 async fn a_publish_is_confirmed_and_says_when_no_queue_wanted_it() {
     let (broker, _) = shared().await;
+    assert_eq!(*broker.state().borrow(), State::Connected);
     publish(&broker, "a").await;
 
     let nowhere = broker.publish_event("backup.succeeded.-", Bytes::new(), Properties::default()).await;
@@ -556,6 +557,24 @@ async fn what_is_no_broker_is_told_apart() {
     let error = Broker::connect(settings).await.err().expect("connected to a web server");
     assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
     assert_eq!(&web_server.join().unwrap(), b"AMQP\0\0\x09\x01");
+}
+
+#[tokio::test]
+async fn who_takes_a_connection_and_says_nothing_is_given_up_and_holds_no_thread() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("amqp://guest:guest@{}/%2f", listener.local_addr().unwrap());
+    let error = Broker::connect(settings(&url)).await.err().expect("connected to nobody");
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    soon("the thread's end", async {
+        let threads = || std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        let is_lapin = |task: &PathBuf| {
+            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("lapin"))
+        };
+        while threads().any(|task| is_lapin(&task)) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
