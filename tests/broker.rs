@@ -6,8 +6,9 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -97,6 +98,7 @@ fn text(body: &Bytes) -> &str {
 #[tokio::test]
 async fn a_publish_is_confirmed_and_says_when_no_queue_wanted_it() {
     let (broker, _) = shared().await;
+    assert_eq!(*broker.state().borrow(), State::Connected);
     publish(&broker, "a").await;
 
     let nowhere = broker.publish_event("backup.succeeded.-", Bytes::new(), Properties::default()).await;
@@ -492,7 +494,7 @@ async fn classic_queues_heed_priorities() {
     assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
     assert_eq!(error.class(), Class::Permanent);
     let told = Causes(&error).to_string();
-    for part in [&format!("queue {}.jobs", quorum.prefix), "queue_kind", "delete it", "x-queue-type"] {
+    for part in [&format!("queue {}.jobs", quorum.prefix), "queue_kind", "delete it", "inequivalent arg"] {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
 }
@@ -538,6 +540,41 @@ async fn what_does_not_answer_is_told_with_its_address() {
     assert_eq!(error.class(), Class::Transient);
     assert!(error.to_string().contains(&address), "{error}");
     soon("close", broker.close()).await;
+}
+
+#[tokio::test]
+async fn what_is_no_broker_is_told_apart() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let web_server = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut header = [0; 8];
+        client.read_exact(&mut header).unwrap();
+        client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").unwrap();
+        header
+    });
+    let settings = settings(&format!("amqp://guest:guest@{address}/%2f"));
+    let error = Broker::connect(settings).await.err().expect("connected to a web server");
+    assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
+    assert_eq!(&web_server.join().unwrap(), b"AMQP\0\0\x09\x01");
+}
+
+#[tokio::test]
+async fn who_takes_a_connection_and_says_nothing_is_given_up_and_holds_no_thread() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("amqp://guest:guest@{}/%2f", listener.local_addr().unwrap());
+    let error = Broker::connect(settings(&url)).await.err().expect("connected to nobody");
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    soon("the thread's end", async {
+        let threads = || std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        let is_lapin = |task: &PathBuf| {
+            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("lapin"))
+        };
+        while threads().any(|task| is_lapin(&task)) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
 }
 
 #[tokio::test]

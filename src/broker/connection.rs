@@ -2,29 +2,24 @@
 //!
 //! lapin's own recovery stays off: it does not bring back a channel that the broker closed.
 
-use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use futures_util::StreamExt;
-use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
-use lapin::uri::AMQPScheme;
-use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, Event};
+use lapin::{Channel, Connection, Event};
 use tokio::sync::{Mutex, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use super::error::{cause, is_access_refused, is_not_allowed};
+use super::dial::dial;
+use super::error::cause;
 use super::topology::Topology;
-use super::{Error, Settings, State, Tls};
+use super::{Error, Settings, State};
 use crate::error::Causes;
 
-/// How long the broker may take from the first packet to an open connection.
-const CONNECT_SECONDS_MAX: u64 = 20;
 /// How long tasks may take to give back what they have when we close.
 const CLOSE_SECONDS_MAX: u64 = 5;
 
@@ -53,8 +48,10 @@ impl Link {
     /// Starts the task that owns the connection, `first` or one that it makes itself.
     pub(super) fn start(settings: Arc<Settings>, topology: Arc<Topology>, first: Option<Live>) -> Self {
         let (live_sender, live) = watch::channel(None);
-        let (state_sender, state) =
-            watch::channel(State::Disconnected { why: "no connection was made yet".into() });
+        let (state_sender, state) = watch::channel(match first {
+            Some(_) => State::Connected,
+            None => State::Disconnected { why: "no connection was made yet".into() },
+        });
         let link = Self {
             settings,
             topology,
@@ -173,67 +170,6 @@ pub(super) async fn connect(settings: &Settings, topology: &Topology) -> Result<
     let connection = dial(settings).await?;
     topology.declare(&connection).await?;
     Ok(Live { connection, publisher: Mutex::new(None) })
-}
-
-async fn dial(settings: &Settings) -> Result<Connection, Error> {
-    let mut uri = settings.url.uri().clone();
-    if settings.heartbeat_seconds > 0 {
-        uri.query.heartbeat = Some(settings.heartbeat_seconds);
-    }
-    let tls = match uri.scheme {
-        AMQPScheme::AMQP => OwnedTLSConfig::default(),
-        AMQPScheme::AMQPS => tls(&settings.tls)?,
-    };
-    let properties = ConnectionProperties::default()
-        .with_connection_name(settings.connection_name.as_str().into())
-        .with_client_property("product".into(), env!("CARGO_PKG_NAME").into())
-        .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
-    let connecting = async {
-        let runtime = lapin::runtime::default_runtime()?;
-        Connection::connect_uri_with_config(uri, properties, tls, runtime).await
-    };
-    match timeout(Duration::from_secs(CONNECT_SECONDS_MAX), connecting).await {
-        Ok(result) => result.map_err(|error| refused(settings, &error)),
-        Err(_) => {
-            let why = format!("no answer within {CONNECT_SECONDS_MAX} seconds");
-            Err(Error::Unreachable { address: settings.url.address(), source: why.into() })
-        }
-    }
-}
-
-fn refused(settings: &Settings, error: &lapin::Error) -> Error {
-    let (address, source) = (settings.url.address(), cause(error));
-    if is_access_refused(error) {
-        let user = settings.url.uri().authority.userinfo.username.clone();
-        return Error::Credentials { address, user, source };
-    }
-    if is_not_allowed(error) {
-        return Error::VirtualHost { address, vhost: settings.url.uri().vhost.clone(), source };
-    }
-    match error.kind() {
-        // So rustls calls everything that it finds wrong.
-        ErrorKind::IOError(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-            Error::Tls { address, source }
-        }
-        ErrorKind::ParsingError(_) | ErrorKind::InvalidProtocolVersion(_) => {
-            Error::Protocol { address, source }
-        }
-        _ => Error::Unreachable { address, source },
-    }
-}
-
-fn tls(tls: &Tls) -> Result<OwnedTLSConfig, Error> {
-    let read = |path: &Path| fs::read(path).map_err(|source| Error::TlsFile { path: path.into(), source });
-    let text =
-        |path: &Path| fs::read_to_string(path).map_err(|source| Error::TlsFile { path: path.into(), source });
-    let identity = match (&tls.client_certificate_file, &tls.client_key_file) {
-        (None, None) => None,
-        (Some(certificate), Some(key)) => {
-            Some(OwnedIdentity::PKCS8 { pem: read(certificate)?, key: read(key)? })
-        }
-        _ => return Err(Error::TlsPair),
-    };
-    Ok(OwnedTLSConfig { identity, cert_chain: tls.ca_file.as_deref().map(text).transpose()? })
 }
 
 /// Resolves when the connection is gone, and tells why.

@@ -155,7 +155,8 @@ impl Error {
             | Self::Lost { .. }
             | Self::NotConfirmed { .. }
             | Self::Timeout { .. }
-            | Self::DeliveryLost => Class::Transient,
+            | Self::DeliveryLost
+            | Self::Closed => Class::Transient,
             Self::TlsFile { .. }
             | Self::TlsPair
             | Self::Tls { .. }
@@ -165,8 +166,7 @@ impl Error {
             | Self::Mismatch { .. }
             | Self::Refused { .. }
             | Self::TooLong { .. }
-            | Self::NoRoute { .. }
-            | Self::Closed => Class::Permanent,
+            | Self::NoRoute { .. } => Class::Permanent,
         }
     }
 

@@ -9,6 +9,7 @@
 
 mod connection;
 mod delivery;
+mod dial;
 mod error;
 mod jobs;
 mod message;
