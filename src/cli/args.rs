@@ -338,8 +338,9 @@ impl Args {
     /// What of the log is shown: `--log`, else `BACKHAUL_LOG`, else what fits the command.
     pub fn log_filter(&self) -> &str {
         self.log.as_deref().unwrap_or(match self.command {
-            Command::Worker => "info",
-            _ => "warn",
+            // What lapin has to tell is told by the broker's room; its own lines show messages, and at `trace` the login.
+            Command::Worker => "info,lapin=off",
+            _ => "warn,lapin=off",
         })
     }
 }
