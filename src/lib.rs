@@ -3,6 +3,7 @@
 //! `ARCHITECTURE.md` has the plan of the house: each module here is one of its rooms.
 
 pub mod broker;
+pub mod cinder;
 pub mod cli;
 pub mod config;
 pub mod engine;
