@@ -240,3 +240,59 @@ fn fields(backup_url: &str) -> Value {
     use base64::prelude::{BASE64_STANDARD, Engine as _};
     serde_json::from_slice(&BASE64_STANDARD.decode(backup_url).unwrap()).unwrap()
 }
+
+#[tokio::test]
+async fn a_backup_is_not_taken_in_before_its_parent_nor_twice() {
+    let chain = CinderChain::of("zlib");
+
+    let error = chain.engine.import(chain.exported(1)).await.unwrap_err();
+    let parent_id = chain.exported(0).backup_id.to_string();
+    assert!(
+        error.to_string().contains(&format!("it builds on {parent_id}, which is not in this store")),
+        "{error}"
+    );
+
+    chain.import().await;
+    let before = chain.engine.catalog().record(chain.exported(2).backup_id).await.unwrap();
+    let error = chain.engine.import(chain.exported(2)).await.unwrap_err();
+    assert!(matches!(error, Error::BackupExists(_)), "{error}");
+    assert_eq!(chain.engine.catalog().record(chain.exported(2).backup_id).await.unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_backup_that_is_not_what_its_record_says_is_not_taken_in() {
+    let chain = CinderChain::of("zlib");
+    let full = chain.engine.import(chain.exported(0)).await.unwrap();
+    let first = chain.exported(1);
+
+    for (what, record) in [
+        ("another volume", Record { volume_id: VolumeId::random(), parent_id: None, ..first.clone() }),
+        ("no parent", Record { parent_id: None, ..first.clone() }),
+        (
+            "another backup's objects",
+            Record { service_metadata: full.service_metadata, container: full.container, ..first.clone() },
+        ),
+        ("no objects", Record { service_metadata: "elsewhere".into(), ..first.clone() }),
+    ] {
+        chain.engine.import(record).await.expect_err(what);
+        assert_eq!(chain.engine.catalog().record(first.backup_id).await.unwrap(), None, "{what}");
+    }
+    chain.engine.import(first).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_backup_whose_list_of_digests_is_of_another_volume_size_is_not_taken_in() {
+    let chain = CinderChain::of("zlib");
+    let path = chain.files().into_iter().find(|path| {
+        let name = path.to_str().unwrap();
+        name.contains(&chain.exported(0).backup_id.to_string()) && name.ends_with("_sha256file")
+    });
+    let path = path.unwrap();
+    let mut list: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    list["sha256s"].as_array_mut().unwrap().pop();
+    fs::write(path, list.to_string()).unwrap();
+
+    let error = chain.engine.import(chain.exported(0)).await.unwrap_err();
+
+    assert!(error.to_string().contains("10 blocks of 32768 bytes"), "{error}");
+}

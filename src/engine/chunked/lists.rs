@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use super::digest::Digest;
 use super::layers::LayerEntry;
-use super::metadata::ObjectEntry;
+use super::metadata::{Head, ObjectEntry};
 use super::stored::StoredReader;
 use super::{Chunked, Error, Lost, Names, check_version, checksums, damaged, metadata, sha256_file};
 use crate::job::Record;
@@ -65,8 +65,8 @@ impl Chunked {
 }
 
 impl ObjectLists {
-    /// Reads them to their ends, and hands over the objects in order. Blocks.
-    pub fn read(self, mut take: impl FnMut(LayerEntry) -> Result<(), Error>) -> Result<(), Error> {
+    /// Reads them to their ends, hands over the objects in order, and returns what else the metadata says. Blocks.
+    pub fn read(self, mut take: impl FnMut(LayerEntry) -> Result<(), Error>) -> Result<Head, Error> {
         let Self { names, record, metadata, checksums } = self;
         let mut checksums =
             checksums.map(|pieces| BufReader::with_capacity(BUFFER_BYTES, StoredReader::with_sha256(pieces)));
@@ -94,7 +94,7 @@ impl ObjectLists {
             }
             check_digest(&record, &names.checksums, checksums.get_ref())?;
         }
-        Ok(())
+        Ok(head)
     }
 }
 

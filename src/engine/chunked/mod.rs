@@ -153,19 +153,46 @@ impl Chunked {
         Ok(self.store.tidy(&names.folder, names.prefix()).await?)
     }
 
-    /// Reads the metadata of a backup that Cinder wrote, and returns the end of its last object: of a full backup,
-    /// the size of the volume.
-    pub async fn inspect(&self, record: &Record) -> Result<u64, Error> {
+    /// Reads the lists of a backup that Cinder wrote, and checks them against its record and its parent. Returns the
+    /// exact size of the volume, which Cinder writes down nowhere: where the last object of the full backup ends.
+    pub async fn inspect(&self, record: &Record, parent: Option<&Record>) -> Result<u64, Error> {
+        let refused = |why: String| Error::NotImportable { backup_id: record.backup_id, why };
         let lists = self.object_lists(record).await?;
-        blocking(move || {
+        let (head, end) = blocking(move || {
             let mut end = 0;
-            lists.read(|object| {
+            let head = lists.read(|object| {
                 end = end.max(object.entry.end());
                 Ok(())
             })?;
-            Ok(end)
+            Ok::<_, Error>((head, end))
         })
-        .await?
+        .await??;
+        if head.volume_id != record.volume_id.to_string() {
+            return Err(refused(format!("its metadata is of volume {}", head.volume_id)));
+        }
+        if head.parent_id != record.parent_id.map(|id| id.to_string()) {
+            let parent_id = head.parent_id.as_deref().unwrap_or("nothing");
+            return Err(refused(format!(
+                "it builds on {parent_id}, as its metadata says, and its record differs"
+            )));
+        }
+        let volume_bytes = parent.map_or(end, |parent| parent.volume_bytes);
+        let mut digests = self.digest_list(record).await?;
+        let block_bytes = digests.block_bytes().await?;
+        let mut digest_count = 0;
+        loop {
+            match digests.take(sha256_file::BATCH_DIGESTS).await?.len() as u64 {
+                0 => break,
+                count => digest_count += count,
+            }
+        }
+        if volume_bytes == 0 || digest_count != volume_bytes.div_ceil(block_bytes) {
+            return Err(refused(format!(
+                "its sha256 file has digests of {digest_count} blocks of {block_bytes} bytes, which does not fit a \
+                 volume of {volume_bytes} bytes"
+            )));
+        }
+        Ok(volume_bytes)
     }
 
     /// Reads an object that the backup must have.
