@@ -296,3 +296,18 @@ async fn a_backup_whose_list_of_digests_is_of_another_volume_size_is_not_taken_i
 
     assert!(error.to_string().contains("10 blocks of 32768 bytes"), "{error}");
 }
+
+#[tokio::test]
+async fn a_backup_on_one_of_cinders_nfs_driver_is_left_to_that_driver() {
+    let chain = CinderChain::of("zlib");
+    let nfs = "cinder.backup.drivers.nfs.NFSBackupDriver";
+    let full = chain.engine.import(Record { service: nfs.into(), ..chain.exported(0) }).await.unwrap();
+    fs::write(chain.path("source.img"), vec![0; full.volume_bytes as usize]).unwrap();
+    let own = BackupId::random();
+
+    chain.run(chain.backup(own, Parent::Latest), Some(Mode::Incremental)).await.unwrap();
+
+    let record = chain.engine.catalog().available(own).await.unwrap();
+    assert_eq!(record.parent_id, Some(full.backup_id));
+    assert_eq!(record.service, nfs);
+}

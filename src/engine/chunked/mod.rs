@@ -101,7 +101,8 @@ impl Chunked {
             state: RecordState::Creating(job_id),
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
-            service: POSIX_SERVICE.into(),
+            // Cinder gives a backup to the driver that it names, with the whole chain.
+            service: parent.map_or(POSIX_SERVICE, |parent| &parent.service).into(),
             service_metadata: String::new(),
             container,
             name: work.name.clone(),
