@@ -176,22 +176,24 @@ async fn a_chain_of_cinder_is_taken_in_verified_restored_built_on_and_deleted(
     for record in records.iter().rev() {
         chain.delete(record.backup_id).await;
     }
-    assert_eq!(chain.files(), [PathBuf::new(); 0]);
+    assert!(chain.files().is_empty(), "{:?}", chain.files());
 }
 
-fn flip(bytes: &mut Vec<u8>) {
+fn flipped(mut bytes: Vec<u8>) -> Vec<u8> {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x10;
+    bytes
 }
 
-fn cut(bytes: &mut Vec<u8>) {
+fn cut(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes.pop();
+    bytes
 }
 
 /// What is packed may unpack to the same bytes with another bit in it, and Cinder keeps no digest of what is stored:
 /// only of objects that are not packed is each byte known.
 #[rstest]
-#[case::flipped("none", flip)]
+#[case::flipped("none", flipped)]
 #[case::cut("none", cut)]
 #[case::cut_zlib("zlib", cut)]
 #[case::cut_bz2("bz2", cut)]
@@ -199,7 +201,7 @@ fn cut(bytes: &mut Vec<u8>) {
 #[tokio::test]
 async fn a_damaged_object_anywhere_in_a_chain_of_cinder_is_found(
     #[case] word: &str,
-    #[case] damage: fn(&mut Vec<u8>),
+    #[case] damage: fn(Vec<u8>) -> Vec<u8>,
 ) {
     let chain = CinderChain::of(word);
     let newest = chain.import().await[2].backup_id;
@@ -211,9 +213,7 @@ async fn a_damaged_object_anywhere_in_a_chain_of_cinder_is_found(
 
     for path in objects {
         let whole = fs::read(&path).unwrap();
-        let mut damaged = whole.clone();
-        damage(&mut damaged);
-        fs::write(&path, damaged).unwrap();
+        fs::write(&path, damage(whole.clone())).unwrap();
 
         let error = chain.run(Work::Verify(newest), None).await.unwrap_err();
 
