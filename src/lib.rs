@@ -5,6 +5,7 @@
 pub mod broker;
 #[cfg(feature = "ceph")]
 pub mod ceph;
+pub mod cinder;
 pub mod cli;
 pub mod config;
 pub mod engine;

@@ -16,6 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
 use crate::broker;
+use crate::cinder::export_record;
 use crate::config::{Config, ConfigError};
 use crate::engine;
 use crate::error::Problem;
@@ -53,6 +54,9 @@ enum Error {
     /// Anything that was made ready for people already.
     #[error("{0}")]
     Problem(Problem),
+    /// What was to be taken in is no export record.
+    #[error(transparent)]
+    Record(#[from] export_record::Error),
     /// The end of the job could not be told.
     #[error(transparent)]
     Event(#[from] event::Error),

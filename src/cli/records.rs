@@ -1,8 +1,11 @@
 //! The records of a store: listed, shown, exchanged with Cinder.
 
+use std::fs;
+use std::io::{self, Read};
 use std::path::Path;
 
 use super::{Error, FAILED, print_json, render};
+use crate::cinder::export_record;
 use crate::config::Config;
 use crate::engine;
 use crate::job::{BackupId, StoreName, VolumeId};
@@ -49,11 +52,30 @@ pub(super) async fn show(
 }
 
 /// Prints Cinder's export record of a backup.
-pub(super) async fn export(_: &Config, _: BackupId, _: Option<StoreName>) -> Result<u8, Error> {
-    Err(Error::Usage("record export comes with the next commit".into()))
+pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreName>) -> Result<u8, Error> {
+    let stores = Stores::open(config)?;
+    let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
+    println!("{}", export_record::export(&engine.catalog().available(id).await?));
+    Ok(0)
 }
 
 /// Takes in a backup by Cinder's export record.
-pub(super) async fn import(_: &Config, _: &Path, _: Option<StoreName>) -> Result<u8, Error> {
-    Err(Error::Usage("record import comes with the next commit".into()))
+pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName>) -> Result<u8, Error> {
+    let stores = Stores::open(config)?;
+    let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
+    let text = if path == Path::new("-") {
+        let mut text = Vec::new();
+        io::stdin()
+            .read_to_end(&mut text)
+            .map_err(|error| Error::Io("read the record from standard input", error))?;
+        text
+    } else {
+        fs::read(path).map_err(|error| Error::Io("read the file with the record", error))?
+    };
+    let record = engine.import(export_record::import(&text)?).await?;
+    println!(
+        "backup {} of volume {} is taken in; `backhaul run verify --backup-id {}` checks it",
+        record.backup_id, record.volume_id, record.backup_id
+    );
+    Ok(0)
 }

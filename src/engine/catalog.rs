@@ -144,7 +144,7 @@ impl Catalog {
 
     /// Removes a record, if it is there.
     pub async fn remove(&self, id: BackupId) -> Result<(), Error> {
-        Ok(self.store.delete(&record_name(id)?).await?)
+        self.forget(&record_name(id)?).await
     }
 
     /// How a job ended whose end may not have been told yet.
@@ -165,7 +165,13 @@ impl Catalog {
 
     /// Forgets how a job ended, because it has been told.
     pub async fn settle(&self, id: JobId) -> Result<(), Error> {
-        Ok(self.store.delete(&outcome_name(id)?).await?)
+        self.forget(&outcome_name(id)?).await
+    }
+
+    async fn forget(&self, name: &ObjectName) -> Result<(), Error> {
+        self.store.delete(name).await?;
+        // What a worker left that was killed while it wrote it.
+        Ok(self.store.tidy(&name.folder, &name.name).await?)
     }
 
     async fn read<T: DeserializeOwned>(&self, name: &ObjectName) -> Result<Option<T>, Error> {

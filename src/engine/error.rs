@@ -220,9 +220,14 @@ pub enum Error {
     #[error("a container in the record is not safe to use")]
     UnsafeContainer(#[from] InvalidName),
 
-    /// A record that was to be taken in is not one.
-    #[error("this is no record of a backup: {0}")]
-    InvalidImport(String),
+    /// A backup of Cinder's is not what its record says, or not whole.
+    #[error("backup {backup_id} cannot be taken in: {why}")]
+    NotImportable {
+        /// The backup.
+        backup_id: BackupId,
+        /// How that shows.
+        why: String,
+    },
 
     /// Packing failed, which it does for want of memory only.
     #[error("compress")]

@@ -216,16 +216,19 @@ impl Engine {
         }
     }
 
-    /// Takes in a backup that Cinder exported, whose objects lie in this store. All of the backup is looked at, none
-    /// of its data: `verify` does that.
+    /// Takes in a backup that Cinder exported, whose objects lie in this store; its parent goes first. All of the
+    /// backup is looked at, none of its data: `verify` does that.
     pub async fn import(&self, mut record: Record) -> Result<Record, Error> {
         let parent = match record.parent_id {
+            Some(id) if self.catalog.record(id).await?.is_none() => {
+                let why = format!("it builds on {id}, which is not in this store: take that one in first");
+                return Err(Error::NotImportable { backup_id: record.backup_id, why });
+            }
             Some(id) => Some(self.parent(id, record.volume_id).await?),
             None => None,
         };
         record.created_at = record.created_at.min(Timestamp::now());
-        let end = self.chunked.inspect(&record).await?;
-        record.volume_bytes = parent.map_or(end, |parent| parent.volume_bytes);
+        self.chunked.inspect(&mut record, parent.as_ref()).await?;
         record.state = RecordState::Available;
         self.catalog.create(&record).await?;
         Ok(record)

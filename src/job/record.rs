@@ -55,8 +55,8 @@ pub struct Record {
     pub counts: Counts,
     /// The digest over the volume's block digests, as in the account of the job.
     pub digest: Option<String>,
-    /// SHA-256 of the whole metadata object, of the sha256 file and of the checksums of the stored objects, by
-    /// object name. Empty for a backup that was taken in from Cinder, which keeps none.
+    /// SHA-256 of the metadata object, of the sha256 file and of our checksums of the data objects, by object name.
+    /// There are no checksums of a backup that was taken in from Cinder.
     pub object_digests: Vec<(String, String)>,
     /// Everything else of Cinder's record, kept so that an export gives back what an import took.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]

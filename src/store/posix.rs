@@ -232,13 +232,16 @@ impl Unfinished {
         };
         let temporary = folder.join(format!("{}.{}", unfinished_prefix(name), Uuid::new_v4().simple()));
         let open = || File::options().write(true).create_new(true).open(&temporary);
-        // The folder is nearly always there; it may also be tidied away between two steps.
-        let file = match open() {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                make_folders(root, folder)?;
-                open()?
+        // The folder is nearly always there. It may be tidied away by another writer even after it was made.
+        let mut tries_left = 10;
+        let file = loop {
+            match open() {
+                Err(error) if error.kind() == ErrorKind::NotFound && tries_left > 0 => {
+                    make_folders(root, folder)?;
+                    tries_left -= 1;
+                }
+                file => break file?,
             }
-            file => file?,
         };
         let unfinished = Self { file, temporary, path: path.to_owned(), published: false };
         unfinished.file.set_permissions(fs::Permissions::from_mode(FILE_MODE))?;

@@ -9,9 +9,11 @@ use tokio::task::JoinHandle;
 
 use super::digest::Digest;
 use super::layers::LayerEntry;
-use super::metadata::ObjectEntry;
-use super::stored::StoredReader;
-use super::{Chunked, Error, Lost, Names, check_version, checksums, damaged, metadata, sha256_file};
+use super::metadata::{Head, ObjectEntry};
+use super::stored::HashedReader;
+use super::{
+    Chunked, Error, Lost, Names, blocking, check_version, checksums, damaged, metadata, sha256_file,
+};
 use crate::job::Record;
 use crate::store::{ObjectName, Pieces};
 
@@ -43,6 +45,21 @@ impl Chunked {
         Ok(ObjectLists { names, record: record.clone(), metadata, checksums })
     }
 
+    /// Reads a list to its end, and checks it against the record, where that has its digest. Returns the digest.
+    pub async fn check_list(&self, record: &Record, object: &ObjectName) -> Result<Digest, Error> {
+        let pieces = self.get(record, object).await?;
+        let (object, record) = (object.clone(), record.clone());
+        blocking(move || {
+            let mut stored = HashedReader::new(pieces);
+            if let Err(error) = io::copy(&mut stored, &mut io::sink()) {
+                return Err(stored.take_error().map_or_else(|| damaged(&object, error), Error::from));
+            }
+            check_digest(&record, &object, &stored)?;
+            Ok(stored.sha256())
+        })
+        .await?
+    }
+
     /// Opens the list of the backup's block digests.
     pub async fn digest_list(&self, record: &Record) -> Result<DigestList, Error> {
         let names = Names::of(record)?;
@@ -50,7 +67,7 @@ impl Chunked {
         let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         let (object, record) = (names.sha256_file, record.clone());
         let reader = tokio::task::spawn_blocking(move || {
-            let mut stored = StoredReader::with_sha256(pieces);
+            let mut stored = HashedReader::new(pieces);
             let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut stored);
             let head = sha256_file::read(buffered, |block_bytes, digests| {
                 sender.blocking_send((block_bytes, digests)).map_err(|_| "nobody wants the digests any more")
@@ -65,12 +82,12 @@ impl Chunked {
 }
 
 impl ObjectLists {
-    /// Reads them to their ends, and hands over the objects in order. Blocks.
-    pub fn read(self, mut take: impl FnMut(LayerEntry) -> Result<(), Error>) -> Result<(), Error> {
+    /// Reads them to their ends, hands over the objects in order, and returns what else the metadata says. Blocks.
+    pub fn read(self, mut take: impl FnMut(LayerEntry) -> Result<(), Error>) -> Result<Head, Error> {
         let Self { names, record, metadata, checksums } = self;
         let mut checksums =
-            checksums.map(|pieces| BufReader::with_capacity(BUFFER_BYTES, StoredReader::with_sha256(pieces)));
-        let mut stored = StoredReader::with_sha256(metadata);
+            checksums.map(|pieces| BufReader::with_capacity(BUFFER_BYTES, HashedReader::new(pieces)));
+        let mut stored = HashedReader::new(metadata);
         let mut failed = None;
         let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut stored);
         let head = metadata::read(buffered, names.prefix(), |entry| {
@@ -94,11 +111,11 @@ impl ObjectLists {
             }
             check_digest(&record, &names.checksums, checksums.get_ref())?;
         }
-        Ok(())
+        Ok(head)
     }
 }
 
-type Checksums = BufReader<StoredReader>;
+type Checksums = BufReader<HashedReader>;
 
 fn read_checksum(
     checksums: &mut Checksums,
@@ -123,7 +140,7 @@ fn next_checksum(
 }
 
 /// What reading a list failed of: the store, or the list.
-fn unreadable(object: &ObjectName, stored: &mut StoredReader, error: serde_json::Error) -> Error {
+fn unreadable(object: &ObjectName, stored: &mut HashedReader, error: serde_json::Error) -> Error {
     match stored.take_error() {
         Some(error) => error.into(),
         None => damaged(object, error),
@@ -136,9 +153,9 @@ fn stored_digest<'a>(record: &'a Record, object: &ObjectName) -> Option<&'a str>
 }
 
 /// Checks a list that was read to its end against the record, where that has its digest.
-fn check_digest(record: &Record, object: &ObjectName, stored: &StoredReader) -> Result<(), Error> {
+fn check_digest(record: &Record, object: &ObjectName, stored: &HashedReader) -> Result<(), Error> {
     let Some(expected) = stored_digest(record, object) else { return Ok(()) };
-    if stored.sha256().is_some_and(|digest| hex::encode(digest) == expected) {
+    if hex::encode(stored.sha256()) == expected {
         return Ok(());
     }
     Err(damaged(object, "its SHA-256 is not the one in the record"))

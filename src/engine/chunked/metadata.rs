@@ -61,9 +61,18 @@ pub fn python_time(time: Timestamp) -> String {
     time.strftime(format).to_string()
 }
 
-/// A text as a JSON string, or null.
+/// A text as a JSON string, or null. As Cinder writes it: all but printable ASCII is escaped.
 pub fn json_text(text: Option<&str>) -> String {
-    serde_json::Value::from(text).to_string()
+    let json = serde_json::Value::from(text).to_string();
+    let mut ascii = String::with_capacity(json.len());
+    for c in json.chars() {
+        if matches!(c, ' '..='~') {
+            ascii.push(c);
+        } else {
+            ascii.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        }
+    }
+    ascii
 }
 
 /// What stands before the objects.
@@ -274,6 +283,15 @@ mod tests {
             "2026-11-21 11:47:51.558550+00:00"
         );
         assert_eq!(python_time("2026-11-21T11:47:51Z".parse().unwrap()), "2026-11-21 11:47:51+00:00");
+    }
+
+    #[test]
+    fn text_is_written_as_python_does() {
+        assert_eq!(
+            json_text(Some("a\"\n\u{1f}\u{7f}ö\u{1f600}")),
+            r#""a\"\n\u001f\u007f\u00f6\ud83d\ude00""#
+        );
+        assert_eq!(json_text(None), "null");
     }
 
     #[test]

@@ -33,6 +33,7 @@ use crate::job::{BackupWork, Container, Context, Counts, JobId, Method, Mode, Re
 use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
 use crate::volume::VolumeSource;
 
+use digest::ListDigest;
 use metadata::object_number;
 
 /// Requests to the store that one job has under way at once, at most.
@@ -101,7 +102,8 @@ impl Chunked {
             state: RecordState::Creating(job_id),
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
-            service: POSIX_SERVICE.into(),
+            // Cinder gives a backup to the driver that it names, with the whole chain.
+            service: parent.map_or(POSIX_SERVICE, |parent| &parent.service).into(),
             service_metadata: String::new(),
             container,
             name: work.name.clone(),
@@ -150,22 +152,61 @@ impl Chunked {
                 }
             })
             .await?;
+        self.store.tidy(&names.checksums.folder, names.prefix()).await?;
         Ok(self.store.tidy(&names.folder, names.prefix()).await?)
     }
 
-    /// Reads the metadata of a backup that Cinder wrote, and returns the end of its last object: of a full backup,
-    /// the size of the volume.
-    pub async fn inspect(&self, record: &Record) -> Result<u64, Error> {
+    /// Reads the lists of a backup that Cinder wrote, and checks them against its record and its parent. Completes the
+    /// record with their digests, and with the exact size of the volume, which Cinder writes down nowhere: where the
+    /// last object of the full backup ends.
+    pub async fn inspect(&self, record: &mut Record, parent: Option<&Record>) -> Result<(), Error> {
+        let backup_id = record.backup_id;
+        let refused = |why: String| Error::NotImportable { backup_id, why };
         let lists = self.object_lists(record).await?;
-        blocking(move || {
+        let (head, end) = blocking(move || {
             let mut end = 0;
-            lists.read(|object| {
+            let head = lists.read(|object| {
                 end = end.max(object.entry.end());
                 Ok(())
             })?;
-            Ok(end)
+            Ok::<_, Error>((head, end))
         })
-        .await?
+        .await??;
+        if head.volume_id != record.volume_id.to_string() {
+            return Err(refused(format!("its metadata is of volume {}", head.volume_id)));
+        }
+        if head.parent_id != record.parent_id.map(|id| id.to_string()) {
+            let parent_id = head.parent_id.as_deref().unwrap_or("nothing");
+            return Err(refused(format!(
+                "it builds on {parent_id}, as its metadata says, and its record differs"
+            )));
+        }
+        let volume_bytes = parent.map_or(end, |parent| parent.volume_bytes);
+        let mut digests = self.digest_list(record).await?;
+        let block_bytes = digests.block_bytes().await?;
+        let (mut digest_count, mut list_digest) = (0, ListDigest::default());
+        loop {
+            let batch = digests.take(sha256_file::BATCH_DIGESTS).await?;
+            if batch.is_empty() {
+                break;
+            }
+            digest_count += batch.len() as u64;
+            list_digest.update(&batch);
+        }
+        if volume_bytes == 0 || digest_count != volume_bytes.div_ceil(block_bytes) {
+            return Err(refused(format!(
+                "its sha256 file has digests of {digest_count} blocks of {block_bytes} bytes, which does not fit a \
+                 volume of {volume_bytes} bytes"
+            )));
+        }
+        let names = Names::of(record)?;
+        for object in [&names.metadata, &names.sha256_file] {
+            let sha256 = self.check_list(record, object).await?;
+            record.object_digests.push((object.name.clone(), hex::encode(sha256)));
+        }
+        record.volume_bytes = volume_bytes;
+        record.digest = Some(list_digest.finish());
+        Ok(())
     }
 
     /// Reads an object that the backup must have.

@@ -30,7 +30,6 @@ pub struct StoredReader {
     current: Bytes,
     bytes: u64,
     crc32: crc32fast::Hasher,
-    sha256: Option<Sha256>,
     error: Option<store::Error>,
 }
 
@@ -38,12 +37,7 @@ impl StoredReader {
     /// Reads and counts.
     pub fn new(pieces: Pieces) -> Self {
         let crc32 = crc32fast::Hasher::new();
-        Self { pieces, current: Bytes::new(), bytes: 0, crc32, sha256: None, error: None }
-    }
-
-    /// Takes the SHA-256 as well.
-    pub fn with_sha256(pieces: Pieces) -> Self {
-        Self { sha256: Some(Sha256::new()), ..Self::new(pieces) }
+        Self { pieces, current: Bytes::new(), bytes: 0, crc32, error: None }
     }
 
     /// The error of the store that ended the reading, where one did.
@@ -60,11 +54,6 @@ impl StoredReader {
     pub fn checksum(&self) -> Checksum {
         Checksum { bytes: self.bytes, crc32: self.crc32.clone().finalize() }
     }
-
-    /// The SHA-256 of what was read, where it was asked for.
-    pub fn sha256(&self) -> Option<Digest> {
-        self.sha256.clone().map(|sha256| sha256.finalize().into())
-    }
 }
 
 impl Read for StoredReader {
@@ -75,9 +64,6 @@ impl Read for StoredReader {
                 Some(Ok(piece)) => {
                     self.bytes += piece.len() as u64;
                     self.crc32.update(&piece);
-                    if let Some(sha256) = &mut self.sha256 {
-                        sha256.update(&piece);
-                    }
                     self.current = piece;
                 }
                 Some(Err(error)) => {
@@ -89,5 +75,36 @@ impl Read for StoredReader {
         let length = self.current.len().min(buffer.len());
         self.current.copy_to_slice(&mut buffer[..length]);
         Ok(length)
+    }
+}
+
+/// Reads an object as it is in the store, and takes its SHA-256.
+pub struct HashedReader {
+    stored: StoredReader,
+    sha256: Sha256,
+}
+
+impl HashedReader {
+    /// Reads and digests.
+    pub fn new(pieces: Pieces) -> Self {
+        Self { stored: StoredReader::new(pieces), sha256: Sha256::new() }
+    }
+
+    /// The error of the store that ended the reading, where one did.
+    pub fn take_error(&mut self) -> Option<store::Error> {
+        self.stored.take_error()
+    }
+
+    /// The SHA-256 of what was read.
+    pub fn sha256(&self) -> Digest {
+        self.sha256.clone().finalize().into()
+    }
+}
+
+impl Read for HashedReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.stored.read(buffer)?;
+        self.sha256.update(&buffer[..read]);
+        Ok(read)
     }
 }

@@ -1,0 +1,258 @@
+//! Cinder's export record: what `cinder backup-export` prints and `cinder backup-import` takes.
+//!
+//! It names the driver that wrote the backup, and holds, as base64 of JSON, every field of the backup's row in
+//! Cinder's database. Of the data it says where it lies; whether it is there is for the engine to find out.
+
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::job::{Container, Counts, InvalidId, InvalidName, Record, RecordState};
+
+/// An export record is never longer. Cinder's columns allow a few kB; a record of ours must stay below 4 MiB.
+const EXPORT_BYTES_MAX: usize = 1 << 20;
+/// The names of a backup's objects are its prefix and up to 20 bytes more, and file systems allow 255.
+const PREFIX_BYTES_MAX: usize = 180;
+/// Cinder counts volumes in GiB.
+const GIB: u64 = 1 << 30;
+
+/// Where Cinder's drivers lie, and those of them whose backups are folders of files: module and class. Old rows name
+/// the module only.
+const DRIVERS: &str = "cinder.backup.drivers.";
+const FILE_DRIVERS: [(&str, &str); 3] =
+    [("posix", "PosixBackupDriver"), ("nfs", "NFSBackupDriver"), ("glusterfs", "GlusterfsBackupDriver")];
+
+/// What Cinder refuses to import a backup without. The others have a value that stands for their absence.
+const NEEDED_BY_CINDER: [&str; 7] =
+    ["display_name", "display_description", "container", "size", "service_metadata", "object_count", "id"];
+
+/// A backup as Cinder exports it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportRecord {
+    /// The driver that wrote the backup.
+    pub backup_service: String,
+    /// Base64 of the JSON of all fields of the backup.
+    pub backup_url: String,
+}
+
+/// Why a text is no record of a backup that can be taken in.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Longer than any export record.
+    #[error(
+        "this is no export record of Cinder: it has {bytes} bytes, and none has more than {EXPORT_BYTES_MAX}"
+    )]
+    TooLarge {
+        /// Its length.
+        bytes: usize,
+    },
+    /// Not the two texts that make an export record.
+    #[error("this is no export record of Cinder, which is a JSON object with backup_service and backup_url")]
+    NotAnExport(#[source] serde_json::Error),
+    /// Written by a driver whose backups are not files.
+    #[error(
+        "backups of {service:?} cannot be taken in: this version reads those of {DRIVERS}posix.PosixBackupDriver, \
+         {DRIVERS}nfs.NFSBackupDriver and {DRIVERS}glusterfs.GlusterfsBackupDriver"
+    )]
+    ForeignDriver {
+        /// What the record names.
+        service: String,
+    },
+    /// `backup_url` is damaged.
+    #[error("the backup_url of the export record is not base64: was all of it copied?")]
+    NotBase64(#[source] base64::DecodeError),
+    /// `backup_url` is base64 of something else.
+    #[error("the backup_url of the export record does not hold the fields of a backup as JSON")]
+    NotJson(#[source] serde_json::Error),
+    /// A field is not there, or null where that says nothing.
+    #[error("the export record has no {0}")]
+    MissingField(&'static str),
+    /// A field holds something else than a text.
+    #[error("the export record's {0} is not a text")]
+    NotText(&'static str),
+    /// Two places of the record say different things.
+    #[error("the export record has backup_service {outer:?}, but the backup in it is of {inner:?}")]
+    OtherService {
+        /// What stands outside.
+        outer: String,
+        /// What stands among the fields.
+        inner: String,
+    },
+    /// Not a backup that is whole.
+    #[error(
+        "the backup was {status:?} in Cinder when it was exported: only one that was available can be taken in"
+    )]
+    NotAvailable {
+        /// Its status.
+        status: String,
+    },
+    /// An id is no UUID.
+    #[error("an id in the export record cannot be used")]
+    InvalidId(#[from] InvalidId),
+    /// The container is not safe to use.
+    #[error("the container in the export record cannot be used")]
+    UnsafeContainer(#[from] InvalidName),
+    /// The prefix of the objects is not safe to use.
+    #[error(
+        "the export record's service_metadata {prefix:?} cannot be the prefix of file names: it must have 1 to \
+         {PREFIX_BYTES_MAX} bytes, not begin with a dot, and have no slashes, backslashes or control characters"
+    )]
+    UnsafePrefix {
+        /// What the record says.
+        prefix: String,
+    },
+    /// The time of the backup is no time.
+    #[error("the export record's created_at {text:?} is no time such as 2026-11-21T11:58:49Z")]
+    InvalidTime {
+        /// What the record says.
+        text: String,
+        /// What is wrong with it.
+        source: jiff::Error,
+    },
+}
+
+/// Writes the export record of a backup, as a text for `cinder backup-import`. The backup must be whole: Cinder takes
+/// it as available.
+pub fn export(record: &Record) -> String {
+    let ExportRecord { backup_service, backup_url } = encode(record);
+    format!("{:#}", json!({ "backup_service": backup_service, "backup_url": backup_url }))
+}
+
+/// Reads an export record. The volume's exact size, which Cinder does not keep there, is left 0: the engine finds it
+/// where the objects are.
+pub fn import(text: &[u8]) -> Result<Record, Error> {
+    if text.len() > EXPORT_BYTES_MAX {
+        return Err(Error::TooLarge { bytes: text.len() });
+    }
+    decode(serde_json::from_slice(text).map_err(Error::NotAnExport)?)
+}
+
+/// Makes the export record of a backup that is whole.
+pub fn encode(record: &Record) -> ExportRecord {
+    let created_at = record.created_at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let own = json!({
+        "id": record.backup_id,
+        "volume_id": record.volume_id,
+        "parent_id": record.parent_id,
+        "service": record.service,
+        "service_metadata": record.service_metadata,
+        "container": record.container,
+        "display_name": record.name,
+        "display_description": record.description,
+        "project_id": record.project_id,
+        "created_at": created_at,
+        "status": "available",
+    });
+    // What we know nothing of, unless Cinder told us.
+    let others = json!({
+        "driver_info": {},
+        "user_id": null,
+        "host": null,
+        "availability_zone": null,
+        "fail_reason": null,
+        "size": record.volume_bytes.div_ceil(GIB),
+        "object_count": record.counts.object_count,
+        "temp_volume_id": null,
+        "temp_snapshot_id": null,
+        "num_dependent_backups": 0,
+        "snapshot_id": null,
+        "data_timestamp": created_at,
+        "restore_volume_id": null,
+        "metadata": {},
+        "encryption_key_id": null,
+        "updated_at": null,
+        "deleted_at": null,
+        "deleted": false,
+    });
+    let mut fields = Map::new();
+    for part in [others, Value::Object(record.cinder_fields.clone()), own] {
+        if let Value::Object(part) = part {
+            fields.extend(part);
+        }
+    }
+    ExportRecord {
+        backup_service: record.service.clone(),
+        backup_url: BASE64_STANDARD.encode(Value::Object(fields).to_string()),
+    }
+}
+
+/// Makes the record of a backup out of its export record, as [`import`] does.
+pub fn decode(export: ExportRecord) -> Result<Record, Error> {
+    let ExportRecord { backup_service: service, backup_url } = export;
+    if !is_file_driver(&service) {
+        return Err(Error::ForeignDriver { service });
+    }
+    let json = BASE64_STANDARD.decode(backup_url).map_err(Error::NotBase64)?;
+    let mut fields = Fields(serde_json::from_slice(&json).map_err(Error::NotJson)?);
+    if let Some(missing) = NEEDED_BY_CINDER.into_iter().find(|field| !fields.0.contains_key(*field)) {
+        return Err(Error::MissingField(missing));
+    }
+    match fields.take("service")? {
+        Some(inner) if inner != service => return Err(Error::OtherService { outer: service, inner }),
+        _ => {}
+    }
+    match fields.take("status")? {
+        Some(status) if status != "available" => return Err(Error::NotAvailable { status }),
+        _ => {}
+    }
+    let created_at = fields.needed("created_at")?;
+    Ok(Record {
+        backup_id: fields.needed("id")?.parse()?,
+        volume_id: fields.needed("volume_id")?.parse()?,
+        state: RecordState::Available,
+        parent_id: fields.take("parent_id")?.map(|id| id.parse()).transpose()?,
+        job_id: None,
+        service,
+        service_metadata: safe_prefix(fields.needed("service_metadata")?)?,
+        container: fields.needed("container")?.parse::<Container>()?,
+        name: fields.take("display_name")?,
+        description: fields.take("display_description")?,
+        project_id: fields.take("project_id")?,
+        created_at: created_at
+            .parse::<Timestamp>()
+            .map_err(|source| Error::InvalidTime { text: created_at, source })?,
+        volume_bytes: 0,
+        method: None,
+        counts: Counts::default(),
+        digest: None,
+        object_digests: Vec::new(),
+        cinder_fields: fields.0,
+    })
+}
+
+fn is_file_driver(service: &str) -> bool {
+    service.strip_prefix(DRIVERS).is_some_and(|driver| {
+        FILE_DRIVERS.iter().any(|(module, class)| match driver.split_once('.') {
+            Some(parts) => parts == (*module, *class),
+            None => driver == *module,
+        })
+    })
+}
+
+fn safe_prefix(prefix: String) -> Result<String, Error> {
+    let unsafe_character = |c: char| c.is_control() || c == '/' || c == '\\';
+    let fits = (1..=PREFIX_BYTES_MAX).contains(&prefix.len());
+    if !fits || prefix.starts_with('.') || prefix.contains(unsafe_character) {
+        return Err(Error::UnsafePrefix { prefix: prefix.chars().take(PREFIX_BYTES_MAX).collect() });
+    }
+    Ok(prefix)
+}
+
+/// The fields of a backup that have not been looked at yet.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// Takes a text out; none where it is null or not there.
+    fn take(&mut self, field: &'static str) -> Result<Option<String>, Error> {
+        match self.0.remove(field) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(Error::NotText(field)),
+        }
+    }
+
+    fn needed(&mut self, field: &'static str) -> Result<String, Error> {
+        self.take(field)?.ok_or(Error::MissingField(field))
+    }
+}

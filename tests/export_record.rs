@@ -1,0 +1,284 @@
+//! Cinder's export records: taken in, given back, and refused where they cannot be used.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use backhaul::cinder::export_record::{self, ExportRecord};
+use backhaul::error::Causes;
+use backhaul::job::{Counts, Record, RecordState};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use proptest::prelude::*;
+use rstest::rstest;
+use serde_json::{Map, Value, json};
+
+const POSIX: &str = "cinder.backup.drivers.posix.PosixBackupDriver";
+
+/// The fields of a backup as Cinder 29 exports them.
+fn fields() -> Value {
+    json!({
+        "driver_info": {},
+        "id": "5c214283-0223-4880-be46-c35800e47cfb",
+        "user_id": "u1",
+        "project_id": "p1",
+        "volume_id": "f8b4904a-1d0e-404b-98d9-745e42c0b42f",
+        "host": "node1",
+        "availability_zone": "nova",
+        "container": "5c/21/5c214283-0223-4880-be46-c35800e47cfb",
+        "parent_id": null,
+        "status": "available",
+        "fail_reason": null,
+        "size": 1,
+        "display_name": "bk",
+        "display_description": "bdesc",
+        "service_metadata": "volume_f8b4904a-1d0e-404b-98d9-745e42c0b42f_20261121115849_backup_\
+                             5c214283-0223-4880-be46-c35800e47cfb",
+        "service": POSIX,
+        "object_count": 7,
+        "temp_volume_id": null,
+        "temp_snapshot_id": null,
+        "num_dependent_backups": 2,
+        "snapshot_id": "60a51657-cb82-4205-a137-0846b1dad5ec",
+        "data_timestamp": "2026-11-21T11:57:00Z",
+        "restore_volume_id": "60a51657-cb82-4205-a137-0846b1dad5ec",
+        "metadata": {"k": "v"},
+        "encryption_key_id": null,
+        "created_at": "2026-11-21T11:58:49Z",
+        "updated_at": "2026-11-21T11:58:58Z",
+        "deleted_at": null,
+        "deleted": false
+    })
+}
+
+fn fields_with(changes: Value) -> Value {
+    let mut fields = fields();
+    fields.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    fields
+}
+
+fn exported(service: &str, fields: &Value) -> Vec<u8> {
+    let url = BASE64_STANDARD.encode(fields.to_string());
+    json!({ "backup_service": service, "backup_url": url }).to_string().into_bytes()
+}
+
+/// The fields in the text of an export record.
+fn fields_of(text: &str) -> Map<String, Value> {
+    let export: ExportRecord = serde_json::from_str(text).unwrap();
+    serde_json::from_slice(&BASE64_STANDARD.decode(export.backup_url).unwrap()).unwrap()
+}
+
+fn own_record() -> Record {
+    Record {
+        backup_id: "5c214283-0223-4880-be46-c35800e47cfb".parse().unwrap(),
+        volume_id: "f8b4904a-1d0e-404b-98d9-745e42c0b42f".parse().unwrap(),
+        state: RecordState::Available,
+        parent_id: Some("60a51657-cb82-4205-a137-0846b1dad5ec".parse().unwrap()),
+        job_id: Some("0d9ec0a5-2e4f-4f0c-8a0e-3f4d9f0f2b11".parse().unwrap()),
+        service: POSIX.into(),
+        service_metadata: "prefix".into(),
+        container: "a/b".parse().unwrap(),
+        name: Some("Größe \u{1f600}".into()),
+        description: None,
+        project_id: Some("p1".into()),
+        created_at: "2026-11-21T11:58:49.987654Z".parse().unwrap(),
+        volume_bytes: (3 << 30) + 1,
+        method: None,
+        counts: Counts { object_count: 12, ..Counts::default() },
+        digest: Some("sha256-list:00".into()),
+        object_digests: vec![("prefix_metadata".into(), "00".into())],
+        cinder_fields: Map::new(),
+    }
+}
+
+#[test]
+fn an_export_gives_back_what_an_import_took() {
+    let unknown = json!({"a_field_of_a_later_cinder": [1, {"x": null}], "driver_info": {"y": 1}});
+    for fields in [fields(), fields_with(unknown)] {
+        let record = export_record::import(&exported(POSIX, &fields)).unwrap();
+
+        assert_eq!(Value::Object(fields_of(&export_record::export(&record))), fields);
+    }
+}
+
+#[test]
+fn a_record_of_cinder_becomes_one_of_ours() {
+    let record = export_record::import(&exported(POSIX, &fields())).unwrap();
+
+    assert_eq!(record.backup_id.to_string(), "5c214283-0223-4880-be46-c35800e47cfb");
+    assert_eq!(record.volume_id.to_string(), "f8b4904a-1d0e-404b-98d9-745e42c0b42f");
+    assert_eq!(record.parent_id, None);
+    assert_eq!(record.state, RecordState::Available);
+    assert_eq!(record.service, POSIX);
+    assert_eq!(record.name.as_deref(), Some("bk"));
+    assert_eq!(record.description.as_deref(), Some("bdesc"));
+    assert_eq!(record.project_id.as_deref(), Some("p1"));
+    assert_eq!(record.created_at.to_string(), "2026-11-21T11:58:49Z");
+    assert_eq!(record.container.as_str(), "5c/21/5c214283-0223-4880-be46-c35800e47cfb");
+}
+
+#[test]
+fn our_export_has_every_field_that_cinders_has() {
+    let export = fields_of(&export_record::export(&own_record()));
+
+    let names = |fields: &Map<String, Value>| fields.keys().cloned().collect::<Vec<_>>();
+    let mut expected = names(fields().as_object().unwrap());
+    expected.sort();
+    let mut actual = names(&export);
+    actual.sort();
+    assert_eq!(actual, expected);
+    assert_eq!(export["size"], 4, "whole GiB, rounded up");
+    assert_eq!(export["object_count"], 12);
+    assert_eq!(export["created_at"], "2026-11-21T11:58:49Z");
+    assert_eq!(export["data_timestamp"], export["created_at"]);
+    assert_eq!(export["parent_id"], "60a51657-cb82-4205-a137-0846b1dad5ec");
+    assert_eq!(export["display_name"], "Größe \u{1f600}");
+    assert_eq!(export["status"], "available");
+}
+
+#[rstest]
+fn backups_that_are_files_are_taken_in(
+    #[values("posix.PosixBackupDriver", "nfs.NFSBackupDriver", "glusterfs.GlusterfsBackupDriver")]
+    class: &str,
+    #[values(true, false)] with_class: bool,
+) {
+    let driver = if with_class { class } else { class.split('.').next().unwrap() };
+    let service = format!("cinder.backup.drivers.{driver}");
+
+    let record =
+        export_record::import(&exported(&service, &fields_with(json!({ "service": service })))).unwrap();
+
+    assert_eq!(record.service, service);
+}
+
+#[rstest]
+#[case::swift("cinder.backup.drivers.swift.SwiftBackupDriver")]
+#[case::s3("cinder.backup.drivers.s3.S3BackupDriver")]
+#[case::ceph("cinder.backup.drivers.ceph.CephBackupDriver")]
+#[case::ceph_module("cinder.backup.drivers.ceph")]
+#[case::mixed("cinder.backup.drivers.posix.NFSBackupDriver")]
+#[case::longer("cinder.backup.drivers.posix.PosixBackupDriver.x")]
+#[case::elsewhere("posix")]
+#[case::nothing("")]
+fn backups_of_other_drivers_are_refused_with_the_names_of_those_that_are_not(#[case] service: &str) {
+    let error =
+        export_record::import(&exported(service, &fields_with(json!({ "service": service })))).unwrap_err();
+
+    let text = error.to_string();
+    assert!(text.contains(&format!("{service:?}")), "{text}");
+    assert!(text.contains("cinder.backup.drivers.posix.PosixBackupDriver"), "{text}");
+}
+
+#[rstest]
+#[case::id("id", json!("../../etc"), "is no backup id")]
+#[case::id_null("id", Value::Null, "has no id")]
+#[case::id_number("id", json!(7), "id is not a text")]
+#[case::volume("volume_id", json!("f8b4904a1d0e404b98d9745e42c0b42f"), "is no volume id")]
+#[case::volume_null("volume_id", Value::Null, "has no volume_id")]
+#[case::parent("parent_id", json!("none"), "is no backup id")]
+#[case::container_up("container", json!("a/../../b"), "is no container name")]
+#[case::container_root("container", json!("/etc"), "is no container name")]
+#[case::container_records("container", json!(".backhaul/records"), "is no container name")]
+#[case::container_null("container", Value::Null, "has no container")]
+#[case::prefix_up("service_metadata", json!("../x"), "cannot be the prefix")]
+#[case::prefix_folder("service_metadata", json!("a/b"), "cannot be the prefix")]
+#[case::prefix_hidden("service_metadata", json!(".tmp"), "cannot be the prefix")]
+#[case::prefix_zero("service_metadata", json!("a\u{0}b"), "cannot be the prefix")]
+#[case::prefix_empty("service_metadata", json!(""), "cannot be the prefix")]
+#[case::prefix_long("service_metadata", json!("x".repeat(181)), "cannot be the prefix")]
+#[case::prefix_null("service_metadata", Value::Null, "has no service_metadata")]
+#[case::time("created_at", json!("yesterday"), "is no time")]
+#[case::time_null("created_at", Value::Null, "has no created_at")]
+#[case::status("status", json!("error"), "only one that was available")]
+#[case::service("service", json!("cinder.backup.drivers.nfs"), "but the backup in it is of")]
+fn a_field_that_cannot_be_used_is_named(#[case] field: &str, #[case] value: Value, #[case] says: &str) {
+    let error = export_record::import(&exported(POSIX, &fields_with(json!({ field: value })))).unwrap_err();
+
+    let text = Causes(&error).to_string();
+    assert!(text.contains(says), "{text}");
+}
+
+#[rstest]
+fn a_field_that_cinder_needs_must_be_there(
+    #[values(
+        "display_name",
+        "display_description",
+        "container",
+        "size",
+        "service_metadata",
+        "object_count",
+        "id",
+        "volume_id",
+        "created_at"
+    )]
+    field: &str,
+) {
+    let mut fields = fields();
+    fields.as_object_mut().unwrap().remove(field);
+
+    let error = export_record::import(&exported(POSIX, &fields)).unwrap_err();
+
+    assert_eq!(error.to_string(), format!("the export record has no {field}"));
+}
+
+#[rstest]
+#[case::nothing("", "a JSON object with backup_service and backup_url")]
+#[case::a_list("[]", "a JSON object with backup_service and backup_url")]
+#[case::half(r#"{"backup_service": "cinder.backup.drivers.posix"}"#, "missing field `backup_url`")]
+#[case::no_base64(r#"{"backup_service": "cinder.backup.drivers.posix", "backup_url": "e30"}"#, "not base64")]
+#[case::no_json(r#"{"backup_service": "cinder.backup.drivers.posix", "backup_url": "e30x"}"#, "as JSON")]
+#[case::no_text(r#"{"backup_service": "cinder.backup.drivers.posix", "backup_url": "/////w=="}"#, "as JSON")]
+#[case::no_object(r#"{"backup_service": "cinder.backup.drivers.posix", "backup_url": "W10="}"#, "as JSON")]
+fn a_text_that_is_no_export_record_is_refused(#[case] text: &str, #[case] says: &str) {
+    let error = export_record::import(text.as_bytes()).unwrap_err();
+
+    let text = Causes(&error).to_string();
+    assert!(text.contains(says), "{text}");
+}
+
+#[test]
+fn a_text_longer_than_any_record_is_refused_before_it_is_looked_at() {
+    let fields = fields_with(json!({ "metadata": {"k": "v".repeat(1 << 20)} }));
+
+    let error = export_record::import(&exported(POSIX, &fields)).unwrap_err();
+
+    assert!(error.to_string().contains("none has more than 1048576"), "{error}");
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        ".{0,12}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(2, 8, 3, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            prop::collection::btree_map(".{0,5}", inner, 0..3).prop_map(|map| json!(map)),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_an_import_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        export_record::import(&bytes).ok();
+        let export =
+            ExportRecord { backup_service: POSIX.into(), backup_url: BASE64_STANDARD.encode(&bytes) };
+        export_record::decode(export).ok();
+    }
+
+    /// Whatever stands in a field: it is refused, or comes back as it was.
+    #[test]
+    fn no_field_is_lost_or_makes_an_import_panic(which in 0usize..29, value in any_json()) {
+        let name = fields().as_object().unwrap().keys().nth(which).unwrap().clone();
+        let fields = fields_with(json!({ name.as_str(): value }));
+
+        if let Ok(record) = export_record::import(&exported(POSIX, &fields)) {
+            let mut expected = fields;
+            // Null says the same as the value that is written for it.
+            for (name, value) in [("service", POSIX), ("status", "available")] {
+                expected[name] = json!(value);
+            }
+            prop_assert_eq!(Value::Object(fields_of(&export_record::export(&record))), expected);
+        }
+    }
+}
