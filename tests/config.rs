@@ -70,7 +70,7 @@ const TWO_STORES: &str =
 #[case::kind_to_come("[store.x]\nkind = \"s3\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no s3 stores yet; write \"posix\""])]
 #[case::no_such_kind("[store.x]\nkind = \"tape\"\npath = \"/b\"", &[], &["store.x.kind (FILE): found \"tape\"; write \"posix\""])]
 #[case::store_name("[store.\"a b\"]\nkind = \"posix\"\npath = \"/b\"", &[], &["store.a b (FILE): ", "write 1 to 64 of a-z"])]
-#[case::compression(&format!("{STORE}compression = \"gzip\""), &[], &["store.local.compression (FILE): found \"gzip\"; write one of \"none\", \"zlib\", \"bz2\", \"zstd\""])]
+#[case::compression(&format!("{STORE}compression = \"lz4\""), &[], &["store.local.compression (FILE): found \"lz4\"; write one of \"none\", \"zlib\", \"bz2\", \"zstd\""])]
 #[case::odd_block(&format!("{STORE}sha_block_bytes = 1000"), &[], &["store.local.sha_block_bytes (FILE): found 1000; write a multiple of 512, such as 1024"])]
 #[case::odd_object(&format!("{STORE}object_bytes = 100000"), &[], &["store.local.object_bytes (FILE): found 100000", "store.local.sha_block_bytes (default)", "32768, such as 98304"])]
 #[case::object_below_block(&format!("{STORE}object_bytes = 512"), &[], &["store.local.object_bytes (FILE): ", "such as 32768"])]

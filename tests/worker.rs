@@ -44,7 +44,7 @@ async fn event(events: &mut Subscription, states: &[&str]) -> Value {
     }
 }
 
-fn backup<'a>(stack: &Stack, more: &[&'a str]) -> Vec<String> {
+fn backup(stack: &Stack, more: &[&str]) -> Vec<String> {
     let source = stack.location("a.img");
     let fixed = ["backup", "--volume-id", VOLUME, "--source", &source];
     fixed.iter().chain(more).map(ToString::to_string).collect()
