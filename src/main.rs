@@ -1,6 +1,6 @@
 //! The command line program.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use backhaul::cli::args::{Args, LogFormat};

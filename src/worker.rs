@@ -151,7 +151,6 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     });
     let mut deliveries = broker.jobs(config.worker.jobs_max.into());
     let mut control = broker.control();
-    let mut state = broker.state();
     let mut running = JoinSet::new();
     info!(jobs_max = config.worker.jobs_max, stores = config.stores.len(), "worker started");
 
@@ -163,7 +162,6 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
             }
             Some(notice) = control.next() => worker.take_control(&notice.body),
             Some(ended) = running.join_next() => lost_task(ended),
-            Ok(()) = state.changed() => info!(state = %*state.borrow_and_update(), "broker"),
             () = shutdown.drain.cancelled() => break,
             () = shutdown.now.cancelled() => break,
         }
