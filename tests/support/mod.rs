@@ -1,1 +1,6 @@
+#![allow(dead_code)] // Each test binary uses a part of it.
+
+pub(crate) mod engine;
+pub(crate) mod faulty;
 pub(crate) mod rabbit;
+pub(crate) mod volume;
