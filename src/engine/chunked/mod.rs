@@ -150,6 +150,7 @@ impl Chunked {
                 }
             })
             .await?;
+        self.store.tidy(&names.checksums.folder, names.prefix()).await?;
         Ok(self.store.tidy(&names.folder, names.prefix()).await?)
     }
 
