@@ -43,12 +43,36 @@ impl Chunked {
         Ok(ObjectLists { names, record: record.clone(), metadata, checksums })
     }
 
+    /// Checks that the lists of the backup are, to the byte, those that the record was made with. What they say is
+    /// believed only after this, so that what is damaged is named, and not what it would have said something about.
+    pub async fn check_lists(&self, record: &Record) -> Result<(), Error> {
+        let Names { metadata, sha256_file, checksums, .. } = Names::of(record)?;
+        for object in [metadata, sha256_file, checksums] {
+            if stored_digest(record, &object).is_none() {
+                // A backup that Cinder wrote.
+                continue;
+            }
+            let (pieces, record) = (self.get(record, &object).await?, record.clone());
+            let checked = super::blocking(move || {
+                let mut stored = StoredReader::with_sha256(pieces);
+                match stored.drain() {
+                    Ok(_) => check_digest(&record, &object, &stored),
+                    Err(error) => {
+                        Err(stored.take_error().map_or_else(|| damaged(&object, error), Error::from))
+                    }
+                }
+            });
+            checked.await??;
+        }
+        Ok(())
+    }
+
     /// Opens the list of the backup's block digests.
     pub async fn digest_list(&self, record: &Record) -> Result<DigestList, Error> {
         let names = Names::of(record)?;
         let pieces = self.get(record, &names.sha256_file).await?;
         let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
-        let (object, record) = (names.sha256_file, record.clone());
+        let (object, record) = (names.sha256_file.clone(), record.clone());
         let reader = tokio::task::spawn_blocking(move || {
             let mut stored = StoredReader::with_sha256(pieces);
             let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut stored);
@@ -60,7 +84,8 @@ impl Chunked {
             check_version(&object, &head.version)?;
             check_backup(&record, &object, &head.backup_id)
         });
-        Ok(DigestList { batches, reader: Some(reader), block_bytes: None, ahead: VecDeque::new() })
+        let (object, reader) = (names.sha256_file, Some(reader));
+        Ok(DigestList { object, batches, reader, block_bytes: None, ahead: VecDeque::new() })
     }
 }
 
@@ -153,6 +178,7 @@ fn check_backup(record: &Record, object: &ObjectName, backup_id: &str) -> Result
 
 /// The block digests of a backup, in order.
 pub struct DigestList {
+    object: ObjectName,
     batches: mpsc::Receiver<(u64, Vec<Digest>)>,
     reader: Option<JoinHandle<Result<(), Error>>>,
     block_bytes: Option<u64>,
@@ -182,8 +208,7 @@ impl DigestList {
             return Ok(false);
         };
         if !(1..=BLOCK_BYTES_MAX).contains(&block_bytes) {
-            let why = format!("its chunk_size cannot be {block_bytes}");
-            return Err(Error::Damaged { object: "the sha256 file".into(), why });
+            return Err(damaged(&self.object, format!("its chunk_size cannot be {block_bytes}")));
         }
         self.block_bytes = Some(block_bytes);
         self.ahead.extend(digests);

@@ -50,6 +50,7 @@ impl Chunked {
         // Before a byte is written: all objects must be there, and the lists be what they were.
         for (record, names) in chain.iter().zip(&names) {
             ctx.check()?;
+            self.check_lists(record).await?;
             self.check_objects(record, names).await?;
         }
 
