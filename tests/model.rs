@@ -29,8 +29,8 @@ use support::engine::{
 use support::volume::{Fill, Volume, hashes, junk, list_digest, segments, zero_block_bytes};
 
 /// Cases of a test whose number is not set from outside: what fits in some twenty seconds.
-const POSIX_CASES: u32 = 60;
-const MEMORY_CASES: u32 = 250;
+const POSIX_CASES: u32 = 100;
+const MEMORY_CASES: u32 = 500;
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(runtime);
 static CPU: LazyLock<Cpu> = LazyLock::new(|| Cpu::start(2).unwrap());
@@ -89,11 +89,28 @@ struct Edit {
 
 #[derive(Debug, Clone)]
 enum Operation {
-    Write { volume: Index, edits: Vec<Edit> },
-    Backup { volume: Index, parent: WhichParent, compression: Compression, object_blocks: usize, memory: usize },
-    Restore { point: Index, onto: Onto, memory: usize },
-    Verify { point: Index },
-    Delete { point: Index },
+    Write {
+        volume: Index,
+        edits: Vec<Edit>,
+    },
+    Backup {
+        volume: Index,
+        parent: WhichParent,
+        compression: Compression,
+        object_blocks: usize,
+        memory: usize,
+    },
+    Restore {
+        point: Index,
+        onto: Onto,
+        memory: usize,
+    },
+    Verify {
+        point: Index,
+    },
+    Delete {
+        point: Index,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -108,7 +125,9 @@ enum WhichParent {
 enum Onto {
     NewFile,
     /// A file full of noise, larger than the backup by so many bytes.
-    Junk { larger_by: usize },
+    Junk {
+        larger_by: usize,
+    },
 }
 
 fn a_case() -> impl Strategy<Value = Case> {

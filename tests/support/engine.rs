@@ -51,7 +51,9 @@ impl Bench {
         let root = folder.path().join("store");
         fs::create_dir(&root).unwrap();
         match kind {
-            Kind::Posix => Self { store: Arc::new(Posix::open(&root).unwrap()), root: Some(root), folder, cpu },
+            Kind::Posix => {
+                Self { store: Arc::new(Posix::open(&root).unwrap()), root: Some(root), folder, cpu }
+            }
             Kind::Memory => Self { store: Arc::new(Memory::default()), root: None, folder, cpu },
         }
     }

@@ -20,6 +20,8 @@ pub(crate) enum Fault {
     AnswerLost(Errno),
     /// Somebody asks for the end of the job, and the call succeeds.
     Cancel(CancellationToken),
+    /// The call tells the first that it is about to begin, and waits for the second.
+    Pause(Arc<Notify>, Arc<Notify>),
     /// The process is gone: no call ever returns again, and nothing is cleaned up.
     Death,
 }
@@ -102,10 +104,14 @@ impl State {
             _ if number != self.at => {}
             Fault::Refused(errno) => return failed(*errno),
             Fault::AnswerLost(errno) => {
-                self.under_way.spawn(work).await.unwrap()?;
+                drop(self.under_way.spawn(work).await.unwrap());
                 return failed(*errno);
             }
             Fault::Cancel(token) => token.cancel(),
+            Fault::Pause(reached, go_on) => {
+                reached.notify_one();
+                go_on.notified().await;
+            }
             Fault::Death => {
                 self.dead.store(true, Ordering::SeqCst);
                 self.died.notify_one();
