@@ -9,8 +9,10 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let log =
-        tracing_subscriber::fmt().with_env_filter(EnvFilter::new(args.log_filter())).with_writer(io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(args.log_filter()))
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     match args.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

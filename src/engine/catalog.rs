@@ -51,10 +51,14 @@ impl Catalog {
 
     /// The record of a backup, if there is one.
     pub async fn record(&self, id: BackupId) -> Result<Option<Record>, Error> {
-        let record: Option<Record> = self.read(&record_name(id)?).await?;
+        self.record_at(&record_name(id)?).await
+    }
+
+    async fn record_at(&self, name: &ObjectName) -> Result<Option<Record>, Error> {
+        let record: Option<Record> = self.read(name).await?;
         match record {
-            Some(record) if record.backup_id != id => Err(Error::DamagedRecord {
-                object: record_name(id)?.to_string(),
+            Some(record) if record_name(record.backup_id)? != *name => Err(Error::DamagedRecord {
+                object: name.to_string(),
                 why: format!("it is the record of {}", record.backup_id),
             }),
             record => Ok(record),
@@ -75,7 +79,7 @@ impl Catalog {
         let folder = Folder::own("records");
         let mut listing = Listing::default();
         for listed in self.store.list(&folder, "").await? {
-            match self.read(&folder.object(&listed.name)?).await {
+            match self.record_at(&folder.object(&listed.name)?).await {
                 Ok(Some(record)) => listing.records.push(record),
                 // It was deleted between the listing and the reading.
                 Ok(None) => {}

@@ -114,16 +114,31 @@ impl Engine {
                 self.catalog.save(&record).await?;
                 self.chunked.remove(&earlier, &Context::default()).await?;
             }
-            None => self.catalog.create(&record).await?,
+            None => match self.catalog.create(&record).await {
+                Err(Error::BackupExists(id)) => {
+                    let current = self.catalog.record(id).await?;
+                    // Another worker may have begun the same job since we looked.
+                    let same_job = current.is_some_and(|current| current.job_id == Some(job_id));
+                    return Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) });
+                }
+                result => result?,
+            },
         }
 
         let volume_meta = work.volume_meta.as_deref();
-        let unfinished = self.chunked.backup(ctx, &mut record, volume_meta, parent.as_ref(), source).await?;
+        let copied = self.chunked.backup(ctx, &mut record, volume_meta, parent.as_ref(), source).await;
         let current = self.catalog.record(work.backup_id).await?;
-        if current.is_none_or(|current| current.service_metadata != record.service_metadata) {
+        let ours = |current: &Record| {
+            current.state == RecordState::Creating(job_id)
+                && current.service_metadata == record.service_metadata
+        };
+        if !current.as_ref().is_some_and(ours) {
+            drop(copied);
+            // Whoever took over removed what there was of ours then, and does not know of what came after it.
+            self.chunked.remove(&record, &Context::default()).await?;
             return Err(Error::TakenOver(work.backup_id));
         }
-        unfinished.finish().await?;
+        copied?.finish().await?;
         record.state = RecordState::Available;
         self.catalog.save(&record).await?;
         Ok(receipt(&record))

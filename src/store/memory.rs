@@ -30,12 +30,13 @@ impl ObjectStore for Memory {
         if objects.contains_key(object) {
             return Err(Error::new("write", object, Reason::Exists));
         }
-        objects.insert(object.clone(), bytes);
+        // A copy, because the bytes may be a part of something larger, or hold a reservation of memory.
+        objects.insert(object.clone(), Bytes::copy_from_slice(&bytes));
         Ok(())
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.objects().insert(object.clone(), bytes);
+        self.objects().insert(object.clone(), Bytes::copy_from_slice(&bytes));
         Ok(())
     }
 

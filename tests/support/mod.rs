@@ -1,4 +1,7 @@
-#![allow(dead_code)] // Not every test uses all of it.
+#![allow(dead_code)] // Each test binary uses a part of it.
 
+pub(crate) mod engine;
+pub(crate) mod faulty;
 pub(crate) mod rabbit;
 pub(crate) mod stack;
+pub(crate) mod volume;

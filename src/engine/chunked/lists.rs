@@ -45,6 +45,18 @@ impl Chunked {
         Ok(ObjectLists { names, record: record.clone(), metadata, checksums })
     }
 
+    /// Checks that the lists of the backup are, to the byte, those that the record was made with. What they say is
+    /// believed only after this, so that what is damaged is named, and not what it would have said something about.
+    pub async fn check_lists(&self, record: &Record) -> Result<(), Error> {
+        let Names { metadata, sha256_file, checksums, .. } = Names::of(record)?;
+        for object in [metadata, sha256_file, checksums] {
+            if stored_digest(record, &object).is_some() {
+                self.check_list(record, &object).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads a list to its end, and checks it against the record, where that has its digest. Returns the digest.
     pub async fn check_list(&self, record: &Record, object: &ObjectName) -> Result<Digest, Error> {
         let pieces = self.get(record, object).await?;
@@ -65,7 +77,7 @@ impl Chunked {
         let names = Names::of(record)?;
         let pieces = self.get(record, &names.sha256_file).await?;
         let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
-        let (object, record) = (names.sha256_file, record.clone());
+        let (object, record) = (names.sha256_file.clone(), record.clone());
         let reader = tokio::task::spawn_blocking(move || {
             let mut stored = HashedReader::new(pieces);
             let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut stored);
@@ -77,7 +89,8 @@ impl Chunked {
             check_version(&object, &head.version)?;
             check_backup(&record, &object, &head.backup_id)
         });
-        Ok(DigestList { batches, reader: Some(reader), block_bytes: None, ahead: VecDeque::new() })
+        let (object, reader) = (names.sha256_file, Some(reader));
+        Ok(DigestList { object, batches, reader, block_bytes: None, ahead: VecDeque::new() })
     }
 }
 
@@ -170,6 +183,7 @@ fn check_backup(record: &Record, object: &ObjectName, backup_id: &str) -> Result
 
 /// The block digests of a backup, in order.
 pub struct DigestList {
+    object: ObjectName,
     batches: mpsc::Receiver<(u64, Vec<Digest>)>,
     reader: Option<JoinHandle<Result<(), Error>>>,
     block_bytes: Option<u64>,
@@ -199,8 +213,7 @@ impl DigestList {
             return Ok(false);
         };
         if !(1..=BLOCK_BYTES_MAX).contains(&block_bytes) {
-            let why = format!("its chunk_size cannot be {block_bytes}");
-            return Err(Error::Damaged { object: "the sha256 file".into(), why });
+            return Err(damaged(&self.object, format!("its chunk_size cannot be {block_bytes}")));
         }
         self.block_bytes = Some(block_bytes);
         self.ahead.extend(digests);

@@ -48,14 +48,10 @@ impl Chunked {
         ctx.progress.begin(record.volume_bytes);
         let names = chain.iter().map(Names::of).collect::<Result<Vec<_>, _>>()?;
         // Before a byte is written: all objects must be there, and the lists be what they were.
-        for (layer, (record, names)) in chain.iter().zip(&names).enumerate() {
+        for (record, names) in chain.iter().zip(&names) {
             ctx.check()?;
+            self.check_lists(record).await?;
             self.check_objects(record, names).await?;
-            // That of the backup itself is read below; those of its parents are not needed for this, but the next
-            // incremental backup or restore may be of one of them.
-            if layer > 0 {
-                self.check_list(record, &names.sha256_file).await?;
-            }
         }
 
         let mut list = self.digest_list(record).await?;

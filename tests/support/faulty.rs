@@ -1,0 +1,207 @@
+//! A store that breaks at one of the calls to it.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use backhaul::store::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Result};
+use bytes::Bytes;
+use rustix::io::Errno;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// What happens at the call.
+#[derive(Debug, Clone)]
+pub(crate) enum Fault {
+    /// Nothing is done, and the call fails.
+    Refused(Errno),
+    /// All is done, and the call fails all the same.
+    AnswerLost(Errno),
+    /// Somebody asks for the end of the job, and the call succeeds.
+    Cancel(CancellationToken),
+    /// The call tells the first that it is about to begin, and waits for the second.
+    Pause(Arc<Notify>, Arc<Notify>),
+    /// The process is gone: no call ever returns again, and nothing is cleaned up.
+    Death,
+}
+
+/// Passes all calls on to another store, but for one.
+#[derive(Debug, Clone)]
+pub(crate) struct Faulty {
+    inner: Arc<dyn ObjectStore>,
+    state: Arc<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    fault: Fault,
+    at: usize,
+    calls: AtomicUsize,
+    names: Mutex<Vec<String>>,
+    dead: AtomicBool,
+    died: Notify,
+    under_way: TaskTracker,
+}
+
+impl Faulty {
+    /// Breaks at the call of this number, from 1.
+    pub(crate) fn new(inner: Arc<dyn ObjectStore>, at: usize, fault: Fault) -> Self {
+        let state = State {
+            fault,
+            at,
+            calls: AtomicUsize::new(0),
+            names: Mutex::default(),
+            dead: AtomicBool::new(false),
+            died: Notify::new(),
+            under_way: TaskTracker::new(),
+        };
+        Self { inner, state: Arc::new(state) }
+    }
+
+    /// Never breaks; counts only.
+    pub(crate) fn counting(inner: Arc<dyn ObjectStore>) -> Self {
+        Self::new(inner, usize::MAX, Fault::Death)
+    }
+
+    /// The calls so far.
+    pub(crate) fn calls(&self) -> usize {
+        self.state.calls.load(Ordering::SeqCst)
+    }
+
+    /// The call that broke, for people.
+    pub(crate) fn broke_at(&self) -> String {
+        let names = self.state.names.lock().unwrap();
+        names.get(self.state.at - 1).cloned().unwrap_or_default()
+    }
+
+    /// Waits for the death, and until what was under way then has come to its end.
+    pub(crate) async fn died(&self) {
+        self.state.died.notified().await;
+        self.state.under_way.close();
+        self.state.under_way.wait().await;
+    }
+}
+
+impl State {
+    /// Does `work`, unless the fault is to happen now. Once begun it comes to its end, even if nobody waits for it.
+    async fn pass<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        object: String,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        if self.dead.load(Ordering::SeqCst) {
+            return never(work).await;
+        }
+        let number = {
+            let mut names = self.names.lock().unwrap();
+            names.push(format!("{action} {object}"));
+            self.calls.fetch_add(1, Ordering::SeqCst) + 1
+        };
+        let failed = |errno: Errno| Err(Error::io(action, &object, errno.into()));
+        match &self.fault {
+            _ if number != self.at => {}
+            Fault::Refused(errno) => return failed(*errno),
+            Fault::AnswerLost(errno) => {
+                drop(self.under_way.spawn(work).await.unwrap());
+                return failed(*errno);
+            }
+            Fault::Cancel(token) => token.cancel(),
+            Fault::Pause(reached, go_on) => {
+                reached.notify_one();
+                go_on.notified().await;
+            }
+            Fault::Death => {
+                self.dead.store(true, Ordering::SeqCst);
+                self.died.notify_one();
+                return never(work).await;
+            }
+        }
+        self.under_way.spawn(work).await.unwrap()
+    }
+}
+
+/// Whoever is dead does nothing, and removes no temporary files either.
+async fn never<T>(work: impl Future) -> T {
+    std::mem::forget(work);
+    std::future::pending().await
+}
+
+macro_rules! pass {
+    ($self:ident, $action:ident, $object:ident $(, $more:ident)*) => {{
+        let (inner, object) = ($self.inner.clone(), $object.clone());
+        $self.state.pass(stringify!($action), object.to_string(), async move {
+            inner.$action(&object $(, $more)*).await
+        })
+        .await
+    }};
+}
+
+#[async_trait]
+impl ObjectStore for Faulty {
+    async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        pass!(self, put, object, bytes)
+    }
+
+    async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        pass!(self, replace, object, bytes)
+    }
+
+    async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
+        let inner: Box<dyn ObjectWriter> = pass!(self, create, object)?;
+        Ok(Box::new(Writer { inner: Some(inner), object: object.clone(), state: self.state.clone() }))
+    }
+
+    async fn get(&self, object: &ObjectName) -> Result<Pieces> {
+        pass!(self, get, object)
+    }
+
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+        let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
+        let path = folder.as_str().to_owned();
+        self.state.pass("list", path, async move { inner.list(&folder, &prefix).await }).await
+    }
+
+    async fn delete(&self, object: &ObjectName) -> Result<()> {
+        pass!(self, delete, object)
+    }
+
+    async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
+        let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
+        let path = folder.as_str().to_owned();
+        self.state.pass("tidy", path, async move { inner.tidy(&folder, &prefix).await }).await
+    }
+}
+
+struct Writer {
+    inner: Option<Box<dyn ObjectWriter>>,
+    object: ObjectName,
+    state: Arc<State>,
+}
+
+#[async_trait]
+impl ObjectWriter for Writer {
+    async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        let mut inner = self.inner.take().unwrap();
+        let work = async move {
+            inner.write(bytes).await?;
+            Ok(inner)
+        };
+        self.inner = Some(self.state.pass("write", self.object.to_string(), work).await?);
+        Ok(())
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<()> {
+        let inner = self.inner.take().unwrap();
+        self.state.pass("finish", self.object.to_string(), async move { inner.finish().await }).await
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if self.state.dead.load(Ordering::SeqCst) {
+            std::mem::forget(self.inner.take());
+        }
+    }
+}
