@@ -28,9 +28,9 @@ use support::engine::{
 };
 use support::volume::{Fill, Volume, hashes, junk, list_digest, segments, zero_block_bytes};
 
-/// Cases of a test whose number is not set from outside: what fits in some twenty seconds.
-const POSIX_CASES: u32 = 100;
-const MEMORY_CASES: u32 = 500;
+/// Cases of a test whose number is not set from outside: what fits in about a minute.
+const POSIX_CASES: u32 = 200;
+const MEMORY_CASES: u32 = 700;
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(runtime);
 static CPU: LazyLock<Cpu> = LazyLock::new(|| Cpu::start(2).unwrap());
