@@ -7,6 +7,9 @@ use backhaul::cli::args::{Args, LogFormat};
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
+/// Threads are started when they are needed only.
+const BLOCKING_THREADS_MAX: usize = 8192;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let log = tracing_subscriber::fmt()
@@ -17,7 +20,12 @@ fn main() -> ExitCode {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
     }
-    let runtime = match tokio::runtime::Runtime::new() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        // Each backup of a chain that is read back has a thread for its lists: a long chain must not wait for itself.
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: start the runtime: {error}");

@@ -84,6 +84,8 @@ pub async fn run(
                 account.fallback_reason = Some(problem);
             }
             (Class::Cancelled, _) => break Outcome::Cancelled,
+            // Whoever took over ends the job; giving up here would take it from under them.
+            _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
             (Class::Transient, _) if attempts.current < attempts.max => return Ended::Later(problem),
             (Class::Unsuitable | Class::Transient | Class::Permanent, _) => break Outcome::Failed(problem),
         }
