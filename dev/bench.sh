@@ -38,9 +38,9 @@ measure() {
   local name=$1 wall user system kib
   shift
   sync
-  \time --format '%e %U %S %M' --output=times backhaul run "$@" --json >event.json ||
+  command time --format '%e %U %S %M' --output=usage.txt backhaul run "$@" --json >event.json ||
     die "$name failed: $(jq --compact-output .data.error event.json)"
-  read -r wall user system kib <times
+  read -r wall user system kib <usage.txt
   row "$name" "$wall" \
     "$(jq ".data.volume_bytes / 1048576 / $wall * 10 | round / 10" event.json)" \
     "$(jq --null-input "($user + $system) / $wall * 100 | round / 100")" \
