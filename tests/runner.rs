@@ -1,0 +1,189 @@
+//! The life of a job in the runner: put off, told once, fallen back, told again.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use backhaul::engine::Engine;
+use backhaul::engine::chunked::{Compression, Settings};
+use backhaul::error::Class;
+use backhaul::event::{Error, EventSink};
+use backhaul::job::{Context, Event, Happening, Job, Mode, Outcome, Parent, RecordState, VolumeId};
+use backhaul::runner::{self, Attempts, Ended, Report};
+use rustix::io::Errno;
+
+use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job};
+use support::faulty::{Fault, Faulty};
+use support::volume::{Fill, Volume};
+
+const SETTINGS: Settings =
+    Settings { compression: Compression::Zstd, object_bytes: 2048, sha_block_bytes: 512 };
+const NEVER: Duration = Duration::from_secs(3600);
+
+/// Remembers what it is told; refuses the end of a job while it is deaf.
+#[derive(Default)]
+struct Recorder {
+    events: Mutex<Vec<Event>>,
+    deaf: AtomicBool,
+}
+
+#[async_trait]
+impl EventSink for Recorder {
+    async fn send(&self, event: &Event) -> Result<(), Error> {
+        if self.deaf.load(Ordering::SeqCst) && matches!(event.happening, Happening::Ended(_)) {
+            return Err(Error { what: "ended", source: "nobody listens".into() });
+        }
+        self.events.lock().unwrap().push(event.clone());
+        Ok(())
+    }
+}
+
+impl Recorder {
+    fn told(&self) -> Vec<String> {
+        let word = |event: &Event| match &event.happening {
+            Happening::Accepted => "accepted".into(),
+            Happening::Started { method, attempt } => format!("started {method} {attempt}"),
+            Happening::Progress(_) => "progress".into(),
+            Happening::FellBack { from, to, .. } => format!("fell back from {from} to {to}"),
+            Happening::Ended(_) => "ended".into(),
+        };
+        self.events.lock().unwrap().iter().map(word).collect()
+    }
+
+    fn ends(&self) -> usize {
+        self.told().iter().filter(|word| *word == "ended").count()
+    }
+}
+
+struct Scene {
+    bench: Bench,
+    job: Job,
+}
+
+impl Scene {
+    fn new(parent: Parent) -> Self {
+        let bench = Bench::new(Kind::Posix);
+        let mut volume = Volume::create(bench.volumes().join("volume"), 5_000);
+        volume.fill(0..5_000, Fill::Noise(1));
+        let job = backup_job(VolumeId::random(), &volume.path, parent);
+        Self { bench, job }
+    }
+
+    fn faulty(&self, at: usize) -> (Faulty, Engine) {
+        let faulty = Faulty::new(self.bench.store(), at, Fault::Refused(Errno::IO));
+        let engine = self.bench.engine_on(Arc::new(faulty.clone()), SETTINGS, MEMORY_BYTES);
+        (faulty, engine)
+    }
+
+    async fn run(&self, engine: &Engine, sink: &Recorder, current: u32, max: u32) -> Ended {
+        let report = Report::new(sink, &self.job);
+        runner::run(&Context::default(), engine, &self.job, Attempts { current, max }, NEVER, &report).await
+    }
+
+    /// The calls of a run that nothing happens to.
+    async fn calls(&self) -> usize {
+        let scene = Self::new(Parent::None);
+        let (faulty, engine) = scene.faulty(usize::MAX);
+        assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+        faulty.calls()
+    }
+}
+
+#[tokio::test]
+async fn a_store_error_that_may_pass_puts_the_job_off_and_the_next_try_ends_it_once() {
+    let calls = Scene::new(Parent::None).calls().await;
+    for at in 1..=calls {
+        let scene = Scene::new(Parent::None);
+        let (faulty, engine) = scene.faulty(at);
+        let sink = Recorder::default();
+
+        let first = scene.run(&engine, &sink, 1, 2).await;
+        let last = match first {
+            Ended::Later(problem) => {
+                assert_eq!((problem.class, sink.ends()), (Class::Transient, 0), "{}", faulty.broke_at());
+                scene.run(&scene.bench.engine(SETTINGS), &sink, 2, 2).await
+            }
+            over => over,
+        };
+
+        let Ended::Over(completion) = last else { panic!("{}: {last:?}", faulty.broke_at()) };
+        assert_eq!(completion.outcome, Outcome::Succeeded, "{}", faulty.broke_at());
+        assert_eq!(sink.ends(), 1, "{}", faulty.broke_at());
+        let record =
+            scene.bench.engine(SETTINGS).catalog().record(scene.job.backup_id()).await.unwrap().unwrap();
+        assert_eq!(record.state, RecordState::Available, "{}", faulty.broke_at());
+    }
+}
+
+#[tokio::test]
+async fn the_last_try_ends_the_job_as_failed_and_keeps_nothing_but_the_record_of_it() {
+    let calls = Scene::new(Parent::None).calls().await;
+    let mut failed = 0;
+    for at in 1..=calls {
+        let scene = Scene::new(Parent::None);
+        let (faulty, engine) = scene.faulty(at);
+        let sink = Recorder::default();
+
+        let Ended::Over(completion) = scene.run(&engine, &sink, 2, 2).await else {
+            panic!("{}: the last try ends the job", faulty.broke_at())
+        };
+
+        assert_eq!(sink.ends(), 1, "{}", faulty.broke_at());
+        let Outcome::Failed(problem) = &completion.outcome else { continue };
+        failed += 1;
+        assert_eq!(problem.class, Class::Transient, "{}", faulty.broke_at());
+        let objects = scene.bench.everything([]).await;
+        assert!(
+            !objects.iter().any(|object| object.ends_with("_metadata")),
+            "{}: {objects:?}",
+            faulty.broke_at()
+        );
+    }
+    assert!(failed > 5, "only {failed} of {calls} faults failed the job");
+}
+
+#[tokio::test]
+async fn an_end_that_could_not_be_told_is_told_later_without_doing_the_job_again() {
+    let scene = Scene::new(Parent::None);
+    let engine = scene.bench.engine(SETTINGS);
+    let sink = Recorder::default();
+    sink.deaf.store(true, Ordering::SeqCst);
+    assert!(matches!(scene.run(&engine, &sink, 1, 3).await, Ended::Untold(_)));
+    let before = scene.bench.everything([]).await;
+
+    sink.deaf.store(false, Ordering::SeqCst);
+    let Ended::Over(completion) = scene.run(&engine, &sink, 1, 3).await else { panic!("told now") };
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.counts.bytes_read, 5_000);
+    assert_eq!(sink.told(), ["accepted", "started chunked full 1", "ended"]);
+    assert_eq!(scene.bench.everything([]).await, before);
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    assert_eq!(engine.catalog().outcome(scene.job.id).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn an_incremental_backup_without_anything_to_build_on_falls_back_and_says_why() {
+    let scene = Scene::new(Parent::Latest);
+    let sink = Recorder::default();
+
+    let Ended::Over(completion) = scene.run(&scene.bench.engine(SETTINGS), &sink, 1, 1).await else {
+        panic!("it ends")
+    };
+
+    let steps = [
+        "accepted",
+        "started chunked incremental 1",
+        "fell back from chunked incremental to chunked full",
+        "started chunked full 2",
+        "ended",
+    ];
+    assert_eq!(sink.told(), steps);
+    assert_eq!(completion.account.method.unwrap().mode, Some(Mode::Full));
+    let reason = completion.account.fallback_reason.unwrap();
+    assert!(reason.message.contains("no earlier backup"), "{reason}");
+}
