@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::broker::{self, Broker, Delivery, Properties};
-use crate::config::{self, Config, ConfigError, StoreKind};
+use crate::config::{self, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
 use crate::engine::chunked::{Budget, Chunked, Settings};
 use crate::engine::{Cpu, Engine};
 use crate::error::{Causes, Class, Problem};
@@ -25,8 +25,6 @@ use crate::runner::{self, Attempts, Ended, Report};
 use crate::store::{self, Posix};
 use crate::volume::FileRoots;
 
-/// Memory that the program needs besides what it reads into: code, threads, connections, unpackers.
-const MEMORY_BESIDES_BYTES: u64 = 64 << 20;
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
 
@@ -70,8 +68,7 @@ impl Stores {
         };
         let threads = config.worker.cpu_threads_max;
         let cpu = Cpu::start(threads).map_err(|source| Error::Threads(threads, source))?;
-        let budget =
-            Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BESIDES_BYTES) as usize);
+        let budget = Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BYTES_BASE) as usize);
         let roots = FileRoots::new(&config.worker.file_roots);
         let mut engines = BTreeMap::new();
         for (name, store) in &config.stores {
@@ -140,11 +137,14 @@ pub struct Shutdown {
 /// Works until it is told to end.
 pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     let stores = Stores::open(config)?;
-    let broker = Broker::start(broker_settings(config, "worker")?)?;
+    let settings = broker_settings(config, "worker")?;
+    let message_bytes_max = settings.message_bytes_max;
+    let broker = Broker::start(settings)?;
     let worker = Arc::new(Worker {
         stores,
         broker: broker.clone(),
         source: format!("/backhaul/worker/{}", config.worker.name),
+        message_bytes_max,
         attempts_max: config.worker.attempts_max,
         progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
         jobs: Mutex::default(),
@@ -197,6 +197,7 @@ struct Worker {
     stores: Stores,
     broker: Broker,
     source: String,
+    message_bytes_max: usize,
     attempts_max: u32,
     progress_every: Duration,
     jobs: Mutex<Jobs>,
@@ -224,13 +225,15 @@ impl Worker {
 
     async fn handle(&self, delivery: Delivery) {
         let command = if delivery.oversize {
-            let message = format!("the message has {} bytes, more than is taken", delivery.body.len());
+            let (bytes, bytes_max) = (delivery.body.len(), self.message_bytes_max);
+            let message = format!("the message has {bytes} bytes: at most {bytes_max} are taken");
             Err(Rejection { reason: Reason::Oversize, message, job_id: None })
         } else {
             message::parse_command(&delivery.body)
         };
         let settled = match command {
-            Ok(Command::Run(job)) => {
+            Ok(Command::Run(mut job)) => {
+                job.store = job.store.or_else(|| self.stores.default.clone());
                 let span =
                     info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
                 self.run(delivery, &job).instrument(span).await
@@ -270,14 +273,19 @@ impl Worker {
         };
 
         let adopted = self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
-        let deliveries = std::iter::once(delivery).chain(adopted);
+        // Of several, all but the last are lost: the broker took each back before it handed out the next. So it is how
+        // the last one is settled that counts.
+        let mut settled = Ok(());
+        for delivery in std::iter::once(delivery).chain(adopted) {
+            settled = match &ended {
+                Ended::Over(_) => delivery.ack().await,
+                Ended::Later(_) => delivery.retry_later().await,
+                Ended::Untold(_) => delivery.requeue().await,
+            };
+        }
         match ended {
             Ended::Over(_) => {
-                for delivery in deliveries {
-                    // Of several, all but the last are lost already.
-                    delivery.ack().await?;
-                }
-                if let Ok(engine) = &engine
+                if let (Ok(()), Ok(engine)) = (&settled, &engine)
                     && let Err(error) = engine.catalog().settle(job.id).await
                 {
                     warn!(error = %Causes(&error), "the outcome of a job that was told stays in the store");
@@ -285,18 +293,10 @@ impl Worker {
             }
             Ended::Later(problem) => {
                 warn!(error = %problem, attempt = attempts.current, "failed for now, trying again later");
-                for delivery in deliveries {
-                    delivery.retry_later().await?;
-                }
             }
-            Ended::Untold(error) => {
-                warn!(error = %Causes(&error), "the end of the job could not be told");
-                for delivery in deliveries {
-                    delivery.requeue().await?;
-                }
-            }
+            Ended::Untold(error) => warn!(error = %Causes(&error), "the end of the job could not be told"),
         }
-        Ok(())
+        settled
     }
 
     /// A cancel that came through the job queue goes to all workers.

@@ -406,7 +406,6 @@ impl Model {
         let volume_bytes = point.bytes.len() as u64;
         let bytes_zero = zero_block_bytes(&point.bytes, self.block_bytes);
         let expected = Receipt {
-            volume_id: Some(self.volumes[point.volume].id),
             parent_id: point.parent,
             volume_bytes,
             counts: Counts {

@@ -82,7 +82,7 @@ pub enum Error {
     },
     /// A queue or an exchange exists, but is not as we need it.
     #[error(
-        "{name} exists on the broker with other properties than ours: set queue_kind to the kind it has, choose \
+        "{name} exists on the broker with other properties than ours: set broker.queue to the kind it has, choose \
          another prefix, or delete it once it is empty"
     )]
     Mismatch {

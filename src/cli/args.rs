@@ -95,7 +95,7 @@ Examples:
   backhaul run verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b")]
     Run(JobArgs),
 
-    /// Ask for the end of a job, whether it runs or still waits.
+    /// Ask the workers that are up for the end of a job, whether it runs or still waits.
     #[command(after_help = "\
 Examples:
   backhaul cancel 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3")]
@@ -214,7 +214,7 @@ pub struct JobArgs {
     #[arg(long, global = true, value_name = "ID", help_heading = JOB)]
     job_id: Option<JobId>,
 
-    /// Print the completion event as JSON, and nothing else, on standard output.
+    /// Print the completion event as JSON, and nothing else, on standard output; of submit without --wait, the command.
     #[arg(long, global = true, help_heading = JOB)]
     pub json: bool,
 }
@@ -340,6 +340,8 @@ impl Args {
         self.log.as_deref().unwrap_or(match self.command {
             // What lapin has to tell is told by the broker's room; its own lines show messages, and at `trace` the login.
             Command::Worker => "info,lapin=off",
+            // How the job ends is told anyway.
+            Command::Run(_) => "error,lapin=off",
             _ => "warn,lapin=off",
         })
     }

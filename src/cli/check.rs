@@ -5,7 +5,7 @@ use std::error::Error as _;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Error, FAILED, render};
+use super::{Error, FAILED, render, say};
 use crate::broker::Broker;
 #[cfg(feature = "ceph")]
 use crate::ceph::Cluster;
@@ -49,10 +49,10 @@ struct Checks {
 impl Checks {
     fn line(&mut self, what: &str, result: Result<String, String>) {
         match result {
-            Ok(text) => println!("ok      {what}: {text}"),
+            Ok(text) => say(format_args!("ok      {what}: {text}")),
             Err(text) => {
                 self.failed = true;
-                println!("FAILED  {what}: {text}");
+                say(format_args!("FAILED  {what}: {text}"));
             }
         }
     }

@@ -5,10 +5,11 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::signal::unix::SignalKind;
 
 use super::args::{JobArgs, SubmitArgs};
 use super::render::{self, Bar};
-use super::{CANCELLED, Error, FAILED};
+use super::{CANCELLED, Error, FAILED, listen, say};
 use crate::broker::{Broker, Properties, Routed};
 use crate::config::Config;
 use crate::event::{self, EventSink};
@@ -37,6 +38,13 @@ fn job(args: &JobArgs) -> Result<(Job, Vec<u8>), Error> {
 pub(super) async fn submit(config: &Config, args: &SubmitArgs) -> Result<u8, Error> {
     let (job, body) = job(&args.job)?;
     let broker = Broker::connect(worker::broker_settings(config, "submit")?).await?;
+    let result = submit_through(&broker, args, &job, body).await;
+    // Its queue for events goes with it; one that is left would fill for minutes.
+    broker.close().await;
+    result
+}
+
+async fn submit_through(broker: &Broker, args: &SubmitArgs, job: &Job, body: Vec<u8>) -> Result<u8, Error> {
     // Before the job is sent, so that none of its events is missed.
     let events = if args.wait { Some(broker.events("#").await?) } else { None };
     let properties = Properties {
@@ -49,14 +57,14 @@ pub(super) async fn submit(config: &Config, args: &SubmitArgs) -> Result<u8, Err
     }
     let Some(mut events) = events else {
         if args.job.json {
-            println!("{}", String::from_utf8_lossy(&body));
+            say(String::from_utf8_lossy(&body));
         } else {
-            println!("{}", submitted(&job));
+            say(submitted(job));
         }
         return Ok(0);
     };
     if !args.job.json {
-        eprintln!("{}", submitted(&job));
+        eprintln!("{}", submitted(job));
     }
     let bar = Bar::new(job.operation());
     while let Some(notice) = events.next().await {
@@ -101,8 +109,8 @@ fn show(bar: &Bar, happening: &Happening) {
 /// Says how a job ended, as JSON or for people, and by which code to exit.
 fn ended(completion: &Completion, json: Option<&[u8]>) -> u8 {
     match json {
-        Some(body) => println!("{}", String::from_utf8_lossy(body)),
-        None => println!("{} {}", completion.operation, render::completion(completion)),
+        Some(body) => say(String::from_utf8_lossy(body)),
+        None => say(format_args!("{} {}", completion.operation, render::completion(completion))),
     }
     match completion.outcome {
         Outcome::Succeeded => 0,
@@ -121,10 +129,14 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let ctx = Context::default();
     let attempts = Attempts { current: 1, max: 1 };
     let work = runner::run(&ctx, engine, &job, attempts, BAR_EVERY, &report);
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
     let interrupted = async {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            ctx.cancel.cancel();
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
         }
+        ctx.cancel.cancel();
         std::future::pending::<()>().await;
     };
     let ended_as = tokio::select! {
@@ -165,7 +177,7 @@ pub(super) async fn cancel(config: &Config, job_id: JobId) -> Result<u8, Error> 
     let body = message::encode_command(&Command::Cancel(job_id));
     match broker.publish_control(body.into(), worker::command_properties()).await? {
         Routed::Queued => {
-            println!("the workers were asked to end job {job_id}");
+            say(format_args!("the workers that are up were asked to end job {job_id}"));
             Ok(0)
         }
         Routed::Nowhere => Err(Error::Nowhere("no worker is there to end a job: the broker knows of none")),
@@ -176,14 +188,24 @@ pub(super) async fn cancel(config: &Config, job_id: JobId) -> Result<u8, Error> 
 pub(super) async fn watch(config: &Config) -> Result<u8, Error> {
     let broker = Broker::connect(worker::broker_settings(config, "watch")?).await?;
     let mut events = broker.events("#").await?;
-    while let Some(notice) = events.next().await {
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    loop {
+        let notice = tokio::select! {
+            notice = events.next() => notice,
+            _ = terminate.recv() => None,
+            _ = interrupt.recv() => None,
+        };
+        let Some(notice) = notice else { break };
         match message::parse_event(&notice.body) {
-            Ok(Received::Job(event)) => println!("{}", render::event(&event)),
+            Ok(Received::Job(event)) => say(render::event(&event)),
             Ok(Received::Rejected { time, reason, message, .. }) => {
-                println!("{}", render::rejected(time, &reason, &message));
+                say(render::rejected(time, &reason, &message));
             }
             Err(error) => eprintln!("an event could not be read: {}", render::error(&error)),
         }
     }
+    drop(events);
+    broker.close().await;
     Ok(0)
 }

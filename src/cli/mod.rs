@@ -8,11 +8,12 @@ mod jobs;
 mod records;
 pub mod render;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use args::{Args, Command, RecordCommand};
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 
 use crate::broker;
@@ -118,7 +119,6 @@ async fn dispatch(args: Args) -> Result<u8, Error> {
 
 async fn work(config: &Config) -> Result<u8, Error> {
     let shutdown = Shutdown::default();
-    let listen = |kind| signal(kind).map_err(|error| Error::Io("listen to signals", error));
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     let signals = async {
         for token in [&shutdown.drain, &shutdown.now] {
@@ -138,7 +138,16 @@ async fn work(config: &Config) -> Result<u8, Error> {
     Ok(0)
 }
 
+fn listen(kind: SignalKind) -> Result<Signal, Error> {
+    signal(kind).map_err(|error| Error::Io("listen to signals", error))
+}
+
 fn print_json(value: &impl Serialize) -> Result<(), Error> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    say(serde_json::to_string_pretty(value)?);
     Ok(())
+}
+
+/// Prints a line. That nobody reads on, as in `backhaul list | head`, is no fault.
+fn say(line: impl std::fmt::Display) {
+    writeln!(io::stdout(), "{line}").ok();
 }

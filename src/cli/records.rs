@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::{Error, FAILED, print_json, render};
+use super::{Error, FAILED, print_json, render, say};
 use crate::cinder::export_record;
 use crate::config::Config;
 use crate::engine;
@@ -25,7 +25,7 @@ pub(super) async fn list(
     if json {
         print_json(&records)?;
     } else {
-        print!("{}", render::table(&records));
+        say(render::table(&records).trim_end());
     }
     for error in &damaged {
         eprintln!("error: {}", render::error(error));
@@ -46,7 +46,7 @@ pub(super) async fn show(
     if json {
         print_json(&record)?;
     } else {
-        print!("{}", render::show(&record));
+        say(render::show(&record).trim_end());
     }
     Ok(0)
 }
@@ -55,7 +55,7 @@ pub(super) async fn show(
 pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreName>) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
     let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
-    println!("{}", export_record::export(&engine.catalog().available(id).await?));
+    say(export_record::export(&engine.catalog().available(id).await?));
     Ok(0)
 }
 
@@ -73,9 +73,9 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
         fs::read(path).map_err(|error| Error::Io("read the file with the record", error))?
     };
     let record = engine.import(export_record::import(&text)?).await?;
-    println!(
-        "backup {} of volume {} is taken in; `backhaul run verify --backup-id {}` checks it",
-        record.backup_id, record.volume_id, record.backup_id
-    );
+    let (id, volume_id) = (record.backup_id, record.volume_id);
+    say(format_args!(
+        "backup {id} of volume {volume_id} is taken in; `backhaul run verify --backup-id {id}` checks it"
+    ));
     Ok(0)
 }

@@ -25,7 +25,7 @@ use crate::engine::chunked::Compression;
 use crate::job::StoreName;
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
-const MEMORY_BYTES_BASE: u64 = 96 << 20;
+pub const MEMORY_BYTES_BASE: u64 = 96 << 20;
 
 /// Every setting by its full name; `NAME` stands for the name of a store or a cluster.
 pub const SETTINGS: &[&str] = &[

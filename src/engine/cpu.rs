@@ -41,3 +41,8 @@ impl Cpu {
         answer.await.map_err(|_| Lost)
     }
 }
+
+/// Runs `work` on a thread that may block.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Lost> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Lost)
+}

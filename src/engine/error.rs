@@ -75,7 +75,10 @@ pub enum Error {
     },
 
     /// The record could not be understood.
-    #[error("the record {object} is damaged: {why}")]
+    #[error(
+        "the record {object} is damaged: {why}; move that file away, and if it is of a backup that is to be kept, take \
+         that in again with `backhaul record import`"
+    )]
     DamagedRecord {
         /// Which.
         object: String,
@@ -86,6 +89,10 @@ pub enum Error {
     /// Another worker has taken the job over.
     #[error("another worker has taken over backup {0}")]
     TakenOver(BackupId),
+
+    /// Somebody deleted the backup while it was made.
+    #[error("backup {0} was deleted while it was being made")]
+    DeletedMeanwhile(BackupId),
 
     /// No earlier backup to build on.
     #[error("volume {0} has no earlier backup in this store to build on")]

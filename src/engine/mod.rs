@@ -10,6 +10,7 @@ mod error;
 
 pub use catalog::{Catalog, Listing, describe};
 pub use cpu::Cpu;
+use cpu::blocking;
 pub use error::Error;
 
 use std::sync::Arc;
@@ -28,8 +29,6 @@ use chunked::Chunked;
 /// What a method did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Receipt {
-    /// The volume that the backup is of.
-    pub volume_id: Option<VolumeId>,
     /// The backup that a new one builds on.
     pub parent_id: Option<BackupId>,
     /// The volume's size.
@@ -124,6 +123,10 @@ impl Engine {
                 result => result?,
             },
         }
+        // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
+        if let Some(parent) = &parent {
+            self.parent(parent.backup_id, work.volume_id).await?;
+        }
 
         let volume_meta = work.volume_meta.as_deref();
         let copied = self.chunked.backup(ctx, &mut record, volume_meta, parent.as_ref(), source).await;
@@ -136,7 +139,10 @@ impl Engine {
             drop(copied);
             // Whoever took over removed what there was of ours then, and does not know of what came after it.
             self.chunked.remove(&record, &Context::default()).await?;
-            return Err(Error::TakenOver(work.backup_id));
+            return Err(match current.map(|current| current.state) {
+                None | Some(RecordState::Deleting(_)) => Error::DeletedMeanwhile(work.backup_id),
+                Some(_) => Error::TakenOver(work.backup_id),
+            });
         }
         copied?.finish().await?;
         record.state = RecordState::Available;
@@ -179,7 +185,6 @@ impl Engine {
         let chain = self.catalog.chain(id).await?;
         let digest = self.chunked.read_back(ctx, &chain, target).await?;
         Ok(Receipt {
-            volume_id: Some(chain[0].volume_id),
             parent_id: chain[0].parent_id,
             volume_bytes: chain[0].volume_bytes,
             counts: ctx.progress.read().counts,
@@ -189,23 +194,24 @@ impl Engine {
 
     /// Removes the data of a backup. Its record goes with [`Catalog::conclude`].
     async fn delete(&self, ctx: &Context, job_id: JobId, id: BackupId) -> Result<Receipt, Error> {
-        let mut record = self.catalog.record(id).await?.ok_or(Error::UnknownBackup(id))?;
-        match &record.state {
-            RecordState::Creating(_) => {
-                return Err(Error::NotAvailable { backup_id: id, state: describe(&record.state) });
-            }
-            RecordState::Available | RecordState::Error(_) | RecordState::Deleting(_) => {}
-        }
-        let children = self.catalog.children(id).await?;
-        if !children.is_empty() {
-            let children: Vec<String> = children.iter().map(ToString::to_string).collect();
+        let before = self.catalog.record(id).await?.ok_or(Error::UnknownBackup(id))?;
+        // A backup whose job died, or is lost, may be deleted too. If the job lives, it finds that out at its end.
+        let record = Record { state: RecordState::Deleting(job_id), ..before.clone() };
+        self.catalog.save(&record).await?;
+        // Only after the mark is set: a backup that begins to build on this one either is seen here, or sees the mark.
+        let children = self.catalog.children(id).await;
+        if !matches!(&children, Ok(children) if children.is_empty()) {
+            // Nothing is removed yet, also where an earlier try had left the mark: it would have come to here.
+            let state = match before.state {
+                RecordState::Deleting(_) => RecordState::Available,
+                state => state,
+            };
+            self.catalog.save(&Record { state, ..before }).await?;
+            let children: Vec<String> = children?.iter().map(ToString::to_string).collect();
             return Err(Error::HasChildren { backup_id: id, children: children.join(", ") });
         }
-        record.state = RecordState::Deleting(job_id);
-        self.catalog.save(&record).await?;
         self.chunked.remove(&record, ctx).await?;
         Ok(Receipt {
-            volume_id: Some(record.volume_id),
             parent_id: record.parent_id,
             volume_bytes: record.volume_bytes,
             counts: ctx.progress.read().counts,
@@ -252,15 +258,9 @@ impl Engine {
 
 fn receipt(record: &Record) -> Receipt {
     Receipt {
-        volume_id: Some(record.volume_id),
         parent_id: record.parent_id,
         volume_bytes: record.volume_bytes,
         counts: record.counts,
         digest: record.digest.clone(),
     }
-}
-
-/// Runs `work` where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Lost(cpu::Lost))
 }

@@ -74,7 +74,9 @@ pub async fn run(
             }
             Err(error) => error,
         };
-        account.counts = ctx.progress.read().counts;
+        let reading = ctx.progress.read();
+        account.counts = reading.counts;
+        account.volume_bytes = Some(reading.bytes_total).filter(|bytes| *bytes > 0);
         let problem = Problem::new(error.class(), &error);
         match (error.class(), methods.peek()) {
             (Class::Unsuitable, Some(next)) => {
@@ -144,7 +146,7 @@ async fn attempt(
     };
     tokio::select! {
         result = engine.run(ctx, job, method) => result,
-        () = progress => Err(crate::job::Cancelled.into()),
+        never = progress => never,
     }
 }
 

@@ -7,10 +7,10 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{Before, Error, VolumeSource, VolumeTarget};
@@ -165,6 +165,7 @@ impl FileTarget {
             ErrorKind::ResourceBusy => Error::InUse { path: path.display().to_string() },
             _ => io_error("open", path, source),
         })?;
+        lock(&file, path)?;
         let target_bytes = size(&file, path)?;
         if target_bytes < bytes {
             let path = path.display().to_string();
@@ -179,17 +180,40 @@ impl FileTarget {
             return Err(Error::NotAVolume { path: path.display().to_string() });
         };
         let folder = roots.find(folder)?;
-        // One that is there is left of a restore that was killed; it is written anew.
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-            .open(folder.path().join(partial(name)))
-            .map_err(|e| io_error("create", path, e))?;
+        // One that is there is left of a restore that was killed, or belongs to one that runs: that one holds a lock.
+        let hidden = folder.path().join(partial(name));
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false).custom_flags(OFlags::NOFOLLOW.bits() as i32);
+        let file = loop {
+            let file = options.open(&hidden).map_err(|e| io_error("create", path, e))?;
+            lock(&file, path)?;
+            // The one that ran may have given it its name, or removed it, just before it let go of the lock.
+            let same = |named: fs::Metadata| file.metadata().map(|ours| ours.ino() == named.ino());
+            match fs::symlink_metadata(&hidden).and_then(same) {
+                Ok(true) => break file,
+                Ok(false) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(io_error("create", path, error)),
+            }
+        };
+        if fs::symlink_metadata(path).is_ok() {
+            rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty()).ok();
+            return Err(Error::InUse { path: path.display().to_string() });
+        }
         let target = Self { file, new: Some((folder, name.into())) };
-        target.file.set_len(bytes).map_err(|e| io_error("create", path, e))?;
+        // Empty first: what a killed restore had written must not show through where nothing is written now.
+        let sized = target.file.set_len(0).and_then(|()| target.file.set_len(bytes));
+        sized.map_err(|e| io_error("create", path, e))?;
         Ok(target)
+    }
+}
+
+/// Makes sure that no other restore writes to the same file or device.
+fn lock(file: &File, path: &Path) -> Result<(), Error> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(Error::InUse { path: path.display().to_string() }),
+        Err(error) => Err(io_error("lock", path, error.into())),
     }
 }
 
@@ -324,6 +348,30 @@ mod tests {
 
         assert!(matches!(error, Error::TooSmall { target_bytes: 6, backup_bytes: 7, .. }), "{error}");
         assert_eq!(fs::read(root.join("inside")).unwrap(), b"volume");
+    }
+
+    #[test]
+    fn two_restores_to_one_target_do_not_write_into_each_other() {
+        let (_folder, root, roots) = rooted();
+        for name in ["new", "inside"] {
+            let first = FileTarget::open(&root.join(name), 5, &roots).unwrap();
+            first.write_at(b"first", 0).unwrap();
+
+            let error = FileTarget::open(&root.join(name), 3, &roots).unwrap_err();
+
+            assert!(matches!(error, Error::InUse { .. }), "{name}: {error}");
+            first.finish().unwrap();
+            assert_eq!(fs::read(root.join(name)).unwrap()[..5], *b"first", "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_restore_left_does_not_show_through() {
+        let (_folder, root, roots) = rooted();
+        fs::write(root.join(partial("new")), b"of a killed one").unwrap();
+        let target = FileTarget::open(&root.join("new"), 4, &roots).unwrap();
+        target.finish().unwrap();
+        assert_eq!(fs::read(root.join("new")).unwrap(), [0; 4]);
     }
 
     #[test]

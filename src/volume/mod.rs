@@ -86,8 +86,8 @@ pub enum Error {
         /// The backed up volume's size.
         backup_bytes: u64,
     },
-    /// A block device that is mounted, or otherwise taken.
-    #[error("{path} is in use: unmount or detach it before restoring onto it")]
+    /// A block device that is mounted, or a target that another restore writes to.
+    #[error("{path} is in use: it is mounted, or another restore writes to it; end that first")]
     InUse {
         /// The path as it was asked for.
         path: String,

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use futures_util::stream::{self, TryStreamExt};
 use jiff::Timestamp;
 
-use super::cpu::{Cpu, Lost};
+use super::cpu::{Cpu, Lost, blocking};
 use super::error::Error;
 use crate::job::{BackupWork, Container, Context, Counts, JobId, Method, Mode, Record, RecordState};
 use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
@@ -262,9 +262,4 @@ fn check_version(object: &ObjectName, version: &str) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::UnknownVersion { object: object.to_string(), version: version.into() })
-}
-
-/// Runs `work` where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Lost(Lost))
 }
