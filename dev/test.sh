@@ -17,7 +17,6 @@ dev/rabbit.sh up "$work/rabbit" >&2
 BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")
 export BACKHAUL_TEST_AMQP_URL
 
-cargo test --locked --quiet --doc
 echo "test.sh: without the feature ceph" >&2
 cargo nextest run --locked --no-default-features "$@"
 echo "test.sh: with all features" >&2

@@ -85,6 +85,11 @@ impl Stores {
         Ok(Self { engines, default })
     }
 
+    /// Names the default store in a job that names none, so that all who hear of the job know where it works.
+    pub fn name_default(&self, job: &mut Job) {
+        job.store = job.store.take().or_else(|| self.default.clone());
+    }
+
     /// The engine on the store of that name, or on the default one; the problem says what there is instead.
     pub fn engine(&self, name: Option<&StoreName>) -> Result<&Engine, Problem> {
         if let Some(engine) = name.or(self.default.as_ref()).and_then(|name| self.engines.get(name)) {
@@ -233,7 +238,7 @@ impl Worker {
         };
         let settled = match command {
             Ok(Command::Run(mut job)) => {
-                job.store = job.store.or_else(|| self.stores.default.clone());
+                self.stores.name_default(&mut job);
                 let span =
                     info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
                 self.run(delivery, &job).instrument(span).await

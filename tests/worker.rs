@@ -262,6 +262,78 @@ fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
 }
 
 #[test]
+fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() {
+    let rabbit = Rabbit::start();
+    let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1", SLOW);
+    // It takes longer than a call of rabbitmqctl, for which a core is left.
+    fs::write(stack.volume("a.img"), noise(9, 192 << 20)).unwrap();
+    let worker = stack.worker();
+    let mut watch = stack.command(&["watch"]).stdout(Stdio::piped()).spawn().unwrap();
+    until("watch listens", || rabbit.ctl(&["list_bindings", "routing_key"]).lines().any(|key| key == "#"));
+    assert!(stack.run(&[&["submit"][..], &strs(&backup(&stack, &[]))].concat()).status.success());
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    rabbit.ctl(&["close_all_connections", "a test"]);
+
+    until("the delivery is adopted", || worker.log().contains("delivery adopted"));
+    until("the outcome is settled", || {
+        worker.log().contains("succeeded")
+            && !stack.objects().iter().any(|object| object.contains("outcomes"))
+    });
+    // Once the queue is empty nothing comes again.
+    let queue = format!("{}.jobs", stack.prefix());
+    until("the queue is empty", || {
+        let counts = rabbit.ctl(&["list_queues", "name", "messages"]);
+        counts.lines().any(|line| line.split_whitespace().eq([queue.as_str(), "0"]))
+    });
+    assert!(!worker.log().contains("telling it again"), "{}", worker.log());
+    assert!(!worker.log().contains("not settled"), "{}", worker.log());
+    let pid = watch.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    let told = rest_of(&mut watch);
+    assert!(watch.wait().unwrap().success());
+    assert_eq!(told.matches("succeeded").count(), 1, "{told}");
+}
+
+#[test]
+fn a_backup_whose_job_is_lost_can_be_deleted() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SLOW);
+    fs::write(stack.volume("a.img"), noise(10, 48 << 20)).unwrap();
+    let arguments = backup(&stack, &["--backup-id", BACKUP]);
+    let mut run = stack.command(&[&["run"][..], &strs(&arguments)].concat()).spawn().unwrap();
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    run.kill().unwrap();
+    run.wait().unwrap();
+
+    stack.ok(&["run", "delete", "--backup-id", BACKUP]);
+
+    assert_eq!(stack.objects(), [""; 0]);
+}
+
+#[test]
+fn a_job_in_this_process_that_is_terminated_cleans_up_and_ends_as_cancelled() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SLOW);
+    fs::write(stack.volume("a.img"), noise(11, 48 << 20)).unwrap();
+    let arguments = backup(&stack, &["--backup-id", BACKUP]);
+    let mut run = stack.command(&[&["run"][..], &strs(&arguments)].concat()).spawn().unwrap();
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    let pid = run.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+
+    assert_eq!(run.wait().unwrap().code(), Some(3));
+    assert_eq!(stack.objects(), [""; 0]);
+}
+
+#[test]
+fn a_list_that_nobody_reads_to_its_end_is_no_fault() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
+    let mut list = stack.command(&["list", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    drop(list.stdout.take());
+    assert_eq!(list.wait().unwrap().code(), Some(0));
+}
+
+#[test]
 fn a_backup_of_a_grown_volume_falls_back_to_a_full_one_and_says_so() {
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), "", SMALL);

@@ -121,8 +121,9 @@ fn ended(completion: &Completion, json: Option<&[u8]>) -> u8 {
 
 /// Does a job in this process.
 pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
-    let (job, _) = job(args)?;
+    let (mut job, _) = job(args)?;
     let stores = Stores::open(config)?;
+    stores.name_default(&mut job);
     let engine = stores.engine(job.store.as_ref()).map_err(Error::Problem)?;
     let terminal = Terminal { bar: Bar::new(job.operation()), last: Mutex::default() };
     let report = Report::new(&terminal, &job);

@@ -52,7 +52,7 @@ fn state(happening: &Happening) -> &'static str {
     }
 }
 
-/// Writes an event of a job. `source` names the worker, as a URI reference such as `/backhaul/host-1`.
+/// Writes an event of a job. `source` names the worker, as a URI reference such as `/backhaul/worker/host-1`.
 ///
 /// A completion is told of with the ids of its event.
 pub fn encode_event(event: &Event, source: &str) -> Vec<u8> {
