@@ -494,7 +494,7 @@ async fn classic_queues_heed_priorities() {
     assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
     assert_eq!(error.class(), Class::Permanent);
     let told = Causes(&error).to_string();
-    for part in [&format!("queue {}.jobs", quorum.prefix), "queue_kind", "delete it", "inequivalent arg"] {
+    for part in [&format!("queue {}.jobs", quorum.prefix), "broker.queue", "delete it", "inequivalent arg"] {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
 }
