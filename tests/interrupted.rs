@@ -386,3 +386,26 @@ async fn two_workers_with_the_same_job_leave_one_whole_backup(#[values(false, tr
         }
     }
 }
+
+#[tokio::test]
+async fn a_backup_that_is_half_deleted_never_seems_whole_again() {
+    let scene = Scene::new(Kind::Posix, true).await;
+    let engine = scene.engine();
+    let half_deleted = scene.parent.clone().unwrap();
+    let other = backup(&engine, VolumeId::random(), &scene.volume.path, Parent::None).await.unwrap();
+    let job = job(Work::Delete(half_deleted.backup_id));
+    // A delete that died when it had removed the object that makes the backup visible.
+    let state = RecordState::Deleting(job.id);
+    engine.catalog().save(&Record { state: state.clone(), ..half_deleted.clone() }).await.unwrap();
+    let metadata = format!("{}/{}_metadata", half_deleted.container, half_deleted.service_metadata);
+    fs::remove_file(scene.bench.root().join(metadata)).unwrap();
+    // And now nobody can tell whether something builds on it.
+    let record = scene.bench.root().join(format!(".backhaul/records/{}.json", other.backup_id));
+    fs::write(record, "damaged").unwrap();
+
+    let error = run(&engine, &job).await.unwrap_err();
+
+    assert!(matches!(error, Error::DamagedRecord { .. }), "{error}");
+    let record = engine.catalog().record(half_deleted.backup_id).await.unwrap().unwrap();
+    assert_eq!(record.state, state);
+}

@@ -201,9 +201,9 @@ impl Engine {
         // Only after the mark is set: a backup that begins to build on this one either is seen here, or sees the mark.
         let children = self.catalog.children(id).await;
         if !matches!(&children, Ok(children) if children.is_empty()) {
-            // Nothing is removed yet, also where an earlier try had left the mark: it would have come to here.
-            let state = match before.state {
-                RecordState::Deleting(_) => RecordState::Available,
+            // An earlier try may have removed some of it; what is no longer visible must not seem whole again.
+            let state = match before.state.clone() {
+                RecordState::Deleting(_) if self.chunked.is_visible(&before).await? => RecordState::Available,
                 state => state,
             };
             self.catalog.save(&Record { state, ..before }).await?;

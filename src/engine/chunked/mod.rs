@@ -131,6 +131,12 @@ impl Chunked {
         );
     }
 
+    /// Whether the object that makes the backup visible is there; it is the first one that a delete removes.
+    pub async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
+        let metadata = Names::of(record)?.metadata;
+        Ok(self.store.list(&metadata.folder, &metadata.name).await?.iter().any(|o| o.name == metadata.name))
+    }
+
     /// Removes all objects of a backup, the one that makes it visible first, and counts what that frees.
     pub async fn remove(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
         let names = Names::of(record)?;
