@@ -366,6 +366,9 @@ async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
     let taken = next(&mut jobs).await;
     jobs.stop();
     assert!(soon("the end", jobs.next()).await.is_none());
+    // The slots have a channel each, so either of the first two messages can be the first to come.
+    let mut expected = BTreeSet::from(["1".into(), "2".into(), "3".into(), "4".into()]);
+    assert!(expected.remove(text(&taken.body)));
     taken.ack().await.unwrap();
     publish(&broker, "4").await;
 
@@ -377,7 +380,7 @@ async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
         rest.insert(text(&delivery.body).to_string());
         delivery.ack().await.unwrap();
     }
-    assert_eq!(rest, BTreeSet::from(["2".into(), "3".into(), "4".into()]));
+    assert_eq!(rest, expected);
     drop(others);
     assert_queue_empty(&broker, &settings).await;
 }
