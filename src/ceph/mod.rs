@@ -1,19 +1,23 @@
-//! Ceph, through librados: the only place with unsafe code, all of it behind types that cannot be misused.
+//! Ceph, through librados and librbd: the only place with unsafe code, all of it behind types that cannot be misused.
 //!
-//! It must not know jobs or backups.
+//! It must not know jobs or backups. All that is not `async` blocks, and is to be called from threads that may.
+
+mod image;
+mod librbd;
+mod rados;
+
+pub use image::{Access, Diff, Extent, Features, Image, NewImage, Snapshot};
+pub use rados::{Cluster, Pool};
 
 use std::ffi::{CString, NulError, c_int};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::ptr;
+use std::io;
+use std::path::PathBuf;
 
-use ::ceph::rados;
-
-/// Why a cluster cannot be reached.
+/// What went wrong in a cluster.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A name or path that cannot be handed to librados.
-    #[error("a Ceph setting has a zero byte")]
+    /// A name or path that cannot be handed over.
+    #[error("a name for Ceph has a zero byte")]
     ZeroByte(#[from] NulError),
     /// The configuration file cannot be read.
     #[error("read {conf}: {error}", conf = conf.display())]
@@ -21,12 +25,12 @@ pub enum Error {
         /// The file.
         conf: PathBuf,
         /// Why.
-        error: std::io::Error,
+        error: io::Error,
     },
     /// The cluster does not answer, or not to this user.
     #[error(
         "connect to the cluster of {conf} as client.{user}: {error}; are its monitors up, and is the user's keyring \
-         readable?",
+         readable and right?",
         conf = conf.display()
     )]
     Connect {
@@ -35,74 +39,45 @@ pub enum Error {
         /// The user, without `client.`.
         user: String,
         /// Why.
-        error: std::io::Error,
+        error: io::Error,
+    },
+    /// A cluster said no.
+    #[error("{action} {object}: {error}")]
+    Operation {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        object: String,
+        /// Why it failed.
+        error: io::Error,
     },
 }
 
-/// A connection to a cluster.
-pub struct Cluster {
-    handle: rados::rados_t,
-}
+impl Error {
+    fn operation(action: &'static str, object: impl ToString, code: c_int) -> Self {
+        Self::Operation { action, object: object.to_string(), error: os_error(code) }
+    }
 
-impl Cluster {
-    /// Connects with a configuration file and a user, whose name goes without `client.`. Gives up after
-    /// `seconds_max`. Blocks.
-    pub fn connect(conf: &Path, user: &str, seconds_max: u32) -> Result<Self, Error> {
-        let failed = |code| Error::Connect { conf: conf.into(), user: user.into(), error: os_error(code) };
-        let (id, path) = (CString::new(user)?, CString::new(conf.as_os_str().as_bytes())?);
-        let mut handle: rados::rados_t = ptr::null_mut();
-        // SAFETY: both pointers are valid for the call; librados keeps neither. After success the handle is ours, and
-        // `Cluster` gives it back once, when it is dropped.
-        check(unsafe { rados::rados_create(&mut handle, id.as_ptr()) }).map_err(failed)?;
-        let cluster = Self { handle };
-        // SAFETY: the handle was created above and is not yet connected; the path is valid for the call.
-        check(unsafe { rados::rados_conf_read_file(cluster.handle, path.as_ptr()) })
-            .map_err(|code| Error::Conf { conf: conf.into(), error: os_error(code) })?;
-        // Without these a cluster that is down is waited for five minutes, or for ever.
-        let seconds = CString::new(seconds_max.to_string())?;
-        for option in [c"client_mount_timeout", c"rados_mon_op_timeout", c"rados_osd_op_timeout"] {
-            // SAFETY: the handle is valid, and both strings are for the call.
-            check(unsafe { rados::rados_conf_set(cluster.handle, option.as_ptr(), seconds.as_ptr()) })
-                .map_err(failed)?;
+    /// What the operating system, in whose words Ceph speaks, calls the error.
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::ZeroByte(_) => io::ErrorKind::InvalidInput,
+            Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. } => {
+                error.kind()
+            }
         }
-        // SAFETY: the handle is valid, configured, and connected only here.
-        check(unsafe { rados::rados_connect(cluster.handle) }).map_err(failed)?;
-        Ok(cluster)
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        // SAFETY: the handle came from rados_create, which a shutdown undoes whether it was connected or not; nobody
-        // has it after this.
-        unsafe { rados::rados_shutdown(self.handle) }
-    }
+/// Ceph returns errors as negative numbers of the operating system's.
+fn os_error(code: c_int) -> io::Error {
+    io::Error::from_raw_os_error(-code)
 }
 
-fn check(code: c_int) -> Result<(), c_int> {
-    if code < 0 { Err(code) } else { Ok(()) }
+fn check(code: c_int) -> Result<c_int, c_int> {
+    if code < 0 { Err(code) } else { Ok(code) }
 }
 
-/// librados returns errors as negative numbers of the operating system's.
-fn os_error(code: c_int) -> std::io::Error {
-    std::io::Error::from_raw_os_error(-code)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cluster_without_a_configuration_or_monitors_is_a_clear_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let conf = folder.path().join("ceph.conf");
-
-        let error = Cluster::connect(&conf, "cinder", 1).err().unwrap();
-        assert!(matches!(error, Error::Conf { .. }), "{error}");
-        assert!(error.to_string().contains("ceph.conf: No such file"), "{error}");
-
-        std::fs::write(&conf, "[global]\nmon_host = 127.0.0.1:1\nauth_client_required = none\n").unwrap();
-        let error = Cluster::connect(&conf, "cinder", 1).err().unwrap();
-        assert!(error.to_string().contains("client.cinder"), "{error}");
-    }
+fn c_string(text: &str) -> Result<CString, NulError> {
+    CString::new(text)
 }
