@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use backhaul::ceph::{Access, Cluster, Diff, Features, Image, NewImage, Pool};
+use backhaul::ceph::{Cluster, Diff, Features, Image, Mode, NewImage, Pool};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use uuid::Uuid;
@@ -27,7 +27,7 @@ fn features() -> Features {
 fn new_image(pool: &Pool, bytes: u64) -> (String, Arc<Image>) {
     let name = format!("image-{}", Uuid::new_v4());
     pool.create_image(&name, &NewImage { bytes, features: features(), stripes: None }).unwrap();
-    let image = pool.open_image(&name, None, Access::Write).unwrap();
+    let image = pool.open_image(&name, None, Mode::Write).unwrap();
     (name, Arc::new(image))
 }
 
@@ -95,7 +95,7 @@ async fn a_diff_has_all_that_changed_and_a_snapshot_stays_as_it_was() {
         all_of_it.iter().map(|e| (e.offset, e.length)).collect::<Vec<_>>(),
         [(4 * MIB, 4 * MIB), (40 * MIB, 4 * MIB)]
     );
-    let b = pool.open_image(&name, Some("b"), Access::Read).unwrap();
+    let b = pool.open_image(&name, Some("b"), Mode::Read).unwrap();
     let changed = b.diff(Some("a"), range.clone(), Diff::Fine).unwrap();
     for at in [5 * MIB + 4096, 5 * MIB + 16384, 40 * MIB] {
         assert!(changed.iter().any(|e| e.offset <= at && at + 4096 <= e.end()), "{at}: {changed:?}");
@@ -103,7 +103,7 @@ async fn a_diff_has_all_that_changed_and_a_snapshot_stays_as_it_was() {
     assert!(changed.iter().map(|e| e.length).sum::<u64>() < MIB, "{changed:?}");
     assert_eq!(b.diff(Some("b"), range, Diff::Fine).unwrap(), []);
 
-    let a = pool.open_image(&name, Some("a"), Access::Read).unwrap();
+    let a = pool.open_image(&name, Some("a"), Mode::Read).unwrap();
     assert!(a.read(5 * MIB, MIB as usize).await.unwrap().iter().all(|byte| *byte == 1));
     let names: Vec<_> = image.snapshots().unwrap().into_iter().map(|s| (s.name, s.bytes)).collect();
     assert_eq!(names, [("a".to_string(), 64 * MIB), ("b".to_string(), 64 * MIB)]);
@@ -138,8 +138,8 @@ async fn an_image_tells_what_it_is() {
     assert!(pool.images().unwrap().contains(&name));
     let other = format!("{name}-renamed");
     pool.rename_image(&name, &other).unwrap();
-    assert_eq!(pool.open_image(&name, None, Access::Read).unwrap_err().kind(), ErrorKind::NotFound);
-    assert_eq!(pool.open_image(&other, None, Access::Read).unwrap().id().unwrap(), id);
+    assert_eq!(pool.open_image(&name, None, Mode::Read).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(pool.open_image(&other, None, Mode::Read).unwrap().id().unwrap(), id);
     let error =
         pool.create_image(&other, &NewImage { bytes: 1, features: features(), stripes: None }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
@@ -154,7 +154,7 @@ async fn who_has_lost_the_lock_cannot_write_any_more() {
 
     // A client of its own: the cluster shuts out clients, not images.
     let pool = pool();
-    let second = pool.open_image(&name, None, Access::Write).unwrap();
+    let second = pool.open_image(&name, None, Mode::Write).unwrap();
     assert_eq!(second.watcher_count().unwrap(), 2);
     assert!(second.lock().is_err());
     assert!(second.break_lock().unwrap());
@@ -175,7 +175,7 @@ async fn a_request_that_nobody_waits_for_comes_to_its_end_before_the_image_is_cl
         assert!(image.write(index * MIB, Bytes::from(vec![7; MIB as usize])).now_or_never().is_none());
     }
     drop(image);
-    let image = pool.open_image(&name, None, Access::Read).unwrap();
+    let image = pool.open_image(&name, None, Mode::Read).unwrap();
     let bytes = image.read(0, 32 * MIB as usize).await.unwrap();
     assert!(bytes.iter().all(|byte| *byte == 7));
     drop(image);

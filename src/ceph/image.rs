@@ -37,6 +37,8 @@ impl Features {
     pub const FAST_DIFF: Self = Self(16);
     /// A journal of all writes.
     pub const JOURNALING: Self = Self(64);
+    /// Those of a usual image.
+    pub const USUAL: Self = Self(1 | 4 | 8 | 16);
 
     /// Whether all of `others` are among these.
     pub fn has(self, others: Self) -> bool {
@@ -65,7 +67,7 @@ pub struct NewImage {
 
 /// How an image is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum Mode {
     /// To be read. Others may write it.
     Read,
     /// To be written too.
@@ -181,13 +183,13 @@ impl Pool {
     }
 
     /// Opens an image, or one of its snapshots.
-    pub fn open_image(&self, name: &str, snapshot: Option<&str>, access: Access) -> Result<Image, Error> {
+    pub fn open_image(&self, name: &str, snapshot: Option<&str>, mode: Mode) -> Result<Image, Error> {
         let c_name = c_string(name)?;
         let c_snapshot = snapshot.map(c_string).transpose()?;
         let snapshot_ptr = c_snapshot.as_ref().map_or(ptr::null(), |name| name.as_ptr());
-        let open = match access {
-            Access::Read => rbd_open_read_only,
-            Access::Write => rbd_open,
+        let open = match mode {
+            Mode::Read => rbd_open_read_only,
+            Mode::Write => rbd_open,
         };
         let mut handle = ptr::null_mut();
         let path = match snapshot {

@@ -2,11 +2,13 @@
 //!
 //! It must not know jobs or backups. All that is not `async` blocks, and is to be called from threads that may.
 
+mod clusters;
 mod image;
 mod librbd;
 mod rados;
 
-pub use image::{Access, Diff, Extent, Features, Image, NewImage, Snapshot};
+pub use clusters::{Access, Clusters};
+pub use image::{Diff, Extent, Features, Image, Mode, NewImage, Snapshot};
 pub use rados::{Cluster, Pool};
 
 use std::ffi::{CString, NulError, c_int};
@@ -19,6 +21,14 @@ pub enum Error {
     /// A name or path that cannot be handed over.
     #[error("a name for Ceph has a zero byte")]
     ZeroByte(#[from] NulError),
+    /// The configuration has no such cluster.
+    #[error("there is no such cluster in the configuration ({name}): it has {known}")]
+    UnknownCluster {
+        /// What was asked for, for people.
+        name: String,
+        /// What there is, for people.
+        known: String,
+    },
     /// The configuration file cannot be read.
     #[error("read {conf}: {error}", conf = conf.display())]
     Conf {
@@ -58,10 +68,15 @@ impl Error {
         Self::Operation { action, object: object.to_string(), error: os_error(code) }
     }
 
+    /// The same for those who speak in the operating system's errors.
+    pub fn into_io(self) -> io::Error {
+        io::Error::new(self.kind(), self)
+    }
+
     /// What the operating system, in whose words Ceph speaks, calls the error.
     pub fn kind(&self) -> io::ErrorKind {
         match self {
-            Self::ZeroByte(_) => io::ErrorKind::InvalidInput,
+            Self::ZeroByte(_) | Self::UnknownCluster { .. } => io::ErrorKind::InvalidInput,
             Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. } => {
                 error.kind()
             }
