@@ -83,7 +83,11 @@ install_packages() {
   fi
   rm -f "$log"
   allow_services
-  if [[ " $* " == *" rabbitmq-server "* ]] && command -v systemctl >/dev/null; then
+  command -v systemctl >/dev/null || return 0
+  if [[ " $* " == *" ceph-mon "* ]]; then
+    as_root systemctl --quiet disable ceph-crash.service >&2 || true # looks for crashes of a cluster that is not ours
+  fi
+  if [[ " $* " == *" rabbitmq-server "* ]]; then
     say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"
     as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket >&2 || true
   fi
