@@ -6,7 +6,7 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use backhaul::ceph::Cluster;
 use support::ceph::Ceph;
@@ -28,7 +28,8 @@ fn both_clusters_answer_and_they_are_two() {
 #[test]
 fn with_a_key_of_another_cluster_the_error_says_who_was_refused_where() {
     let folder = TempDir::new().unwrap();
-    let conf = conf_with_keyring(&Ceph::shared(), folder.path(), &Ceph::other().conf().with_file_name("keyring"));
+    let keyring = Ceph::other().conf().with_file_name("keyring");
+    let conf = conf_with_keyring(&Ceph::shared(), folder.path(), &keyring);
 
     let error = Cluster::connect(&conf, "cinder", SECONDS_MAX).err().unwrap().to_string();
 
@@ -66,7 +67,7 @@ fn an_image_has_the_bytes_written_and_its_snapshot_those_before() {
 }
 
 /// The cluster's configuration, but with this keyring.
-fn conf_with_keyring(ceph: &Ceph, folder: &Path, keyring: &Path) -> std::path::PathBuf {
+fn conf_with_keyring(ceph: &Ceph, folder: &Path, keyring: &Path) -> PathBuf {
     let conf = folder.join("ceph.conf");
     let of_cluster = fs::read_to_string(ceph.conf()).unwrap();
     fs::write(&conf, format!("{of_cluster}\n[client]\nkeyring = {}\n", keyring.display())).unwrap();

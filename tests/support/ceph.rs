@@ -28,8 +28,9 @@ impl Ceph {
     }
 
     fn named(variable: &str) -> Self {
-        let conf = std::env::var_os(variable)
-            .unwrap_or_else(|| panic!("{variable} names no cluster's ceph.conf: run `make test`, which starts one"));
+        let conf = std::env::var_os(variable).unwrap_or_else(|| {
+            panic!("{variable} names no cluster's ceph.conf: run `make test`, which starts one")
+        });
         Self { conf: conf.into(), own: None }
     }
 
