@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+#[cfg(feature = "ceph")]
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::job::Record;
