@@ -333,12 +333,13 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
                 "another one of that name"
             }
             "map" => {
-                // Ceph itself finds out, when it opens the image, that a map is not there.
+                // Ceph itself finds out, when it opens the image, that its map is no map.
                 let info: serde_json::Value =
                     serde_json::from_str(&bench.main.rbd(&["info", "--format", "json", volume.spec()]))
                         .unwrap();
                 let map = format!("rbd_object_map.{}", info["id"].as_str().unwrap());
-                bench.main.rados(&["-p", "volumes", "rm", &map]);
+                let garbage = bench.file("garbage", b"garbage");
+                bench.main.rados(&["-p", "volumes", "put", &map, garbage.to_str().unwrap()]);
                 volume.write(&[(12 * MIB, &noise(4, 4096))]);
                 "object map"
             }
