@@ -402,7 +402,7 @@ fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_end_of_a_job_is_told_to_the_reply_queue_with_the_correlation_id() {
+async fn what_became_of_a_message_is_told_to_the_reply_queue_with_the_correlation_id() {
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), "", SMALL);
     let _worker = stack.worker();
@@ -413,28 +413,33 @@ async fn the_end_of_a_job_is_told_to_the_reply_queue_with_the_correlation_id() {
     let queue = channel.queue_declare("".into(), options, Default::default()).await.unwrap();
     let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
     let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
-    let properties = Properties {
-        correlation_id: Some("ticket-7".into()),
-        reply_to: Some(queue.name().to_string()),
-        ..Properties::default()
-    };
+    // With the longest message id that there can be.
+    let cases = [(verify.to_string(), "failed"), ("{".into(), "rejected")];
 
-    broker.publish_job(verify.to_string().into_bytes().into(), properties).await.unwrap();
+    for (body, state) in cases {
+        let properties = Properties {
+            correlation_id: Some("ticket-7".into()),
+            message_id: Some("m".repeat(255)),
+            reply_to: Some(queue.name().to_string()),
+            ..Properties::default()
+        };
+        broker.publish_job(body.into_bytes().into(), properties).await.unwrap();
 
-    let mut reply = None;
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    while reply.is_none() {
-        assert!(std::time::Instant::now() < deadline, "no reply");
-        let options = lapin::options::BasicGetOptions { no_ack: true };
-        reply = channel.basic_get(queue.name().clone(), options).await.unwrap();
+        let mut reply = None;
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while reply.is_none() {
+            assert!(std::time::Instant::now() < deadline, "no reply");
+            let options = lapin::options::BasicGetOptions { no_ack: true };
+            reply = channel.basic_get(queue.name().clone(), options).await.unwrap();
+        }
+        let reply = reply.unwrap().delivery;
+        let event: Value = serde_json::from_slice(&reply.data).unwrap();
+        assert_eq!(event["type"], format!("backhaul.job.{state}.v1"));
+        let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(ToString::to_string);
+        assert_eq!(text(reply.properties.correlation_id()).as_deref(), Some("ticket-7"));
+        assert_eq!(json!(text(reply.properties.message_id())), event["id"]);
     }
-    let reply = reply.unwrap().delivery;
-    assert_eq!(
-        reply.properties.correlation_id().as_ref().map(ToString::to_string).as_deref(),
-        Some("ticket-7")
-    );
-    let reply: Value = serde_json::from_slice(&reply.data).unwrap();
-    assert_eq!(reply["type"], "backhaul.job.failed.v1");
+    assert_eq!(dead_letters(&rabbit, &stack, 1).await.len(), 1);
 }
 
 #[test]
