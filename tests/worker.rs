@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::process::Stdio;
 
-use backhaul::broker::{Broker, Properties, QueueKind, Settings, Subscription, Tls};
+use backhaul::broker::{Broker, Properties, QueueKind, Routed, Settings, Subscription, Tls};
 use serde_json::{Value, json};
 use support::rabbit::Rabbit;
 use support::stack::{Stack, noise, rest_of, until};
@@ -440,6 +440,17 @@ async fn what_became_of_a_message_is_told_to_the_reply_queue_with_the_correlatio
         assert_eq!(json!(text(reply.properties.message_id())), event["id"]);
     }
     assert_eq!(dead_letters(&rabbit, &stack, 1).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waited_for_the_end_of_a_job_leaves_no_queue_behind() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let _worker = stack.worker();
+    assert_eq!(stack.submit(&["verify", "--backup-id", BACKUP]).0, 1);
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let routed = broker.publish_event("verify.failed.-", "{}".into(), Properties::default()).await;
+    assert_eq!(routed.unwrap(), Routed::Nowhere);
 }
 
 #[test]
