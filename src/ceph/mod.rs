@@ -1,32 +1,49 @@
-//! Ceph, through librados: the only place with unsafe code, all of it behind types that cannot be misused.
+//! Ceph, through librados and librbd: the only place with unsafe code, all of it behind types that cannot be misused.
 //!
-//! It must not know jobs or backups.
+//! It must not know jobs or backups. All that is not `async` blocks, and is to be called from threads that may.
+
+mod clusters;
+mod image;
+mod librbd;
+mod rados;
+
+pub use clusters::{Access, Clusters};
+pub use image::{Diff, Extent, Features, Image, Mode, NewImage, Snapshot};
+pub use rados::{Cluster, Pool};
 
 use std::ffi::{CString, NulError, c_int};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::ptr;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
 
-use ::ceph::rados;
+use backon::{BlockingRetryable, ConstantBuilder};
 
-/// Why a cluster cannot be reached.
+/// What went wrong in a cluster.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A name or path that cannot be handed to librados.
-    #[error("a Ceph setting has a zero byte")]
+    /// A name or path that cannot be handed over.
+    #[error("a name for Ceph has a zero byte")]
     ZeroByte(#[from] NulError),
+    /// The configuration has no such cluster.
+    #[error("there is no such cluster in the configuration ({name}): it has {known}")]
+    UnknownCluster {
+        /// What was asked for, for people.
+        name: String,
+        /// What there is, for people.
+        known: String,
+    },
     /// The configuration file cannot be read.
     #[error("read {conf}: {error}", conf = conf.display())]
     Conf {
         /// The file.
         conf: PathBuf,
         /// Why.
-        error: std::io::Error,
+        error: io::Error,
     },
     /// The cluster does not answer, or not to this user.
     #[error(
         "connect to the cluster of {conf} as client.{user}: {error}; are its monitors up, and is the user's keyring \
-         readable?",
+         readable and right?",
         conf = conf.display()
     )]
     Connect {
@@ -35,74 +52,62 @@ pub enum Error {
         /// The user, without `client.`.
         user: String,
         /// Why.
-        error: std::io::Error,
+        error: io::Error,
+    },
+    /// A cluster said no.
+    #[error("{action} {object}: {error}")]
+    Operation {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        object: String,
+        /// Why it failed.
+        error: io::Error,
     },
 }
 
-/// A connection to a cluster.
-pub struct Cluster {
-    handle: rados::rados_t,
-}
+impl Error {
+    fn operation(action: &'static str, object: impl ToString, code: c_int) -> Self {
+        Self::Operation { action, object: object.to_string(), error: os_error(code) }
+    }
 
-impl Cluster {
-    /// Connects with a configuration file and a user, whose name goes without `client.`. Gives up after
-    /// `seconds_max`. Blocks.
-    pub fn connect(conf: &Path, user: &str, seconds_max: u32) -> Result<Self, Error> {
-        let failed = |code| Error::Connect { conf: conf.into(), user: user.into(), error: os_error(code) };
-        let (id, path) = (CString::new(user)?, CString::new(conf.as_os_str().as_bytes())?);
-        let mut handle: rados::rados_t = ptr::null_mut();
-        // SAFETY: both pointers are valid for the call; librados keeps neither. After success the handle is ours, and
-        // `Cluster` gives it back once, when it is dropped.
-        check(unsafe { rados::rados_create(&mut handle, id.as_ptr()) }).map_err(failed)?;
-        let cluster = Self { handle };
-        // SAFETY: the handle was created above and is not yet connected; the path is valid for the call.
-        check(unsafe { rados::rados_conf_read_file(cluster.handle, path.as_ptr()) })
-            .map_err(|code| Error::Conf { conf: conf.into(), error: os_error(code) })?;
-        // Without these a cluster that is down is waited for five minutes, or for ever.
-        let seconds = CString::new(seconds_max.to_string())?;
-        for option in [c"client_mount_timeout", c"rados_mon_op_timeout", c"rados_osd_op_timeout"] {
-            // SAFETY: the handle is valid, and both strings are for the call.
-            check(unsafe { rados::rados_conf_set(cluster.handle, option.as_ptr(), seconds.as_ptr()) })
-                .map_err(failed)?;
+    /// The same for those who speak in the operating system's errors.
+    pub fn into_io(self) -> io::Error {
+        io::Error::new(self.kind(), self)
+    }
+
+    /// What the operating system, in whose words Ceph speaks, calls the error.
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::ZeroByte(_) | Self::UnknownCluster { .. } => io::ErrorKind::InvalidInput,
+            Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. } => {
+                error.kind()
+            }
         }
-        // SAFETY: the handle is valid, configured, and connected only here.
-        check(unsafe { rados::rados_connect(cluster.handle) }).map_err(failed)?;
-        Ok(cluster)
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        // SAFETY: the handle came from rados_create, which a shutdown undoes whether it was connected or not; nobody
-        // has it after this.
-        unsafe { rados::rados_shutdown(self.handle) }
-    }
+/// Ceph returns errors as negative numbers of the operating system's.
+fn os_error(code: c_int) -> io::Error {
+    io::Error::from_raw_os_error(-code)
 }
 
-fn check(code: c_int) -> Result<(), c_int> {
-    if code < 0 { Err(code) } else { Ok(()) }
+/// Ceph frees an image that a client had open when it died only after half a minute.
+const BUSY_WAIT: Duration = Duration::from_secs(1);
+const BUSY_TRIES_MAX: usize = 40;
+
+/// Does something again and again for as long as an image or snapshot is in use, up to a limit.
+pub fn while_busy<T>(action: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    action
+        .retry(ConstantBuilder::default().with_delay(BUSY_WAIT).with_max_times(BUSY_TRIES_MAX))
+        .when(|error| error.kind() == io::ErrorKind::ResourceBusy)
+        .call()
 }
 
-/// librados returns errors as negative numbers of the operating system's.
-fn os_error(code: c_int) -> std::io::Error {
-    std::io::Error::from_raw_os_error(-code)
+fn check(code: c_int) -> Result<c_int, c_int> {
+    if code < 0 { Err(code) } else { Ok(code) }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cluster_without_a_configuration_or_monitors_is_a_clear_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let conf = folder.path().join("ceph.conf");
-
-        let error = Cluster::connect(&conf, "cinder", 1).err().unwrap();
-        assert!(matches!(error, Error::Conf { .. }), "{error}");
-        assert!(error.to_string().contains("ceph.conf: No such file"), "{error}");
-
-        std::fs::write(&conf, "[global]\nmon_host = 127.0.0.1:1\nauth_client_required = none\n").unwrap();
-        let error = Cluster::connect(&conf, "cinder", 1).err().unwrap();
-        assert!(error.to_string().contains("client.cinder"), "{error}");
-    }
+fn c_string(text: &str) -> Result<CString, NulError> {
+    CString::new(text)
 }

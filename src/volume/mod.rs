@@ -3,8 +3,12 @@
 //! Everything here blocks; it must not know jobs, stores or what is done with the bytes.
 
 mod file;
+#[cfg(feature = "ceph")]
+pub mod rbd;
 
 pub use file::{FileRoots, FileSource, FileTarget};
+#[cfg(feature = "ceph")]
+pub use rbd::{RbdSource, RbdTarget};
 
 use std::io;
 use std::ops::Range;
@@ -92,6 +96,10 @@ pub enum Error {
         /// The path as it was asked for.
         path: String,
     },
+    /// A Ceph cluster said no.
+    #[cfg(feature = "ceph")]
+    #[error(transparent)]
+    Ceph(#[from] crate::ceph::Error),
     /// The operating system said no.
     #[error("{action} {path}")]
     Io {
@@ -109,6 +117,8 @@ impl Error {
     pub fn class(&self) -> Class {
         match self {
             Self::Io { source, .. } => class(source),
+            #[cfg(feature = "ceph")]
+            Self::Ceph(error) => class_of(error.kind()),
             _ => Class::Permanent,
         }
     }
@@ -116,8 +126,13 @@ impl Error {
 
 /// What an error of a volume's reads and writes means for the job.
 pub fn class(error: &io::Error) -> Class {
+    class_of(error.kind())
+}
+
+/// The same by the kind of the error.
+pub fn class_of(kind: io::ErrorKind) -> Class {
     use io::ErrorKind as Kind;
-    match error.kind() {
+    match kind {
         Kind::Interrupted | Kind::TimedOut | Kind::StaleNetworkFileHandle | Kind::ResourceBusy => {
             Class::Transient
         }

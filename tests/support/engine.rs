@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
-use backhaul::engine::{Cpu, Engine, Error, Receipt};
+use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{
     Account, BackupId, BackupWork, Completion, Container, Context, Job, JobId, Location, Outcome, Parent,
     Record, RestoreWork, VolumeId, Work,
@@ -85,7 +85,7 @@ impl Bench {
         memory_bytes: usize,
     ) -> Engine {
         let chunked = Chunked::new(store, settings, self.cpu.clone(), Budget::new(memory_bytes));
-        Engine::new(chunked, FileRoots::new(&[self.volumes()]))
+        Engine::new(chunked, Volumes { file_roots: FileRoots::new(&[self.volumes()]), ..Volumes::default() })
     }
 
     /// All that lies in the store, by path: objects, and where they are files also temporary ones and, with a `/` at
@@ -168,10 +168,15 @@ pub(crate) fn job(work: Work) -> Job {
 
 /// A job that backs the file up under a new id.
 pub(crate) fn backup_job(volume_id: VolumeId, source: &Path, parent: Parent) -> Job {
+    backup_job_of(volume_id, Location::File(source.into()), parent)
+}
+
+/// The same of a volume of any kind.
+pub(crate) fn backup_job_of(volume_id: VolumeId, source: Location, parent: Parent) -> Job {
     job(Work::Backup(BackupWork {
         backup_id: BackupId::random(),
         volume_id,
-        source: Location::File(source.into()),
+        source,
         parent,
         container: None,
         name: Some("nightly".into()),
@@ -191,7 +196,7 @@ pub(crate) async fn run(engine: &Engine, job: &Job) -> Result<Receipt, Error> {
 }
 
 pub(crate) async fn run_in(ctx: &Context, engine: &Engine, job: &Job) -> Result<Receipt, Error> {
-    engine.run(ctx, job, plan(job)[0]).await
+    engine.run(ctx, job, plan(job, &engine.strategies(&job.work))[0]).await
 }
 
 pub(crate) async fn backup(

@@ -475,6 +475,8 @@ enum OperationWord {
 #[serde(remote = "Strategy", rename_all = "kebab-case")]
 enum StrategyWord {
     Chunked,
+    Rbd,
+    Copy,
 }
 
 #[derive(Serialize, Deserialize)]

@@ -1,0 +1,51 @@
+//! The clusters of the configuration, by name.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{Cluster, Error};
+
+/// How a cluster is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Access {
+    /// Ceph's own configuration file.
+    pub conf: PathBuf,
+    /// The user, without `client.`.
+    pub user: String,
+    /// How long anything that is asked of the cluster may take.
+    pub operation_seconds_max: u32,
+}
+
+/// The clusters that jobs may name.
+#[derive(Debug, Clone, Default)]
+pub struct Clusters(Arc<BTreeMap<String, Access>>);
+
+impl Clusters {
+    /// Takes the clusters by their names.
+    pub fn new(clusters: BTreeMap<String, Access>) -> Self {
+        Self(Arc::new(clusters))
+    }
+
+    /// Connects to the cluster of this name; without one, to the only one there is.
+    ///
+    /// Each call makes a connection of its own. A job has its own, so that a worker that takes a job over can have the
+    /// cluster shut out the one that had it before, and nothing else.
+    pub fn connect(&self, name: Option<&str>) -> Result<Cluster, Error> {
+        let access = match name {
+            Some(name) => self.0.get(name),
+            None if self.0.len() == 1 => self.0.values().next(),
+            None => None,
+        };
+        let Some(Access { conf, user, operation_seconds_max }) = access else {
+            let known = match self.0.is_empty() {
+                true => "none; write [ceph.NAME] with conf and user".into(),
+                false => self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", "),
+            };
+            let name =
+                name.map_or_else(|| "which one of several is not said".into(), |name| format!("{name:?}"));
+            return Err(Error::UnknownCluster { name, known });
+        };
+        Cluster::connect(conf, user, *operation_seconds_max)
+    }
+}

@@ -1,0 +1,680 @@
+//! RBD images: opened, read and written with many requests under way at once, compared with their snapshots.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::{fmt, io, ptr};
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::librbd::*;
+use super::rados::text_of;
+use super::{Error, Pool, c_string, check};
+
+/// Snapshots, images or watchers that are asked for at first; when there are more, it is asked again.
+const LIST_MAX: usize = 64;
+/// Metadata values are never longer: ours are ids.
+const METADATA_BYTES_MAX: usize = 4096;
+
+/// The features of an image; source: `rbd/features.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features(u64);
+
+impl Features {
+    /// Clones of snapshots.
+    pub const LAYERING: Self = Self(1);
+    /// Stripes of one's own choice.
+    pub const STRIPING: Self = Self(2);
+    /// One writer at a time.
+    pub const EXCLUSIVE_LOCK: Self = Self(4);
+    /// A map of the objects that are there.
+    pub const OBJECT_MAP: Self = Self(8);
+    /// A map of the objects that differ between snapshots.
+    pub const FAST_DIFF: Self = Self(16);
+    /// A journal of all writes.
+    pub const JOURNALING: Self = Self(64);
+    /// Those of a usual image.
+    pub const USUAL: Self = Self(1 | 4 | 8 | 16);
+
+    /// Whether all of `others` are among these.
+    pub fn has(self, others: Self) -> bool {
+        self.0 & others.0 == others.0
+    }
+}
+
+impl std::ops::BitOr for Features {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// What an image is made with. Everything else is as the cluster is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewImage {
+    /// Its size.
+    pub bytes: u64,
+    /// Its features.
+    pub features: Features,
+    /// The size and the number of its stripes; those of whole objects if absent.
+    pub stripes: Option<(u64, u64)>,
+}
+
+/// How an image is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// To be read. Others may write it.
+    Read,
+    /// To be written too.
+    Write,
+}
+
+/// One snapshot of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its id, which no other snapshot of the pool has or will have.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// The size of the image when it was taken.
+    pub bytes: u64,
+}
+
+/// A range of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it begins.
+    pub offset: u64,
+    /// How long it is.
+    pub length: u64,
+    /// Whether there is anything; if not, it reads as zeros.
+    pub exists: bool,
+}
+
+impl Extent {
+    /// Where it ends.
+    pub fn end(&self) -> u64 {
+        self.offset + self.length
+    }
+}
+
+/// How finely two states of an image are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Diff {
+    /// Object by object, out of the object map where the image has one.
+    Objects,
+    /// As finely as the cluster knows; asks for every object that may differ.
+    Fine,
+}
+
+impl Pool {
+    /// The names of all images of the pool.
+    pub fn images(&self) -> Result<Vec<String>, Error> {
+        let mut count = LIST_MAX;
+        loop {
+            let mut specs = Vec::with_capacity(count);
+            // SAFETY: the pool is open, and the buffer has room for as many entries as told.
+            let code = unsafe { rbd_list2(self.handle(), specs.as_mut_ptr(), &mut count) };
+            if code == -erange() {
+                continue;
+            }
+            check(code).map_err(|code| Error::operation("list the images of pool", self.name(), code))?;
+            // SAFETY: librbd has filled that many entries with strings of its own, which are given back right here.
+            return Ok(unsafe {
+                specs.set_len(count);
+                let names = specs.iter().map(|spec: &rbd_image_spec_t| string(spec.name)).collect();
+                rbd_image_spec_list_cleanup(specs.as_mut_ptr(), count);
+                names
+            });
+        }
+    }
+
+    /// Makes an image; fails with [`io::ErrorKind::AlreadyExists`] when there is one of that name.
+    pub fn create_image(&self, name: &str, new: &NewImage) -> Result<(), Error> {
+        let c_name = c_string(name)?;
+        let (stripe_unit, stripe_count) = new.stripes.unwrap_or((0, 0));
+        let settings = [
+            (RBD_IMAGE_OPTION_FORMAT, 2),
+            (RBD_IMAGE_OPTION_FEATURES, new.features.0),
+            (RBD_IMAGE_OPTION_STRIPE_UNIT, stripe_unit),
+            (RBD_IMAGE_OPTION_STRIPE_COUNT, stripe_count),
+        ];
+        let mut options = ptr::null_mut();
+        // SAFETY: the options are made, filled, used and destroyed here; pool and name are valid for the calls.
+        let code = unsafe {
+            rbd_image_options_create(&mut options);
+            let mut code = 0;
+            for (option, value) in settings {
+                code = code.min(rbd_image_options_set_uint64(options, option, value));
+            }
+            if code >= 0 {
+                code = rbd_create4(self.handle(), c_name.as_ptr(), new.bytes, options);
+            }
+            rbd_image_options_destroy(options);
+            code
+        };
+        check(code).map(drop).map_err(|code| Error::operation("create image", self.path(name), code))
+    }
+
+    /// Removes an image without snapshots; fails with [`io::ErrorKind::ResourceBusy`] while somebody has it open, and
+    /// says whether it was there.
+    pub fn remove_image(&self, name: &str) -> Result<bool, Error> {
+        let c_name = c_string(name)?;
+        // SAFETY: the pool is open, and the name is valid for the call.
+        let code = unsafe { rbd_remove(self.handle(), c_name.as_ptr()) };
+        match check(code).map_err(|code| Error::operation("remove image", self.path(name), code)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives an image another name; fails with [`io::ErrorKind::AlreadyExists`] when that is taken.
+    pub fn rename_image(&self, from: &str, to: &str) -> Result<(), Error> {
+        let (c_from, c_to) = (c_string(from)?, c_string(to)?);
+        // SAFETY: the pool is open, and the names are valid for the call.
+        let code = unsafe { rbd_rename(self.handle(), c_from.as_ptr(), c_to.as_ptr()) };
+        check(code).map(drop).map_err(|code| Error::operation("rename image", self.path(from), code))
+    }
+
+    /// Opens an image, or one of its snapshots.
+    pub fn open_image(&self, name: &str, snapshot: Option<&str>, mode: Mode) -> Result<Image, Error> {
+        let c_name = c_string(name)?;
+        let c_snapshot = snapshot.map(c_string).transpose()?;
+        let snapshot_ptr = c_snapshot.as_ref().map_or(ptr::null(), |name| name.as_ptr());
+        let open = match mode {
+            Mode::Read => rbd_open_read_only,
+            Mode::Write => rbd_open,
+        };
+        let mut handle = ptr::null_mut();
+        let path = match snapshot {
+            Some(snapshot) => format!("{}@{snapshot}", self.path(name)),
+            None => self.path(name),
+        };
+        // SAFETY: the pool is open, and the names are valid for the call. After success the handle is ours, and
+        // `Image` gives it back once.
+        check(unsafe { open(self.handle(), c_name.as_ptr(), &mut handle, snapshot_ptr) })
+            .map_err(|code| Error::operation("open image", &path, code))?;
+        Ok(Image { handle, path, in_flight: Arc::default(), _pool: self.clone() })
+    }
+
+    fn path(&self, image: &str) -> String {
+        format!("{}/{image}", self.name())
+    }
+}
+
+/// An open image, or an open snapshot of one. Dropping it waits for what is under way, and blocks.
+pub struct Image {
+    handle: rbd_image_t,
+    path: String,
+    in_flight: Arc<InFlight>,
+    /// Must outlive the handle.
+    _pool: Pool,
+}
+
+// SAFETY: librbd serialises access to an open image itself, and allows any number of threads. What would not be safe,
+// setting another snapshot while others read, is done nowhere.
+unsafe impl Send for Image {}
+// SAFETY: as above.
+unsafe impl Sync for Image {}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        self.in_flight.wait_for_none();
+        // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
+        let code = unsafe { rbd_close(self.handle) };
+        if code < 0 {
+            tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
+        }
+    }
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Image({})", self.path)
+    }
+}
+
+impl Image {
+    /// Its pool and name, and its snapshot if it is one.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(c_int) -> Error {
+        move |code| Error::operation(action, &self.path, code)
+    }
+
+    fn stat(&self) -> Result<rbd_image_info_t, Error> {
+        let mut info = rbd_image_info_t {
+            size: 0,
+            obj_size: 0,
+            num_objs: 0,
+            order: 0,
+            block_name_prefix: [0; 24],
+            parent_pool: 0,
+            parent_name: [0; 96],
+        };
+        // SAFETY: the image is open, and librbd fills at most the size that is told.
+        check(unsafe { rbd_stat(self.handle, &mut info, size_of::<rbd_image_info_t>()) })
+            .map_err(self.failed("look at image"))?;
+        Ok(info)
+    }
+
+    /// Its size, now or when the snapshot was taken.
+    pub fn bytes(&self) -> Result<u64, Error> {
+        Ok(self.stat()?.size)
+    }
+
+    /// The size of its objects.
+    pub fn object_bytes(&self) -> Result<u64, Error> {
+        Ok(self.stat()?.obj_size)
+    }
+
+    /// Its id, which another image of the same name has not.
+    pub fn id(&self) -> Result<String, Error> {
+        let mut text = [0; 256];
+        // SAFETY: the image is open, and the buffer has the length that is told.
+        check(unsafe { rbd_get_id(self.handle, text.as_mut_ptr(), text.len()) })
+            .map_err(self.failed("get the id of image"))?;
+        Ok(text_of(&text))
+    }
+
+    /// Its features.
+    pub fn features(&self) -> Result<Features, Error> {
+        self.number(rbd_get_features, "get the features of image").map(Features)
+    }
+
+    /// Whether its maps of objects may be wrong, as Ceph says itself.
+    pub fn maps_invalid(&self) -> Result<bool, Error> {
+        Ok(self.number(rbd_get_flags, "get the flags of image")? != 0)
+    }
+
+    /// The size and the number of its stripes.
+    pub fn stripes(&self) -> Result<(u64, u64), Error> {
+        let action = "get the stripes of image";
+        Ok((self.number(rbd_get_stripe_unit, action)?, self.number(rbd_get_stripe_count, action)?))
+    }
+
+    fn number(
+        &self,
+        get: unsafe extern "C" fn(rbd_image_t, *mut u64) -> c_int,
+        action: &'static str,
+    ) -> Result<u64, Error> {
+        let mut number = 0;
+        // SAFETY: every function given here takes an open image and a pointer to fill.
+        check(unsafe { get(self.handle, &mut number) }).map_err(self.failed(action))?;
+        Ok(number)
+    }
+
+    /// Gives it another size.
+    pub fn resize(&self, bytes: u64) -> Result<(), Error> {
+        extern "C" fn ignore(_: u64, _: u64, _: *mut c_void) -> c_int {
+            0
+        }
+        // SAFETY: the image is open; the callback takes any argument, so none is given.
+        check(unsafe { rbd_resize2(self.handle, bytes, true, ignore, ptr::null_mut()) })
+            .map(drop)
+            .map_err(self.failed("resize image"))
+    }
+
+    /// Its snapshots, the oldest first.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let mut count = LIST_MAX as c_int;
+        loop {
+            // One more than told: librbd ends the list with an entry without a name.
+            let mut infos: Vec<rbd_snap_info_t> = Vec::with_capacity(count as usize + 1);
+            // SAFETY: the image is open, and the buffer has room for as many entries as told.
+            let code = unsafe { rbd_snap_list(self.handle, infos.as_mut_ptr(), &mut count) };
+            if code == -erange() {
+                continue;
+            }
+            let found = check(code).map_err(self.failed("list the snapshots of image"))? as usize;
+            let mut snapshots: Vec<Snapshot> = Vec::with_capacity(found);
+            if found > 0 {
+                // SAFETY: librbd has filled that many entries, and one that ends the list, with strings of its own,
+                // which are given back right here.
+                unsafe {
+                    infos.set_len(found);
+                    for info in &infos {
+                        snapshots.push(Snapshot { id: info.id, name: string(info.name), bytes: info.size });
+                    }
+                    rbd_snap_list_end(infos.as_mut_ptr());
+                }
+            }
+            snapshots.sort_by_key(|snapshot| snapshot.id);
+            return Ok(snapshots);
+        }
+    }
+
+    /// Takes a snapshot; fails with [`io::ErrorKind::AlreadyExists`] when there is one of that name.
+    pub fn create_snapshot(&self, name: &str) -> Result<(), Error> {
+        let c_name = c_string(name)?;
+        // SAFETY: the image is open, and the name is valid for the call.
+        check(unsafe { rbd_snap_create(self.handle, c_name.as_ptr()) })
+            .map(drop)
+            .map_err(|code| Error::operation("take snapshot", format!("{}@{name}", self.path), code))
+    }
+
+    /// Removes a snapshot; says whether it was there.
+    pub fn remove_snapshot(&self, name: &str) -> Result<bool, Error> {
+        let c_name = c_string(name)?;
+        // SAFETY: the image is open, and the name is valid for the call.
+        let code = unsafe { rbd_snap_remove(self.handle, c_name.as_ptr()) };
+        let snapshot = || format!("{}@{name}", self.path);
+        match check(code).map_err(|code| Error::operation("remove snapshot", snapshot(), code)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes sure that nobody else writes to it while it is open. Who held its lock and still lives keeps it, and this
+    /// fails with [`io::ErrorKind::ReadOnlyFilesystem`] or [`io::ErrorKind::ResourceBusy`].
+    pub fn lock(&self) -> Result<(), Error> {
+        // SAFETY: the image is open.
+        check(unsafe { rbd_lock_acquire(self.handle, RBD_LOCK_MODE_EXCLUSIVE) })
+            .map(drop)
+            .map_err(self.failed("lock image"))
+    }
+
+    /// Takes its lock away from whoever holds it, and has the cluster refuse all that they still write. Says whether
+    /// somebody held it.
+    pub fn break_lock(&self) -> Result<bool, Error> {
+        let (mut mode, mut owners, mut count) = (0, [ptr::null_mut(); 8], 8);
+        // SAFETY: the image is open, and the array has room for as many owners as told.
+        let code = unsafe { rbd_lock_get_owners(self.handle, &mut mode, owners.as_mut_ptr(), &mut count) };
+        match check(code).map_err(self.failed("find who has locked image")) {
+            Ok(_) if count == 0 => return Ok(false),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        let mut broken = Ok(());
+        for owner in &owners[..count] {
+            // SAFETY: librbd has filled that many entries with strings of its own.
+            let code = unsafe { rbd_lock_break(self.handle, mode, *owner) };
+            broken = broken.and(check(code).map(drop));
+        }
+        // SAFETY: as above; they are given back once.
+        unsafe { rbd_lock_get_owners_cleanup(owners.as_mut_ptr(), count) };
+        match broken.map_err(self.failed("break the lock of image")) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many have it open to write, this one included.
+    pub fn watcher_count(&self) -> Result<usize, Error> {
+        let mut count = LIST_MAX;
+        loop {
+            let mut watchers: Vec<rbd_image_watcher_t> = Vec::with_capacity(count);
+            // SAFETY: the image is open, and the buffer has room for as many entries as told.
+            let code = unsafe { rbd_watchers_list(self.handle, watchers.as_mut_ptr(), &mut count) };
+            if code == -erange() {
+                continue;
+            }
+            check(code).map_err(self.failed("find who has image open:"))?;
+            // SAFETY: librbd has filled that many entries with strings of its own, which are given back right here.
+            unsafe { rbd_watchers_list_cleanup(watchers.as_mut_ptr(), count) };
+            return Ok(count);
+        }
+    }
+
+    /// A value that was kept with the image.
+    pub fn metadata(&self, key: &str) -> Result<Option<String>, Error> {
+        let c_key = c_string(key)?;
+        let (mut text, mut length) = (vec![0; METADATA_BYTES_MAX], METADATA_BYTES_MAX);
+        // SAFETY: the image is open, the key is valid for the call, and the buffer has the length that is told.
+        let code = unsafe { rbd_metadata_get(self.handle, c_key.as_ptr(), text.as_mut_ptr(), &mut length) };
+        match check(code).map_err(self.failed("read the metadata of image")) {
+            Ok(_) => Ok(Some(text_of(&text))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Keeps a value with the image.
+    pub fn set_metadata(&self, key: &str, value: &str) -> Result<(), Error> {
+        let (c_key, c_value) = (c_string(key)?, c_string(value)?);
+        // SAFETY: the image is open, and both strings are valid for the call.
+        check(unsafe { rbd_metadata_set(self.handle, c_key.as_ptr(), c_value.as_ptr()) })
+            .map(drop)
+            .map_err(self.failed("write the metadata of image"))
+    }
+
+    /// What of `range` differs from the snapshot `from`, or, without one, what there is of it; in order. Goes through
+    /// the parents of a clone. Memory grows with the number of extents: ask for one range after the other.
+    pub fn diff(&self, from: Option<&str>, range: Range<u64>, diff: Diff) -> Result<Vec<Extent>, Error> {
+        extern "C" fn collect(offset: u64, length: usize, exists: c_int, arg: *mut c_void) -> c_int {
+            // SAFETY: the argument is the vector below, which nobody else touches until the diff has returned: librbd
+            // calls back from one thread at a time.
+            let extents = unsafe { &mut *arg.cast::<Vec<Extent>>() };
+            extents.push(Extent { offset, length: length as u64, exists: exists != 0 });
+            0
+        }
+        let c_from = from.map(c_string).transpose()?;
+        let from_ptr = c_from.as_ref().map_or(ptr::null(), |name| name.as_ptr());
+        let mut extents: Vec<Extent> = Vec::new();
+        // SAFETY: the image is open, the name is valid for the call, and so is the vector that the callback is given.
+        let code = unsafe {
+            rbd_diff_iterate2(
+                self.handle,
+                from_ptr,
+                range.start,
+                range.end - range.start,
+                1,
+                (diff == Diff::Objects).into(),
+                collect,
+                ptr::from_mut(&mut extents).cast(),
+            )
+        };
+        check(code).map_err(self.failed("find what has changed in image"))?;
+        extents.sort_by_key(|extent| extent.offset);
+        Ok(extents)
+    }
+
+    /// Reads `length` bytes from `offset` on; fails with [`io::ErrorKind::UnexpectedEof`] where the image ends before.
+    pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        let buffer = Buffer::Read(vec![0; length]);
+        let (read, buffer) = self
+            .submit("read image", buffer, |handle, buffer, completion| {
+                let Buffer::Read(bytes) = buffer else { return -einval() };
+                // SAFETY: see `submit`; the buffer has the length that is told.
+                unsafe { rbd_aio_read(handle, offset, length, bytes.as_mut_ptr().cast(), completion) }
+            })
+            .await?;
+        match buffer {
+            Buffer::Read(bytes) if read as usize == length => Ok(bytes),
+            _ => Err(Error::Operation {
+                action: "read image",
+                object: self.path.clone(),
+                error: io::ErrorKind::UnexpectedEof.into(),
+            }),
+        }
+    }
+
+    /// Writes `bytes` from `offset` on. When this is given up before its end, it may still be done.
+    pub async fn write(&self, offset: u64, bytes: Bytes) -> Result<(), Error> {
+        self.submit("write image", Buffer::Write(bytes), |handle, buffer, completion| {
+            let Buffer::Write(bytes) = buffer else { return -einval() };
+            // SAFETY: see `submit`; the buffer has the length that is told.
+            unsafe { rbd_aio_write(handle, offset, bytes.len(), bytes.as_ptr().cast(), completion) }
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Makes a range read as zeros, and frees what of it is whole objects.
+    pub async fn write_zeroes(&self, offset: u64, length: usize) -> Result<(), Error> {
+        self.submit("write zeros to image", Buffer::None, |handle, _, completion| {
+            // SAFETY: see `submit`.
+            unsafe { rbd_aio_write_zeroes(handle, offset, length, completion, 0, 0) }
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Gives a range back. What it reads as then is not certain at its ends: librbd skips what is no whole object.
+    pub async fn discard(&self, offset: u64, length: u64) -> Result<(), Error> {
+        self.submit("discard a range of image", Buffer::None, |handle, _, completion| {
+            // SAFETY: see `submit`.
+            unsafe { rbd_aio_discard(handle, offset, length, completion) }
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Makes everything durable that was written before.
+    pub async fn flush(&self) -> Result<(), Error> {
+        self.submit("flush image", Buffer::None, |handle, _, completion| {
+            // SAFETY: see `submit`.
+            unsafe { rbd_aio_flush(handle, completion) }
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Starts a request and waits for its end. The buffer belongs to the request until then, whether somebody still
+    /// waits or not, and the image is not closed before: so `start` may hand librbd pointers into the buffer.
+    fn submit(
+        &self,
+        action: &'static str,
+        buffer: Buffer,
+        start: impl FnOnce(rbd_image_t, &mut Buffer, rbd_completion_t) -> c_int,
+    ) -> impl Future<Output = Result<(isize, Buffer), Error>> + Send {
+        let (sender, receiver) = oneshot::channel();
+        let answer = Answer { action, path: &self.path, receiver };
+        let request = Box::new(Request { buffer, sender, in_flight: self.in_flight.clone() });
+        let mut completion = ptr::null_mut();
+        let request = Box::into_raw(request);
+        // SAFETY: `finished` takes exactly this argument, once. Fails only for want of memory.
+        let code = unsafe { rbd_aio_create_completion(request.cast(), finished, &mut completion) };
+        if let Err(code) = check(code) {
+            // SAFETY: without a completion nobody else has the request.
+            unsafe { Box::from_raw(request) }.sender.send((code as isize, Buffer::None)).ok();
+            return answer;
+        }
+        self.in_flight.begin();
+        // SAFETY: the request is alive and not touched by anybody else until librbd has called back, which it does not
+        // before `start` has handed it over.
+        let code = start(self.handle, unsafe { &mut (*request).buffer }, completion);
+        if code < 0 {
+            // SAFETY: a request that was refused is not called back for: request and completion are still ours.
+            unsafe {
+                rbd_aio_release(completion);
+                Box::from_raw(request).finish(code as isize);
+            }
+        }
+        answer
+    }
+}
+
+/// Is called by librbd, on a thread of its own, when a request has come to its end.
+extern "C" fn finished(completion: rbd_completion_t, arg: *mut c_void) {
+    // SAFETY: the argument is the request that `submit` made for this completion, and nobody else has it any more. The
+    // completion may be released from its own callback, and is released once.
+    let (result, request) = unsafe {
+        let result = rbd_aio_get_return_value(completion);
+        rbd_aio_release(completion);
+        (result, Box::from_raw(arg.cast::<Request>()))
+    };
+    request.finish(result);
+}
+
+/// Bytes that a request reads into or writes from.
+enum Buffer {
+    None,
+    Read(Vec<u8>),
+    Write(Bytes),
+}
+
+/// A request that is under way.
+struct Request {
+    buffer: Buffer,
+    sender: oneshot::Sender<(isize, Buffer)>,
+    in_flight: Arc<InFlight>,
+}
+
+impl Request {
+    fn finish(self, result: isize) {
+        let Self { buffer, sender, in_flight } = self;
+        // Nobody may be waiting any more.
+        sender.send((result, buffer)).ok();
+        in_flight.end();
+    }
+}
+
+/// The end of a request, to be waited for.
+struct Answer<'a> {
+    action: &'static str,
+    path: &'a str,
+    receiver: oneshot::Receiver<(isize, Buffer)>,
+}
+
+impl Future for Answer<'_> {
+    type Output = Result<(isize, Buffer), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.receiver).poll(context).map(|answer| match answer {
+            Ok((result, buffer)) if result >= 0 => Ok((result, buffer)),
+            Ok((code, _)) => Err(Error::operation(self.action, self.path, code as c_int)),
+            // Not reached: a request always answers.
+            Err(_) => Err(Error::operation(self.action, self.path, -einval())),
+        })
+    }
+}
+
+/// Counts the requests that are under way.
+#[derive(Default)]
+struct InFlight {
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl InFlight {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        // Nothing panics while it holds the lock.
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self) {
+        *self.count() += 1;
+    }
+
+    fn end(&self) {
+        *self.count() -= 1;
+        self.changed.notify_all();
+    }
+
+    fn wait_for_none(&self) {
+        let mut count = self.count();
+        while *count > 0 {
+            count = self.changed.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A string of librbd's.
+///
+/// # Safety
+/// The pointer must be to a string that ends with a zero byte.
+unsafe fn string(text: *const c_char) -> String {
+    // SAFETY: says the caller.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+/// The list is longer than the room that was given for it.
+fn erange() -> c_int {
+    rustix::io::Errno::RANGE.raw_os_error()
+}
+
+fn einval() -> c_int {
+    rustix::io::Errno::INVAL.raw_os_error()
+}

@@ -1,0 +1,367 @@
+//! RBD images.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use futures_util::future;
+use tokio::runtime::Handle;
+
+use super::{Before, Error, VolumeSource, VolumeTarget};
+use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool};
+use crate::job::{RbdImage, SourceSnapshot};
+
+/// How much of an image is looked at for data, or for changes, at once: what is found must fit in memory.
+pub const WINDOW_BYTES: u64 = 16 << 30;
+/// How much is made zero with one request; librbd takes less than 4 GiB.
+const ZERO_BYTES_MAX: u64 = 1 << 30;
+/// Changed objects that lie nearer to each other than this are looked at with one request.
+const NEAR_BYTES: u64 = 128 << 20;
+
+/// An image that is to be backed up, or a snapshot of one, before it is known under which name.
+#[derive(Debug, Clone)]
+pub struct RbdOrigin {
+    pool: Pool,
+    location: RbdImage,
+    head: Arc<Image>,
+    bytes: u64,
+}
+
+impl RbdOrigin {
+    /// Opens what the location names. Blocks.
+    pub fn open(clusters: &Clusters, location: &RbdImage) -> Result<Self, Error> {
+        let pool = clusters.connect(location.cluster.as_deref())?.pool(&location.pool)?;
+        // Taking a snapshot counts as writing.
+        let mode = if location.snapshot.is_some() { Mode::Read } else { Mode::Write };
+        let head = pool.open_image(&location.image, location.snapshot.as_deref(), mode)?;
+        let bytes = head.bytes()?;
+        if bytes == 0 {
+            return Err(Error::Empty { path: head.path().into() });
+        }
+        Ok(Self { pool, location: location.clone(), head: Arc::new(head), bytes })
+    }
+
+    /// Its size now.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The image as it is now, or the snapshot that was named.
+    pub fn head(&self) -> &Arc<Image> {
+        &self.head
+    }
+
+    /// Whether it is an image, of which a snapshot is to be taken, and not one itself.
+    pub fn is_head(&self) -> bool {
+        self.location.snapshot.is_none()
+    }
+
+    /// The snapshot of that name that is about to be taken; none of what is one itself. Blocks.
+    pub fn snapshot_to_take(&self, name: &str) -> Result<Option<SourceSnapshot>, Error> {
+        if !self.is_head() {
+            return Ok(None);
+        }
+        let image = RbdImage { snapshot: Some(name.into()), ..self.location.clone() };
+        Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
+    }
+
+    /// Takes the snapshot, if one is to be taken, and opens it. Blocks; needs a runtime around it.
+    pub fn freeze(&self, snapshot: Option<&SourceSnapshot>) -> Result<RbdSource, Error> {
+        match snapshot.and_then(|snapshot| snapshot.image.snapshot.as_deref()) {
+            Some(name) => {
+                self.head.create_snapshot(name)?;
+                let taken = self.head.snapshots()?.into_iter().find(|snapshot| snapshot.name == name);
+                let mut source = RbdSource::open(&self.pool, &self.location.image, Some(name))?;
+                source.snapshot_id = taken.map(|snapshot| snapshot.id);
+                Ok(source)
+            }
+            None => RbdSource::open(&self.pool, &self.location.image, self.location.snapshot.as_deref()),
+        }
+    }
+}
+
+/// An image, or a snapshot of one, to back up.
+#[derive(Debug)]
+pub struct RbdSource {
+    image: Arc<Image>,
+    bytes: u64,
+    snapshot_id: Option<u64>,
+    runtime: Handle,
+    data: Mutex<Window>,
+}
+
+/// The data of a part of an image.
+#[derive(Debug, Default)]
+struct Window {
+    range: Range<u64>,
+    data: Vec<Range<u64>>,
+}
+
+impl RbdSource {
+    /// Opens an image, or a snapshot of it, to read. Blocks; needs a runtime around it.
+    pub fn open(pool: &Pool, image: &str, snapshot: Option<&str>) -> Result<Self, Error> {
+        let image = pool.open_image(image, snapshot, Mode::Read)?;
+        let bytes = image.bytes()?;
+        if bytes == 0 {
+            return Err(Error::Empty { path: image.path().into() });
+        }
+        Ok(Self {
+            image: Arc::new(image),
+            bytes,
+            snapshot_id: None,
+            runtime: Handle::current(),
+            data: Mutex::default(),
+        })
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// The id of the snapshot that was taken for it.
+    pub fn snapshot_id(&self) -> Option<u64> {
+        self.snapshot_id
+    }
+}
+
+impl VolumeSource for RbdSource {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+        // Nothing panics while it holds the lock.
+        let mut window: MutexGuard<'_, Window> = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut at = offset;
+        while at < end.min(self.bytes) {
+            if !window.range.contains(&at) {
+                let range = at..self.bytes.min(at + WINDOW_BYTES);
+                let data = existing(&self.image, range.clone()).map_err(ceph::Error::into_io)?;
+                *window = Window { range, data };
+            }
+            let index = window.data.partition_point(|data| data.end <= at);
+            match window.data.get(index) {
+                Some(data) if data.start >= end => return Ok(None),
+                Some(data) => return Ok(Some(data.start.max(at)..data.end.min(end))),
+                None => at = window.range.end,
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let bytes = self.runtime.block_on(self.image.read(offset, buffer.len()));
+        buffer.copy_from_slice(&bytes.map_err(ceph::Error::into_io)?);
+        Ok(())
+    }
+}
+
+/// Removes a snapshot that was taken of an image, if both are still there.
+pub fn remove_snapshot(clusters: &Clusters, taken: &SourceSnapshot) -> Result<(), ceph::Error> {
+    let gone = |error: &ceph::Error| error.kind() == io::ErrorKind::NotFound;
+    let pool = match clusters.connect(taken.image.cluster.as_deref())?.pool(&taken.image.pool) {
+        Err(error) if gone(&error) => return Ok(()),
+        pool => pool?,
+    };
+    let image = match pool.open_image(&taken.image.image, None, Mode::Write) {
+        Err(error) if gone(&error) => return Ok(()),
+        image => image?,
+    };
+    // An image of the same name that was made later is another one.
+    if let Some(name) =
+        taken.image.snapshot.as_deref().filter(|_| image.id().is_ok_and(|id| id == taken.image_id))
+    {
+        ceph::while_busy(|| image.remove_snapshot(name))?;
+    }
+    Ok(())
+}
+
+/// What there is of a range of an image, in order, by whole objects where it has no finer knowledge.
+pub fn existing(image: &Image, range: Range<u64>) -> Result<Vec<Range<u64>>, ceph::Error> {
+    let extents = image.diff(None, range.clone(), Diff::Objects)?;
+    let existing = joined(extents.into_iter().filter(|extent| extent.exists), &range, 0);
+    Ok(existing.into_iter().map(|extent| extent.offset..extent.end()).collect())
+}
+
+/// What of a range of an image is not as it was in its snapshot `from`, in order.
+pub fn changed(image: &Image, from: &str, range: Range<u64>) -> Result<Vec<Extent>, ceph::Error> {
+    let objects = if image.features()?.has(Features::FAST_DIFF) {
+        // The map of objects is read as a whole, and then only objects that have changed are asked for more.
+        let objects = image.diff(Some(from), range.clone(), Diff::Objects)?;
+        joined(objects.into_iter().map(|extent| Extent { exists: true, ..extent }), &range, NEAR_BYTES)
+    } else {
+        vec![Extent { offset: range.start, length: range.end - range.start, exists: true }]
+    };
+    let mut changed = Vec::new();
+    for objects in objects {
+        let range = objects.offset..objects.end();
+        changed.extend(joined(image.diff(Some(from), range.clone(), Diff::Fine)?, &range, 0));
+    }
+    Ok(changed)
+}
+
+/// The extents within `range`, in order; those of one kind that lie nearer to each other than `near_bytes` as one.
+fn joined(extents: impl IntoIterator<Item = Extent>, range: &Range<u64>, near_bytes: u64) -> Vec<Extent> {
+    let mut joined: Vec<Extent> = Vec::new();
+    for extent in extents {
+        let (start, end) = (extent.offset.max(range.start), extent.end().min(range.end));
+        match joined.last_mut() {
+            _ if start >= end => {}
+            Some(last) if start <= last.end() + near_bytes && last.exists == extent.exists => {
+                last.length = last.end().max(end) - last.offset;
+            }
+            _ => joined.push(Extent { offset: start, length: end - start, exists: extent.exists }),
+        }
+    }
+    joined
+}
+
+/// An image to restore onto.
+///
+/// One that is not there yet is written under another name beside it, and gets its name when it is whole.
+#[derive(Debug)]
+pub struct RbdTarget {
+    pool: Pool,
+    /// None once it is closed.
+    image: Mutex<Option<Arc<Image>>>,
+    bytes: u64,
+    before: Before,
+    runtime: Handle,
+    /// The name of an image that was not there before.
+    new: Option<String>,
+}
+
+impl RbdTarget {
+    /// Opens an image to hold `bytes`, or makes one of that size. Fails, and changes nothing, when it is smaller, or
+    /// when anybody else has it open to write. Blocks; needs a runtime around it.
+    pub fn open(clusters: &Clusters, location: &RbdImage, bytes: u64) -> Result<Self, Error> {
+        if location.snapshot.is_some() {
+            return Err(Error::NotAVolume { path: location.to_string() });
+        }
+        let pool = &clusters.connect(location.cluster.as_deref())?.pool(&location.pool)?;
+        let name = location.image.as_str();
+        let found = pool.open_image(name, None, Mode::Write);
+        let (image, before, new) = match found {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                (Self::create(pool, name, bytes)?, Before::Zeros, Some(name.to_owned()))
+            }
+            image => {
+                let image = image?;
+                if image.watcher_count()? > 1 {
+                    return Err(Error::InUse { path: image.path().into() });
+                }
+                image.lock().map_err(|error| in_use(&image, error))?;
+                let target_bytes = image.bytes()?;
+                if target_bytes < bytes {
+                    let path = image.path().into();
+                    return Err(Error::TooSmall { path, target_bytes, backup_bytes: bytes });
+                }
+                let before = if is_empty(&image, target_bytes)? { Before::Zeros } else { Before::Anything };
+                (image, before, None)
+            }
+        };
+        let bytes = image.bytes()?;
+        let image = Mutex::new(Some(Arc::new(image)));
+        Ok(Self { pool: pool.clone(), image, bytes, before, runtime: Handle::current(), new })
+    }
+
+    fn create(pool: &Pool, name: &str, bytes: u64) -> Result<Image, Error> {
+        let hidden = partial(name);
+        // One that is there is left of a restore that was killed, or belongs to one that runs: that one has it open.
+        match pool.remove_image(&hidden) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                return Err(Error::InUse { path: format!("{}/{name}", pool.name()) });
+            }
+            removed => removed?,
+        };
+        pool.create_image(&hidden, &NewImage { bytes, features: Features::USUAL, stripes: None })?;
+        let image = pool.open_image(&hidden, None, Mode::Write)?;
+        image.lock().map_err(|error| in_use(&image, error))?;
+        Ok(image)
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The image, until it is finished.
+    pub fn image(&self) -> io::Result<Arc<Image>> {
+        // Nothing panics while it holds the lock.
+        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        image.clone().ok_or_else(|| io::Error::other("the target is finished"))
+    }
+
+    /// Lets go of the image.
+    fn close(&self) {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// The name of a new image until it is whole.
+fn partial(name: &str) -> String {
+    format!("{name}.backhaul-partial")
+}
+
+fn in_use(image: &Image, error: ceph::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::ResourceBusy => {
+            Error::InUse { path: image.path().into() }
+        }
+        _ => error.into(),
+    }
+}
+
+fn is_empty(image: &Image, bytes: u64) -> Result<bool, ceph::Error> {
+    let mut offset = 0;
+    while offset < bytes {
+        let end = bytes.min(offset + WINDOW_BYTES);
+        if !existing(image, offset..end)?.is_empty() {
+            return Ok(false);
+        }
+        offset = end;
+    }
+    Ok(true)
+}
+
+impl VolumeTarget for RbdTarget {
+    fn before(&self) -> Before {
+        self.before
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let image = self.image()?;
+        self.runtime
+            .block_on(image.write(offset, Bytes::copy_from_slice(bytes)))
+            .map_err(ceph::Error::into_io)
+    }
+
+    fn zero(&self, range: Range<u64>) -> io::Result<()> {
+        let image = self.image()?;
+        let pieces = range.clone().step_by(ZERO_BYTES_MAX as usize);
+        let zeroed =
+            pieces.map(|start| image.write_zeroes(start, ZERO_BYTES_MAX.min(range.end - start) as usize));
+        self.runtime.block_on(future::try_join_all(zeroed)).map(drop).map_err(ceph::Error::into_io)
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        self.runtime.block_on(self.image()?.flush()).map_err(ceph::Error::into_io)?;
+        self.close();
+        let Some(name) = &self.new else { return Ok(()) };
+        self.pool.rename_image(&partial(name), name).map_err(ceph::Error::into_io)
+    }
+}
+
+impl Drop for RbdTarget {
+    fn drop(&mut self) {
+        self.close();
+        if let Some(name) = &self.new
+            && let Err(error) = self.pool.remove_image(&partial(name))
+        {
+            // It is gone already when the restore succeeded, which is no error.
+            tracing::warn!(%error, "an image that was not restored to its end is left behind");
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! RBD images through librbd, on a real cluster, against a naive model: a vector of bytes and copies of it.
+#![cfg(feature = "ceph")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use backhaul::ceph::{Cluster, Diff, Features, Image, Mode, NewImage, Pool};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+
+fn pool() -> Pool {
+    let conf: PathBuf = std::env::var_os("BACKHAUL_TEST_CEPH_CONF")
+        .expect("BACKHAUL_TEST_CEPH_CONF names no cluster: run `make test`, which starts one")
+        .into();
+    Cluster::connect(&conf, "cinder", 30).unwrap().pool("volumes").unwrap()
+}
+
+fn features() -> Features {
+    Features::LAYERING | Features::EXCLUSIVE_LOCK | Features::OBJECT_MAP | Features::FAST_DIFF
+}
+
+fn new_image(pool: &Pool, bytes: u64) -> (String, Arc<Image>) {
+    let name = format!("image-{}", Uuid::new_v4());
+    pool.create_image(&name, &NewImage { bytes, features: features(), stripes: None }).unwrap();
+    let image = pool.open_image(&name, None, Mode::Write).unwrap();
+    (name, Arc::new(image))
+}
+
+async fn all(image: &Image) -> Vec<u8> {
+    image.read(0, image.bytes().unwrap() as usize).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_reads_as_it_was_written_with_many_requests_under_way() {
+    let pool = pool();
+    let bytes = 10 * MIB + 1234;
+    let (name, image) = new_image(&pool, bytes);
+    let mut model = vec![0; bytes as usize];
+    let mut seed = 1_u64;
+    let mut random = move |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    for round in 0..4 {
+        // Ranges that do not touch each other, so that their order does not matter.
+        let mut requests = Vec::new();
+        let mut offset = random(100_000);
+        while offset < bytes {
+            let length = (1 + random(300_000)).min(bytes - offset) as usize;
+            let range = offset as usize..offset as usize + length;
+            let (image, zeroes) = (image.clone(), random(3) == 0);
+            let data: Vec<u8> = (0..length).map(|_| if zeroes { 0 } else { random(256) as u8 }).collect();
+            model[range].copy_from_slice(&data);
+            requests.push(tokio::spawn(async move {
+                match zeroes {
+                    true => image.write_zeroes(offset, length).await,
+                    false => image.write(offset, data.into()).await,
+                }
+            }));
+            offset += length as u64 + random(100_000);
+        }
+        for request in requests {
+            request.await.unwrap().unwrap();
+        }
+        image.flush().await.unwrap();
+        assert!(all(&image).await == model, "round {round}");
+    }
+    let error = image.read(bytes - 10, 11).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{error}");
+    drop(image);
+    assert!(pool.remove_image(&name).unwrap());
+    assert!(!pool.remove_image(&name).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_diff_has_all_that_changed_and_a_snapshot_stays_as_it_was() {
+    let pool = pool();
+    let (name, image) = new_image(&pool, 64 * MIB);
+    image.write(5 * MIB, Bytes::from(vec![1; MIB as usize])).await.unwrap();
+    image.create_snapshot("a").unwrap();
+    assert_eq!(image.create_snapshot("a").unwrap_err().kind(), ErrorKind::AlreadyExists);
+    image.write(5 * MIB + 4096, Bytes::from(vec![2; 4096])).await.unwrap();
+    image.write(40 * MIB, Bytes::from(vec![3; 4096])).await.unwrap();
+    image.write_zeroes(5 * MIB + 16384, 4096).await.unwrap();
+    image.create_snapshot("b").unwrap();
+
+    let range = 0..64 * MIB;
+    let all_of_it = image.diff(None, range.clone(), Diff::Objects).unwrap();
+    assert_eq!(
+        all_of_it.iter().map(|e| (e.offset, e.length)).collect::<Vec<_>>(),
+        [(4 * MIB, 4 * MIB), (40 * MIB, 4 * MIB)]
+    );
+    let b = pool.open_image(&name, Some("b"), Mode::Read).unwrap();
+    let changed = b.diff(Some("a"), range.clone(), Diff::Fine).unwrap();
+    for at in [5 * MIB + 4096, 5 * MIB + 16384, 40 * MIB] {
+        assert!(changed.iter().any(|e| e.offset <= at && at + 4096 <= e.end()), "{at}: {changed:?}");
+    }
+    assert!(changed.iter().map(|e| e.length).sum::<u64>() < MIB, "{changed:?}");
+    assert_eq!(b.diff(Some("b"), range, Diff::Fine).unwrap(), []);
+
+    let a = pool.open_image(&name, Some("a"), Mode::Read).unwrap();
+    assert!(a.read(5 * MIB, MIB as usize).await.unwrap().iter().all(|byte| *byte == 1));
+    let names: Vec<_> = image.snapshots().unwrap().into_iter().map(|s| (s.name, s.bytes)).collect();
+    assert_eq!(names, [("a".to_string(), 64 * MIB), ("b".to_string(), 64 * MIB)]);
+    drop((a, b));
+    assert!(image.remove_snapshot("a").unwrap());
+    assert!(!image.remove_snapshot("a").unwrap());
+    assert!(image.remove_snapshot("b").unwrap());
+    assert_eq!(image.snapshots().unwrap(), []);
+    drop(image);
+    pool.remove_image(&name).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_tells_what_it_is() {
+    let pool = pool();
+    let (name, image) = new_image(&pool, 6 * MIB);
+    assert_eq!((image.bytes().unwrap(), image.object_bytes().unwrap()), (6 * MIB, 4 * MIB));
+    assert!(
+        image.features().unwrap().has(features()) && !image.features().unwrap().has(Features::JOURNALING)
+    );
+    assert!(!image.maps_invalid().unwrap());
+    assert_eq!(image.stripes().unwrap(), (4 * MIB, 1));
+    assert_eq!(image.watcher_count().unwrap(), 1);
+    assert_eq!(image.metadata("who").unwrap(), None);
+    image.set_metadata("who", "it is").unwrap();
+    assert_eq!(image.metadata("who").unwrap().as_deref(), Some("it is"));
+    image.resize(20 * MIB).unwrap();
+    assert_eq!(image.bytes().unwrap(), 20 * MIB);
+    let id = image.id().unwrap();
+    assert_eq!(pool.remove_image(&name).unwrap_err().kind(), ErrorKind::ResourceBusy);
+    drop(image);
+    assert!(pool.images().unwrap().contains(&name));
+    let other = format!("{name}-renamed");
+    pool.rename_image(&name, &other).unwrap();
+    assert_eq!(pool.open_image(&name, None, Mode::Read).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(pool.open_image(&other, None, Mode::Read).unwrap().id().unwrap(), id);
+    let error =
+        pool.create_image(&other, &NewImage { bytes: 1, features: features(), stripes: None }).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+    pool.remove_image(&other).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_lost_the_lock_cannot_write_any_more() {
+    let (name, first) = new_image(&pool(), 8 * MIB);
+    first.lock().unwrap();
+    first.write(0, Bytes::from_static(b"first")).await.unwrap();
+
+    // A client of its own: the cluster shuts out clients, not images.
+    let pool = pool();
+    let second = pool.open_image(&name, None, Mode::Write).unwrap();
+    assert_eq!(second.watcher_count().unwrap(), 2);
+    assert!(second.lock().is_err());
+    assert!(second.break_lock().unwrap());
+    second.lock().unwrap();
+    second.write(0, Bytes::from_static(b"other")).await.unwrap();
+    assert!(first.write(0, Bytes::from_static(b"first")).await.is_err());
+    assert_eq!(second.read(0, 5).await.unwrap(), b"other");
+    drop((first, second));
+    pool.remove_image(&name).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_nobody_waits_for_comes_to_its_end_before_the_image_is_closed() {
+    let pool = pool();
+    let (name, image) = new_image(&pool, 64 * MIB);
+    for index in 0..32 {
+        // Begun, and then dropped.
+        assert!(image.write(index * MIB, Bytes::from(vec![7; MIB as usize])).now_or_never().is_none());
+    }
+    drop(image);
+    let image = pool.open_image(&name, None, Mode::Read).unwrap();
+    let bytes = image.read(0, 32 * MIB as usize).await.unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 7));
+    drop(image);
+    pool.remove_image(&name).unwrap();
+}
+
+#[test]
+fn an_object_is_made_once_and_replaced_whole() {
+    let pool = pool();
+    let name = format!("object-{}", Uuid::new_v4());
+    assert_eq!(pool.object_bytes(&name).unwrap(), None);
+    assert_eq!(pool.read_object(&name, 0, 10).unwrap_err().kind(), ErrorKind::NotFound);
+    pool.create_object(&name, b"one").unwrap();
+    assert_eq!(pool.create_object(&name, b"two").unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(pool.read_object(&name, 0, 10).unwrap(), b"one");
+    assert_eq!(pool.read_object(&name, 1, 1).unwrap(), b"n");
+    pool.replace_object(&name, b"other").unwrap();
+    assert_eq!(pool.object_bytes(&name).unwrap(), Some(5));
+    assert!(pool.remove_object(&name).unwrap());
+    assert!(!pool.remove_object(&name).unwrap());
+}
+
+#[test]
+fn keys_are_listed_in_order_however_many_there_are() {
+    let pool = pool();
+    let name = format!("keys-{}", Uuid::new_v4());
+    assert_eq!(pool.keys(&name, "").unwrap(), Vec::<String>::new());
+    pool.remove_key(&name, "x").unwrap();
+    let mut expected: Vec<String> = (0..1100).map(|index| format!("a{index}")).collect();
+    for key in expected.iter().map(String::as_str).chain(["b"]) {
+        pool.set_key(&name, key).unwrap();
+    }
+    expected.sort();
+    assert_eq!(pool.keys(&name, "a").unwrap(), expected);
+    assert_eq!(pool.keys(&name, "b").unwrap(), ["b"]);
+    pool.remove_key(&name, "b").unwrap();
+    assert_eq!(pool.keys(&name, "b").unwrap(), Vec::<String>::new());
+    pool.remove_object(&name).unwrap();
+}
+
+#[test]
+fn a_pool_that_is_not_there_is_a_clear_error() {
+    let error = pool().cluster().pool("no-such-pool").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().contains("no-such-pool"), "{error}");
+}
