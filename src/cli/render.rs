@@ -279,6 +279,8 @@ mod tests {
             counts: counts(),
             digest: None,
             object_digests: Vec::new(),
+            source: None,
+            image_id: None,
             cinder_fields: serde_json::Map::new(),
         }
     }
