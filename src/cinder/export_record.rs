@@ -203,6 +203,8 @@ pub fn decode(export: ExportRecord) -> Result<Record, Error> {
         state: RecordState::Available,
         parent_id: fields.take("parent_id")?.map(|id| id.parse()).transpose()?,
         job_id: None,
+        writer: String::new(),
+        checkpoint: None,
         service,
         service_metadata: safe_prefix(fields.needed("service_metadata")?)?,
         container: fields.needed("container")?.parse::<Container>()?,

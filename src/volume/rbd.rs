@@ -66,11 +66,14 @@ impl RbdOrigin {
         Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
     }
 
-    /// Takes the snapshot, if one is to be taken, and opens it. Blocks; needs a runtime around it.
+    /// Takes the snapshot, if one is to be taken that is not yet, and opens it. Blocks; needs a runtime around it.
     pub fn freeze(&self, snapshot: Option<&SourceSnapshot>) -> Result<RbdSource, Error> {
-        match snapshot.and_then(|snapshot| snapshot.image.snapshot.as_deref()) {
-            Some(name) => {
-                self.head.create_snapshot(name)?;
+        match snapshot.and_then(|snapshot| Some((snapshot.image.snapshot.as_deref()?, snapshot.snapshot_id)))
+        {
+            Some((name, id)) => {
+                if id.is_none() {
+                    self.head.create_snapshot(name)?;
+                }
                 let taken = self.head.snapshots()?.into_iter().find(|snapshot| snapshot.name == name);
                 let mut source = RbdSource::open(&self.pool, &self.location.image, Some(name))?;
                 source.snapshot_id = taken.map(|snapshot| snapshot.id);

@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, TryStreamExt};
 use jiff::Timestamp;
+use uuid::Uuid;
 
 use super::cpu::{Cpu, Lost, blocking};
 use super::error::Error;
@@ -100,6 +101,8 @@ impl Chunked {
             state: RecordState::Creating(job_id),
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
+            writer: Uuid::new_v4().to_string(),
+            checkpoint: None,
             // Cinder gives a backup to the driver that it names, with the whole chain.
             service: parent.map_or(POSIX_SERVICE, |parent| &parent.service).into(),
             service_metadata: String::new(),
