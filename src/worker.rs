@@ -76,7 +76,6 @@ impl Error {
     /// What it means for a job.
     fn class(&self) -> Class {
         match self {
-            Self::Store { source, .. } => source.class(),
             #[cfg(feature = "ceph")]
             Self::Pool { source, .. } => class_of(source.kind()),
             _ => Class::Permanent,
@@ -101,24 +100,23 @@ enum Store {
 }
 
 impl Store {
-    async fn engine(&self, name: &StoreName) -> Result<&Engine, Error> {
+    async fn engine(&self) -> Result<&Engine, Error> {
         match self {
             Self::Open(engine) => Ok(engine),
             #[cfg(feature = "ceph")]
-            Self::Pool(store) => {
-                store.engine().await.map_err(|source| Error::Pool { name: name.clone(), source })
-            }
+            Self::Pool(store) => store.engine().await,
         }
     }
 }
 
-/// A store whose cluster may be away.
+/// A store in a cluster, which may be away.
 ///
-/// A cluster that is away when a worker starts keeps it from no job of another store; jobs of this one are put off
-/// until it is back, or fail for it. And a command that works on a folder connects to no cluster at all.
+/// That must not keep a worker from the jobs of its other stores, so it starts all the same, and jobs of this one are put
+/// off until the cluster is back. And a command that works on a folder connects to no cluster at all.
 #[cfg(feature = "ceph")]
 #[derive(Debug)]
 struct PoolStore {
+    name: StoreName,
     settings: rbd::Settings,
     volumes: Volumes,
     cpu: Cpu,
@@ -129,7 +127,7 @@ struct PoolStore {
 #[cfg(feature = "ceph")]
 impl PoolStore {
     /// The engine, once the cluster answers.
-    async fn engine(&self) -> io::Result<&Engine> {
+    async fn engine(&self) -> Result<&Engine, Error> {
         let open = || async {
             let (clusters, settings) = (self.volumes.clusters.clone(), self.settings.clone());
             let connect = move || clusters.connect(settings.cluster.as_deref())?.pool(&settings.pool);
@@ -139,7 +137,8 @@ impl PoolStore {
             let rbd = Rbd::new(store, self.volumes.clusters.clone(), settings, cpu, budget);
             Ok(Engine::new(rbd, self.volumes.clone()))
         };
-        self.engine.get_or_try_init(open).await
+        let failed = |source| Error::Pool { name: self.name.clone(), source };
+        self.engine.get_or_try_init(open).await.map_err(failed)
     }
 }
 
@@ -184,13 +183,8 @@ impl Stores {
                         journaling: *journaling,
                         stripes: *stripes,
                     };
-                    Store::Pool(Box::new(PoolStore {
-                        settings,
-                        volumes,
-                        cpu,
-                        budget,
-                        engine: OnceCell::new(),
-                    }))
+                    let (name, engine) = (name.clone(), OnceCell::new());
+                    Store::Pool(Box::new(PoolStore { name, settings, volumes, cpu, budget, engine }))
                 }
             };
             stores.insert(name.clone(), store);
@@ -198,9 +192,10 @@ impl Stores {
         Ok(Self { stores, default })
     }
 
-    /// Opens what is not open yet. That a cluster is away is no error.
+    /// Opens what is not open yet, so that a worker whose keyring or pool is wrong does not begin. That a cluster is away
+    /// is no error.
     async fn reach_clusters(&self) -> Result<(), Error> {
-        let openings = self.stores.iter().map(|(name, store)| store.engine(name));
+        let openings = self.stores.values().map(Store::engine);
         for error in join_all(openings).await.into_iter().filter_map(Result::err) {
             match error.class() {
                 Class::Transient => warn!(error = %Causes(&error), "store not reached; its jobs are put off"),
@@ -218,10 +213,8 @@ impl Stores {
     /// The engine on the store of that name, or on the default one. The problem says what there is instead, or why the
     /// store cannot be used now.
     pub async fn engine(&self, name: Option<&StoreName>) -> Result<&Engine, Problem> {
-        if let Some((name, store)) =
-            name.or(self.default.as_ref()).and_then(|name| self.stores.get_key_value(name))
-        {
-            return store.engine(name).await.map_err(|error| Problem::new(error.class(), &error));
+        if let Some(store) = name.or(self.default.as_ref()).and_then(|name| self.stores.get(name)) {
+            return store.engine().await.map_err(|error| Problem::new(error.class(), &error));
         }
         let known: Vec<&str> = self.stores.keys().map(StoreName::as_str).collect();
         let message = match name {
