@@ -82,7 +82,8 @@ pub fn show(record: &Record) -> String {
     }
     line("stored", &format!("{} in {}", bytes(bytes_stored), objects(object_count)));
     line("container", record.container.as_str());
-    line("object prefix", &record.service_metadata);
+    let place = if record.image_id.is_some() { "image" } else { "object prefix" };
+    line(place, &record.service_metadata);
     line("driver", &record.service);
     if let Some(digest) = &record.digest {
         line("digest", digest);

@@ -76,6 +76,11 @@ impl Ceph {
         self.own.as_ref().expect("the shared clusters are not to be broken").path()
     }
 
+    /// All bytes of an image, by its `pool/image`, or of a snapshot.
+    pub(crate) fn read(&self, spec: &str) -> Vec<u8> {
+        run(&mut self.rbd_command(&["export", "--no-progress", spec, "-"])).stdout
+    }
+
     /// Makes an image of nothing but holes, with a name that no other has.
     pub(crate) fn image(&self, pool: &str, bytes: u64) -> Image<'_> {
         let name = format!("volume-{}", Uuid::new_v4());
@@ -137,16 +142,12 @@ impl Image<'_> {
 
     /// All its bytes as they are now.
     pub(crate) fn read(&self) -> Vec<u8> {
-        self.export(&self.spec)
+        self.ceph.read(&self.spec)
     }
 
     /// All its bytes as they were at a snapshot.
     pub(crate) fn read_at(&self, snapshot: &str) -> Vec<u8> {
-        self.export(&format!("{}@{snapshot}", self.spec))
-    }
-
-    fn export(&self, spec: &str) -> Vec<u8> {
-        run(&mut self.ceph.rbd_command(&["export", "--no-progress", spec, "-"])).stdout
+        self.ceph.read(&format!("{}@{snapshot}", self.spec))
     }
 }
 
