@@ -76,9 +76,14 @@ impl Ceph {
         self.own.as_ref().expect("the shared clusters are not to be broken").path()
     }
 
-    /// All bytes of an image, by its `pool/image`, or of a snapshot.
-    pub(crate) fn read(&self, spec: &str) -> Vec<u8> {
-        run(&mut self.rbd_command(&["export", "--no-progress", spec, "-"])).stdout
+    /// Runs rados against it and gives what it printed.
+    pub(crate) fn rados(&self, arguments: &[&str]) -> String {
+        text(run(Command::new("rados").arg("-c").arg(&self.conf).args(arguments)))
+    }
+
+    /// An image that is there already.
+    pub(crate) fn existing(&self, spec: &str) -> Image<'_> {
+        Image { ceph: self, spec: spec.into() }
     }
 
     /// Makes an image of nothing but holes, with a name that no other has.
@@ -142,12 +147,16 @@ impl Image<'_> {
 
     /// All its bytes as they are now.
     pub(crate) fn read(&self) -> Vec<u8> {
-        self.ceph.read(&self.spec)
+        self.export(&self.spec)
     }
 
     /// All its bytes as they were at a snapshot.
     pub(crate) fn read_at(&self, snapshot: &str) -> Vec<u8> {
-        self.ceph.read(&format!("{}@{snapshot}", self.spec))
+        self.export(&format!("{}@{snapshot}", self.spec))
+    }
+
+    fn export(&self, spec: &str) -> Vec<u8> {
+        run(&mut self.ceph.rbd_command(&["export", "--no-progress", spec, "-"])).stdout
     }
 }
 
