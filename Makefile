@@ -21,7 +21,7 @@ demo: ## Back up and restore a 1 GiB volume through a broker of its own, and com
 bench: ## Measure the figures that the documentation gives; needs 25 GB of disk and some minutes
 	@dev/bench.sh
 
-test: ## Run every test, with and without Ceph; ARGS='-E test(name)' picks some
+test: ## Run every test, with and without Ceph, on clusters of its own; ARGS='-E test(name)' picks some
 	@dev/test.sh $(ARGS)
 
 check: ## Check format, lints, licences, scripts and container files

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing on Debian 12, as root or through sudo; does nothing, quickly, when all is there.
 #   install.sh          what building, running and the demo need
+#   install.sh ceph     and what a private Ceph cluster needs
 #   install.sh test     and what the tests need
 #   install.sh check    and the linters
 #   install.sh bench    and what measuring needs
@@ -12,14 +13,16 @@ die() { echo "install.sh: $*" >&2; exit 1; }
 say() { echo "install.sh: $*" >&2; }
 
 packages=(build-essential e2fsprogs jq librados-dev librbd-dev rabbitmq-server)
+cluster_packages=(ceph-common ceph-mgr ceph-mon ceph-osd)
 tools=()
 components=()
 case ${1:-run} in
 run) ;;
-test) packages+=(openssl) tools=(cargo-nextest@0.9.143) ;;
+ceph) packages+=("${cluster_packages[@]}") ;;
+test) packages+=("${cluster_packages[@]}" openssl) tools=(cargo-nextest@0.9.143) ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
 bench) packages+=(time) ;;
-*) die "usage: install.sh [test|check|bench]" ;;
+*) die "usage: install.sh [ceph|test|check|bench]" ;;
 esac
 
 require_rust() {
@@ -46,7 +49,7 @@ missing_packages() {
   done
 }
 
-# While this file says 101, packages start no services: no second broker on the default port, no epmd.
+# While this file says 101, packages start no services: no second broker on the default port, no epmd, no ceph-crash.
 policy=/usr/sbin/policy-rc.d
 policy_mark='# Written by the install.sh of Backhaul while it runs'
 
@@ -80,7 +83,11 @@ install_packages() {
   fi
   rm -f "$log"
   allow_services
-  if [[ " $* " == *" rabbitmq-server "* ]] && command -v systemctl >/dev/null; then
+  command -v systemctl >/dev/null || return 0
+  if [[ " $* " == *" ceph-mon "* ]]; then
+    as_root systemctl --quiet disable ceph-crash.service >&2 || true # looks for crashes of a cluster that is not ours
+  fi
+  if [[ " $* " == *" rabbitmq-server "* ]]; then
     say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"
     as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket >&2 || true
   fi

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test, with and without the feature `ceph`, against a RabbitMQ of its own that it stops at the end.
+# Runs every test, with and without the feature `ceph`, against a RabbitMQ and two Ceph clusters of its own, which
+# it stops at the end.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,16 +9,28 @@ dev/install.sh test
 
 work=$(mktemp -d)
 finish() {
+  wait # what still starts cannot be stopped
+  dev/ceph.sh down "$work/ceph-1" || true
+  dev/ceph.sh down "$work/ceph-2" || true
   dev/rabbit.sh down "$work/rabbit" || true
   rm -rf "$work"
 }
 trap finish EXIT
 
+# The clusters start beside the first pass, which does not need them.
+dev/ceph.sh up "$work/ceph-1" >/dev/null &
+first_cluster=$!
+dev/ceph.sh up "$work/ceph-2" >/dev/null &
+second_cluster=$!
 dev/rabbit.sh up "$work/rabbit" >&2
 BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")
 export BACKHAUL_TEST_AMQP_URL
 
 echo "test.sh: without the feature ceph" >&2
 cargo nextest run --locked --no-default-features "$@"
+
+wait "$first_cluster"
+wait "$second_cluster"
+export BACKHAUL_TEST_CEPH_CONF=$work/ceph-1/ceph.conf BACKHAUL_TEST_CEPH_CONF_2=$work/ceph-2/ceph.conf
 echo "test.sh: with all features" >&2
 cargo nextest run --locked "$@"

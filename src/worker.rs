@@ -14,9 +14,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::broker::{self, Broker, Delivery, Properties};
+#[cfg(feature = "ceph")]
+use crate::ceph;
 use crate::config::{self, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
 use crate::engine::chunked::{Budget, Chunked, Settings};
-use crate::engine::{Cpu, Engine};
+use crate::engine::{Cpu, Engine, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
 use crate::job::{Command, Context, Job, JobId, StoreName};
@@ -69,7 +71,11 @@ impl Stores {
         let threads = config.worker.cpu_threads_max;
         let cpu = Cpu::start(threads).map_err(|source| Error::Threads(threads, source))?;
         let budget = Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BYTES_BASE) as usize);
-        let roots = FileRoots::new(&config.worker.file_roots);
+        let volumes = Volumes {
+            file_roots: FileRoots::new(&config.worker.file_roots),
+            #[cfg(feature = "ceph")]
+            clusters: clusters(config),
+        };
         let mut engines = BTreeMap::new();
         for (name, store) in &config.stores {
             let StoreKind::Posix { path, chunking } = &store.kind;
@@ -80,7 +86,7 @@ impl Stores {
                 sha_block_bytes: chunking.sha_block_bytes as usize,
             };
             let chunked = Chunked::new(Arc::new(opened), settings, cpu.clone(), budget.clone());
-            engines.insert(name.clone(), Engine::new(chunked, roots.clone()));
+            engines.insert(name.clone(), Engine::new(chunked, volumes.clone()));
         }
         Ok(Self { engines, default })
     }
@@ -102,6 +108,17 @@ impl Stores {
         };
         Err(Problem { class: Class::Permanent, message, causes: Vec::new() })
     }
+}
+
+/// The clusters of the configuration, in the words of the Ceph room.
+#[cfg(feature = "ceph")]
+fn clusters(config: &Config) -> ceph::Clusters {
+    let access = |cluster: &config::Ceph| ceph::Access {
+        conf: cluster.conf.clone(),
+        user: cluster.user.clone(),
+        operation_seconds_max: 60,
+    };
+    ceph::Clusters::new(config.ceph.iter().map(|(name, cluster)| (name.clone(), access(cluster))).collect())
 }
 
 /// How to reach the broker, in the words of the broker's room. `purpose` tells this connection from others in the

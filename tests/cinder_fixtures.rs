@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use backhaul::cinder::export_record;
 use backhaul::engine::chunked::{Budget, Chunked, Settings};
-use backhaul::engine::{Cpu, Engine, Error, Receipt};
+use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{
     BackupId, BackupWork, Context, Job, JobId, Method, Mode, Parent, Record, RestoreWork, Strategy, VolumeId,
     Work,
@@ -54,7 +54,11 @@ impl CinderChain {
         let chunked = Chunked::new(store, settings, Cpu::start(2).unwrap(), Budget::new(64 << 20));
         let roots = FileRoots::new(&[folder.path().canonicalize().unwrap()]);
         let points = serde_json::from_slice(&fs::read(fixture.join("chain.json")).unwrap()).unwrap();
-        Self { engine: Engine::new(chunked, roots), folder, points }
+        Self {
+            engine: Engine::new(chunked, Volumes { file_roots: roots, ..Volumes::default() }),
+            folder,
+            points,
+        }
     }
 
     /// The record of a backup as it stands in Cinder's export.

@@ -12,7 +12,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
-use backhaul::engine::{Cpu, Engine, Error};
+use backhaul::engine::{Cpu, Engine, Error, Volumes};
 use backhaul::error::{Causes, Class, Problem};
 use backhaul::job::{BackupId, Parent, Record, RecordState, VolumeId, Work};
 use backhaul::store::{Posix, Reason};
@@ -610,7 +610,7 @@ fn engine_in(folder: &Path) -> Engine {
     let settings =
         Settings { compression: Compression::None, object_bytes: 64 << 10, sha_block_bytes: 4 << 10 };
     let chunked = Chunked::new(store, settings, cpu, Budget::new(MEMORY_BYTES));
-    Engine::new(chunked, FileRoots::new(&[folder.to_owned()]))
+    Engine::new(chunked, Volumes { file_roots: FileRoots::new(&[folder.to_owned()]), ..Volumes::default() })
 }
 
 /// On a real file system of 1 MiB, mounted in a namespace of its own; whoever is not root becomes root of one for that.

@@ -14,6 +14,9 @@ pub use rados::{Cluster, MapChange, Pool};
 use std::ffi::{CString, NulError, c_int};
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
+
+use backon::{BlockingRetryable, ConstantBuilder};
 
 /// What went wrong in a cluster.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +100,18 @@ impl From<Error> for io::Error {
 /// Ceph returns errors as negative numbers of the operating system's.
 fn os_error(code: c_int) -> io::Error {
     io::Error::from_raw_os_error(-code)
+}
+
+/// Ceph frees an image that a client had open when it died only after half a minute.
+const BUSY_WAIT: Duration = Duration::from_secs(1);
+const BUSY_TRIES_MAX: usize = 40;
+
+/// Does something again and again for as long as an image or snapshot is in use, up to a limit.
+pub fn while_busy<T>(action: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    action
+        .retry(ConstantBuilder::default().with_delay(BUSY_WAIT).with_max_times(BUSY_TRIES_MAX))
+        .when(|error| error.kind() == io::ErrorKind::ResourceBusy)
+        .call()
 }
 
 fn check(code: c_int) -> Result<c_int, c_int> {

@@ -217,6 +217,8 @@ pub fn decode(export: ExportRecord) -> Result<Record, Error> {
         counts: Counts::default(),
         digest: None,
         object_digests: Vec::new(),
+        source: None,
+        image_id: None,
         cinder_fields: fields.0,
     })
 }

@@ -116,17 +116,20 @@ impl Catalog {
         Ok(chain)
     }
 
-    /// The backups that build on this one. Fails when a damaged record leaves that open.
-    pub async fn children(&self, id: BackupId) -> Result<Vec<BackupId>, Error> {
-        let Listing { records, damaged } = self.records().await?;
+    /// The records of all other backups that have data in the store. Fails when a damaged record leaves that open.
+    pub async fn others(&self, id: BackupId) -> Result<Vec<Record>, Error> {
+        let Listing { mut records, damaged } = self.records().await?;
         if let Some(error) = damaged.into_iter().next() {
             return Err(error);
         }
-        let is_child = |record: &&Record| {
-            // Nothing is left of the data of one that came to nothing.
-            record.parent_id == Some(id) && !matches!(record.state, RecordState::Error(_))
-        };
-        Ok(records.iter().filter(is_child).map(|record| record.backup_id).collect())
+        records.retain(|record| record.backup_id != id && !matches!(record.state, RecordState::Error(_)));
+        Ok(records)
+    }
+
+    /// The backups that build on this one. Fails when a damaged record leaves that open.
+    pub async fn children(&self, id: BackupId) -> Result<Vec<BackupId>, Error> {
+        let others = self.others(id).await?;
+        Ok(others.iter().filter(|r| r.parent_id == Some(id)).map(|record| record.backup_id).collect())
     }
 
     /// Writes the record of a new backup; fails when there is one of that id.

@@ -124,6 +124,44 @@ pub enum Error {
         state: String,
     },
 
+    /// The parent cannot be compared with the volume.
+    #[error("the parent {parent_id} cannot be built on: {why}")]
+    ParentUnsuitable {
+        /// The parent.
+        parent_id: BackupId,
+        /// Why, for people.
+        why: String,
+    },
+
+    /// Ceph would not say what has changed.
+    #[cfg(feature = "ceph")]
+    #[error("what is to be copied cannot be found")]
+    DiffFailed {
+        /// Why.
+        source: crate::ceph::Error,
+    },
+
+    /// A Ceph cluster failed.
+    #[cfg(feature = "ceph")]
+    #[error("the cluster failed")]
+    Ceph(#[from] crate::ceph::Error),
+
+    /// Somebody else writes to an image.
+    #[error("image {image} is in use by somebody else: if nobody should, `rbd status` tells who has it open")]
+    ImageInUse {
+        /// Which.
+        image: String,
+    },
+
+    /// An image has more than one snapshot of a backup.
+    #[error("image {image} has more than one snapshot of backup {backup_id}, and only one can be right")]
+    TwoSnapshots {
+        /// The image.
+        image: String,
+        /// The backup.
+        backup_id: BackupId,
+    },
+
     /// The volume has another size than at the time of the parent.
     #[error(
         "the volume has {volume_bytes} bytes now and had {parent_bytes} at the time of the parent {parent_id}"
@@ -255,6 +293,15 @@ impl Error {
             Self::ReadVolume { source, .. }
             | Self::WriteVolume { source, .. }
             | Self::FinishVolume { source } => volume::class(source),
+            #[cfg(feature = "ceph")]
+            Self::Ceph(error) => volume::class_of(error.kind()),
+            #[cfg(feature = "ceph")]
+            Self::DiffFailed { source } => match volume::class_of(source.kind()) {
+                Class::Transient => Class::Transient,
+                _ => Class::Unsuitable,
+            },
+            Self::ImageInUse { .. } => Class::Transient,
+            Self::ParentUnsuitable { .. } => Class::Unsuitable,
             Self::NoParent(_) | Self::VolumeResized { .. } | Self::BlockSizeChanged { .. } => {
                 Class::Unsuitable
             }

@@ -7,24 +7,32 @@ mod catalog;
 pub mod chunked;
 mod cpu;
 mod error;
+#[cfg(feature = "ceph")]
+pub mod rbd;
+mod source;
+mod volumes;
 
 pub use catalog::{Catalog, Listing, describe};
 pub use cpu::Cpu;
-use cpu::blocking;
 pub use error::Error;
-
-use std::sync::Arc;
+pub use source::Source;
+pub use volumes::Volumes;
 
 use jiff::Timestamp;
 
 use crate::error::Problem;
 use crate::job::{
-    BackupId, BackupWork, Context, Counts, Job, JobId, Location, Method, Mode, Parent, Record, RecordState,
+    BackupId, BackupWork, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
     RestoreWork, Strategy, VolumeId, Work,
 };
-use crate::volume::{FileRoots, FileSource, FileTarget};
+
+#[cfg(feature = "ceph")]
+use crate::job::Location;
 
 use chunked::Chunked;
+#[cfg(feature = "ceph")]
+use rbd::Rbd;
+use volumes::Target;
 
 /// What a method did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,18 +47,62 @@ pub struct Receipt {
     pub digest: Option<String>,
 }
 
+/// What keeps the data of a store's backups, and in which form.
+#[derive(Debug, Clone)]
+pub enum Format {
+    /// Objects, as Cinder's chunked drivers write them.
+    Chunked(Chunked),
+    /// RBD images, as Cinder's Ceph driver makes them.
+    #[cfg(feature = "ceph")]
+    Rbd(Rbd),
+}
+
+impl From<Chunked> for Format {
+    fn from(chunked: Chunked) -> Self {
+        Self::Chunked(chunked)
+    }
+}
+
+#[cfg(feature = "ceph")]
+impl From<Rbd> for Format {
+    fn from(rbd: Rbd) -> Self {
+        Self::Rbd(rbd)
+    }
+}
+
 /// Works on one store.
 #[derive(Debug, Clone)]
 pub struct Engine {
     catalog: Catalog,
-    chunked: Chunked,
-    file_roots: FileRoots,
+    format: Format,
+    volumes: Volumes,
 }
 
 impl Engine {
     /// Puts an engine together.
-    pub fn new(chunked: Chunked, file_roots: FileRoots) -> Self {
-        Self { catalog: Catalog::new(chunked.store()), chunked, file_roots }
+    pub fn new(format: impl Into<Format>, volumes: Volumes) -> Self {
+        let format = format.into();
+        let store = match &format {
+            Format::Chunked(chunked) => chunked.store(),
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.store(),
+        };
+        Self { catalog: Catalog::new(store), format, volumes }
+    }
+
+    /// The strategies that the store can make a backup of this source with, the best one first.
+    pub fn strategies(&self, work: &Work) -> Vec<Strategy> {
+        match (&self.format, work) {
+            (Format::Chunked(_), _) => vec![Strategy::Chunked],
+            #[cfg(feature = "ceph")]
+            (Format::Rbd(_), Work::Backup(work)) => match &work.source {
+                Location::Rbd(image) if image.snapshot.is_none() => vec![Strategy::Rbd, Strategy::Copy],
+                // Of a file nobody knows what has changed, and of a snapshot there is no later one to compare with.
+                _ => vec![Strategy::Copy],
+            },
+            #[cfg(feature = "ceph")]
+            (Format::Rbd(_), _) => vec![Strategy::Rbd],
+        }
     }
 
     /// The records of the store.
@@ -60,7 +112,6 @@ impl Engine {
 
     /// Does the job by this method.
     pub async fn run(&self, ctx: &Context, job: &Job, method: Method) -> Result<Receipt, Error> {
-        let Strategy::Chunked = method.strategy;
         match &job.work {
             Work::Backup(work) => self.backup(ctx, job.id, work, method).await,
             Work::Restore(work) => self.restore(ctx, work).await,
@@ -93,25 +144,28 @@ impl Engine {
             }
             (Some(Mode::Full) | None, _) => None,
         };
-        let source = match &work.source {
-            Location::File(path) => {
-                let (path, roots) = (path.clone(), self.file_roots.clone());
-                Arc::new(blocking(move || FileSource::open(&path, &roots)).await??)
-            }
-            location @ Location::Rbd(_) => {
-                return Err(Error::UnsupportedVolume { location: location.to_string() });
-            }
-        };
+        let source = self.volumes.source(&work.source).await?;
 
-        let mut record = self.chunked.begin(job_id, work, parent.as_ref(), source.as_ref(), method)?;
+        let mut record = match &self.format {
+            Format::Chunked(chunked) => {
+                chunked.begin(job_id, work, parent.as_ref(), source.bytes(), method)?
+            }
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.begin(job_id, work, parent.as_ref(), source.bytes(), method)?,
+        };
+        if let Some(earlier) = &earlier {
+            // A later time than that of an attempt that died is what tells the two apart.
+            let after = earlier.created_at + jiff::SignedDuration::from_secs(1);
+            record.created_at = record.created_at.max(after);
+        }
+        self.name(&mut record);
+        #[cfg(feature = "ceph")]
+        let mut record = rbd::with_source_snapshot(record, &source).await?;
         match earlier {
-            // Objects of an attempt that died; its names are not ours, so that it can do no harm if it still lives.
+            // What an attempt that died has left; its names are not ours, so that it can do no harm if it still lives.
             Some(earlier) => {
-                record.created_at =
-                    record.created_at.max(earlier.created_at + jiff::SignedDuration::from_secs(1));
-                self.chunked.name(&mut record);
                 self.catalog.save(&record).await?;
-                self.chunked.remove(&earlier, &Context::default()).await?;
+                self.remove(&earlier, &Context::default()).await?;
             }
             None => match self.catalog.create(&record).await {
                 Err(Error::BackupExists(id)) => {
@@ -128,26 +182,80 @@ impl Engine {
             self.parent(parent.backup_id, work.volume_id).await?;
         }
 
-        let volume_meta = work.volume_meta.as_deref();
-        let copied = self.chunked.backup(ctx, &mut record, volume_meta, parent.as_ref(), source).await;
+        let copied = self.copy(ctx, &mut record, work, parent.as_ref(), source).await;
         let current = self.catalog.record(work.backup_id).await?;
         let ours = |current: &Record| {
-            current.state == RecordState::Creating(job_id)
-                && current.service_metadata == record.service_metadata
+            current.state == RecordState::Creating(job_id) && current.created_at == record.created_at
         };
         if !current.as_ref().is_some_and(ours) {
             drop(copied);
             // Whoever took over removed what there was of ours then, and does not know of what came after it.
-            self.chunked.remove(&record, &Context::default()).await?;
+            self.remove(&record, &Context::default()).await?;
             return Err(match current.map(|current| current.state) {
                 None | Some(RecordState::Deleting(_)) => Error::DeletedMeanwhile(work.backup_id),
                 Some(_) => Error::TakenOver(work.backup_id),
             });
         }
-        copied?.finish().await?;
+        match copied? {
+            Unfinished::Chunked(unfinished) => unfinished.finish().await?,
+            #[cfg(feature = "ceph")]
+            Unfinished::Rbd(unfinished) => unfinished.finish().await?,
+        }
         record.state = RecordState::Available;
         self.catalog.save(&record).await?;
         Ok(receipt(&record))
+    }
+
+    async fn copy(
+        &self,
+        ctx: &Context,
+        record: &mut Record,
+        work: &BackupWork,
+        parent: Option<&Record>,
+        source: Source,
+    ) -> Result<Unfinished, Error> {
+        let volume_meta = work.volume_meta.as_deref();
+        Ok(match &self.format {
+            Format::Chunked(chunked) => {
+                let source = source.open(record).await?;
+                Unfinished::Chunked(chunked.backup(ctx, record, volume_meta, parent, source).await?)
+            }
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => Unfinished::Rbd(rbd.backup(ctx, record, volume_meta, parent, source).await?),
+        })
+    }
+
+    /// Gives the objects of a backup the names that its time asks for.
+    fn name(&self, record: &mut Record) {
+        match &self.format {
+            Format::Chunked(chunked) => chunked.name(record),
+            // An image has the backup's id in its name, and nothing of its time.
+            #[cfg(feature = "ceph")]
+            Format::Rbd(_) => {}
+        }
+    }
+
+    /// Removes all of a backup but its record.
+    async fn remove(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
+        match &self.format {
+            Format::Chunked(chunked) => chunked.remove(record, ctx).await?,
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => {
+                let others = self.catalog.others(record.backup_id).await?;
+                rbd.remove(record, ctx, &others).await?;
+            }
+        }
+        #[cfg(feature = "ceph")]
+        self.volumes.remove_snapshot(record).await?;
+        Ok(())
+    }
+
+    async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
+        match &self.format {
+            Format::Chunked(chunked) => chunked.is_visible(record).await,
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.is_visible(record).await,
+        }
     }
 
     async fn parent(&self, id: BackupId, volume_id: VolumeId) -> Result<Record, Error> {
@@ -164,31 +272,24 @@ impl Engine {
 
     async fn restore(&self, ctx: &Context, work: &RestoreWork) -> Result<Receipt, Error> {
         let record = self.catalog.available(work.backup_id).await?;
-        let target = match &work.target {
-            Location::File(path) => {
-                let (path, roots) = (path.clone(), self.file_roots.clone());
-                Arc::new(blocking(move || FileTarget::open(&path, record.volume_bytes, &roots)).await??)
-            }
-            location @ Location::Rbd(_) => {
-                return Err(Error::UnsupportedVolume { location: location.to_string() });
-            }
-        };
+        let target = self.volumes.target(&work.target, record.volume_bytes).await?;
         self.read_back(ctx, work.backup_id, Some(target)).await
     }
 
-    async fn read_back(
-        &self,
-        ctx: &Context,
-        id: BackupId,
-        target: Option<Arc<FileTarget>>,
-    ) -> Result<Receipt, Error> {
+    async fn read_back(&self, ctx: &Context, id: BackupId, target: Option<Target>) -> Result<Receipt, Error> {
         let chain = self.catalog.chain(id).await?;
-        let digest = self.chunked.read_back(ctx, &chain, target).await?;
+        let digest = match &self.format {
+            Format::Chunked(chunked) => {
+                Some(chunked.read_back(ctx, &chain, target.map(Target::into_volume)).await?)
+            }
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into()).await?,
+        };
         Ok(Receipt {
             parent_id: chain[0].parent_id,
             volume_bytes: chain[0].volume_bytes,
             counts: ctx.progress.read().counts,
-            digest: Some(digest),
+            digest,
         })
     }
 
@@ -203,14 +304,14 @@ impl Engine {
         if !matches!(&children, Ok(children) if children.is_empty()) {
             // An earlier try may have removed some of it; what is no longer visible must not seem whole again.
             let state = match before.state.clone() {
-                RecordState::Deleting(_) if self.chunked.is_visible(&before).await? => RecordState::Available,
+                RecordState::Deleting(_) if self.is_visible(&before).await? => RecordState::Available,
                 state => state,
             };
             self.catalog.save(&Record { state, ..before }).await?;
             let children: Vec<String> = children?.iter().map(ToString::to_string).collect();
             return Err(Error::HasChildren { backup_id: id, children: children.join(", ") });
         }
-        self.chunked.remove(&record, ctx).await?;
+        self.remove(&record, ctx).await?;
         Ok(Receipt {
             parent_id: record.parent_id,
             volume_bytes: record.volume_bytes,
@@ -227,7 +328,7 @@ impl Engine {
         if record.state != RecordState::Creating(job.id) {
             return Ok(());
         }
-        self.chunked.remove(&record, &Context::default()).await?;
+        self.remove(&record, &Context::default()).await?;
         match problem {
             Some(problem) => {
                 record.state = RecordState::Error(problem.clone());
@@ -249,11 +350,22 @@ impl Engine {
             None => None,
         };
         record.created_at = record.created_at.min(Timestamp::now());
-        self.chunked.inspect(&mut record, parent.as_ref()).await?;
+        match &self.format {
+            Format::Chunked(chunked) => chunked.inspect(&mut record, parent.as_ref()).await?,
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.inspect(&mut record).await?,
+        }
         record.state = RecordState::Available;
         self.catalog.create(&record).await?;
         Ok(record)
     }
+}
+
+/// A backup that is whole but for what makes it visible.
+enum Unfinished {
+    Chunked(chunked::Unfinished),
+    #[cfg(feature = "ceph")]
+    Rbd(rbd::Unfinished),
 }
 
 fn receipt(record: &Record) -> Receipt {

@@ -13,6 +13,10 @@ use crate::error::Problem;
 pub enum Strategy {
     /// Objects in a store, in the format of Cinder's chunked drivers.
     Chunked,
+    /// Snapshots of RBD images, of which only what differs is copied, as Cinder's Ceph driver does it.
+    Rbd,
+    /// An RBD image with a copy of all of the volume.
+    Copy,
 }
 
 /// How much of the volume is stored anew.
@@ -38,6 +42,8 @@ impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.strategy {
             Strategy::Chunked => "chunked",
+            Strategy::Rbd => "rbd",
+            Strategy::Copy => "copy",
         })?;
         match self.mode {
             None => Ok(()),
@@ -98,7 +104,8 @@ pub struct Account {
     pub counts: Counts,
     /// From start to end.
     pub seconds: f64,
-    /// `sha256-list:` and the SHA-256 over the volume's block digests, in order, as 32 bytes each.
+    /// `sha256-list:` and the SHA-256 over the volume's block digests, in order, as 32 bytes each; of a backup in an RBD
+    /// image `sha256-blocks:` and the SHA-256 of the list of the digests of the blocks that it copied.
     pub digest: Option<String>,
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Says why a text names no place.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{text:?} is no source or target: {why}")]
@@ -22,7 +24,7 @@ pub enum Location {
 }
 
 /// Names an RBD image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RbdImage {
     /// The cluster's name in the configuration; the only one if absent.
     pub cluster: Option<String>,

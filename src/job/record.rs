@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{BackupId, Container, Counts, JobId, Method, VolumeId};
+use super::{BackupId, Container, Counts, JobId, Method, RbdImage, VolumeId};
 use crate::error::Problem;
 
 /// Where a backup is in its life.
@@ -58,7 +58,25 @@ pub struct Record {
     /// SHA-256 of the metadata object, of the sha256 file and of our checksums of the data objects, by object name.
     /// There are no checksums of a backup that was taken in from Cinder.
     pub object_digests: Vec<(String, String)>,
+    /// The snapshot of the volume that the backup was made of, which stays for the next one to be compared with; of an
+    /// RBD image only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceSnapshot>,
+    /// The id of the RBD image that holds the backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_id: Option<String>,
     /// Everything else of Cinder's record, kept so that an export gives back what an import took.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub cinder_fields: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A snapshot of a volume that a backup was made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSnapshot {
+    /// Where it is, with its name.
+    pub image: RbdImage,
+    /// The id of the image; one of the same name that is made later has another.
+    pub image_id: String,
+    /// The id of the snapshot, once it was taken.
+    pub snapshot_id: Option<u64>,
 }

@@ -55,7 +55,7 @@ pub async fn run(
     report.tell(Happening::Accepted).await;
 
     let mut account = Account { attempt_count: attempts.current - 1, ..Account::default() };
-    let mut methods = plan(job).into_iter().peekable();
+    let mut methods = plan(job, &engine.strategies(&job.work)).into_iter().peekable();
     let outcome = loop {
         let Some(method) = methods.next() else {
             // Not reached: the last method's error ends the loop, and a plan is never empty.

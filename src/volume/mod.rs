@@ -129,7 +129,8 @@ pub fn class(error: &io::Error) -> Class {
     class_of(error.kind())
 }
 
-fn class_of(kind: io::ErrorKind) -> Class {
+/// The same by the kind of the error.
+pub fn class_of(kind: io::ErrorKind) -> Class {
     use io::ErrorKind as Kind;
     match kind {
         Kind::Interrupted | Kind::TimedOut | Kind::StaleNetworkFileHandle | Kind::ResourceBusy => {

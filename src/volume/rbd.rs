@@ -9,7 +9,8 @@ use futures_util::future;
 use tokio::runtime::Handle;
 
 use super::{Before, Error, VolumeSource, VolumeTarget};
-use crate::ceph::{self, Diff, Extent, Features, Image, Mode, NewImage, Pool};
+use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool};
+use crate::job::{RbdImage, SourceSnapshot};
 
 /// How much of an image is looked at for data, or for changes, at once: what is found must fit in memory.
 pub const WINDOW_BYTES: u64 = 16 << 30;
@@ -18,11 +19,74 @@ const ZERO_BYTES_MAX: u64 = 1 << 30;
 /// Changed objects that lie nearer to each other than this are looked at with one request.
 const NEAR_BYTES: u64 = 128 << 20;
 
+/// An image that is to be backed up, or a snapshot of one, before it is known under which name.
+#[derive(Debug, Clone)]
+pub struct RbdOrigin {
+    pool: Pool,
+    location: RbdImage,
+    head: Arc<Image>,
+    bytes: u64,
+}
+
+impl RbdOrigin {
+    /// Opens what the location names. Blocks.
+    pub fn open(clusters: &Clusters, location: &RbdImage) -> Result<Self, Error> {
+        let pool = clusters.connect(location.cluster.as_deref())?.pool(&location.pool)?;
+        // Taking a snapshot counts as writing.
+        let mode = if location.snapshot.is_some() { Mode::Read } else { Mode::Write };
+        let head = pool.open_image(&location.image, location.snapshot.as_deref(), mode)?;
+        let bytes = head.bytes()?;
+        if bytes == 0 {
+            return Err(Error::Empty { path: head.path().into() });
+        }
+        Ok(Self { pool, location: location.clone(), head: Arc::new(head), bytes })
+    }
+
+    /// Its size now.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The image as it is now, or the snapshot that was named.
+    pub fn head(&self) -> &Arc<Image> {
+        &self.head
+    }
+
+    /// Whether it is an image, of which a snapshot is to be taken, and not one itself.
+    pub fn is_head(&self) -> bool {
+        self.location.snapshot.is_none()
+    }
+
+    /// The snapshot of that name that is about to be taken; none of what is one itself. Blocks.
+    pub fn snapshot_to_take(&self, name: &str) -> Result<Option<SourceSnapshot>, Error> {
+        if !self.is_head() {
+            return Ok(None);
+        }
+        let image = RbdImage { snapshot: Some(name.into()), ..self.location.clone() };
+        Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
+    }
+
+    /// Takes the snapshot, if one is to be taken, and opens it. Blocks; needs a runtime around it.
+    pub fn freeze(&self, snapshot: Option<&SourceSnapshot>) -> Result<RbdSource, Error> {
+        match snapshot.and_then(|snapshot| snapshot.image.snapshot.as_deref()) {
+            Some(name) => {
+                self.head.create_snapshot(name)?;
+                let taken = self.head.snapshots()?.into_iter().find(|snapshot| snapshot.name == name);
+                let mut source = RbdSource::open(&self.pool, &self.location.image, Some(name))?;
+                source.snapshot_id = taken.map(|snapshot| snapshot.id);
+                Ok(source)
+            }
+            None => RbdSource::open(&self.pool, &self.location.image, self.location.snapshot.as_deref()),
+        }
+    }
+}
+
 /// An image, or a snapshot of one, to back up.
 #[derive(Debug)]
 pub struct RbdSource {
     image: Arc<Image>,
     bytes: u64,
+    snapshot_id: Option<u64>,
     runtime: Handle,
     data: Mutex<Window>,
 }
@@ -42,12 +106,23 @@ impl RbdSource {
         if bytes == 0 {
             return Err(Error::Empty { path: image.path().into() });
         }
-        Ok(Self { image: Arc::new(image), bytes, runtime: Handle::current(), data: Mutex::default() })
+        Ok(Self {
+            image: Arc::new(image),
+            bytes,
+            snapshot_id: None,
+            runtime: Handle::current(),
+            data: Mutex::default(),
+        })
     }
 
     /// The image.
     pub fn image(&self) -> &Arc<Image> {
         &self.image
+    }
+
+    /// The id of the snapshot that was taken for it.
+    pub fn snapshot_id(&self) -> Option<u64> {
+        self.snapshot_id
     }
 }
 
@@ -83,36 +158,61 @@ impl VolumeSource for RbdSource {
     }
 }
 
+/// Removes a snapshot that was taken of an image, if both are still there.
+pub fn remove_snapshot(clusters: &Clusters, taken: &SourceSnapshot) -> Result<(), ceph::Error> {
+    let gone = |error: &ceph::Error| error.kind() == io::ErrorKind::NotFound;
+    let pool = match clusters.connect(taken.image.cluster.as_deref())?.pool(&taken.image.pool) {
+        Err(error) if gone(&error) => return Ok(()),
+        pool => pool?,
+    };
+    let image = match pool.open_image(&taken.image.image, None, Mode::Write) {
+        Err(error) if gone(&error) => return Ok(()),
+        image => image?,
+    };
+    // An image of the same name that was made later is another one.
+    if let Some(name) =
+        taken.image.snapshot.as_deref().filter(|_| image.id().is_ok_and(|id| id == taken.image_id))
+    {
+        ceph::while_busy(|| image.remove_snapshot(name))?;
+    }
+    Ok(())
+}
+
 /// What there is of a range of an image, in order, by whole objects where it has no finer knowledge.
 pub fn existing(image: &Image, range: Range<u64>) -> Result<Vec<Range<u64>>, ceph::Error> {
     let extents = image.diff(None, range.clone(), Diff::Objects)?;
-    Ok(joined(extents.into_iter().filter(|extent| extent.exists), &range, 0))
+    let existing = joined(extents.into_iter().filter(|extent| extent.exists), &range, 0);
+    Ok(existing.into_iter().map(|extent| extent.offset..extent.end()).collect())
 }
 
 /// What of a range of an image is not as it was in its snapshot `from`, in order.
-pub fn changed(image: &Image, from: &str, range: Range<u64>) -> Result<Vec<Range<u64>>, ceph::Error> {
+pub fn changed(image: &Image, from: &str, range: Range<u64>) -> Result<Vec<Extent>, ceph::Error> {
     let objects = if image.features()?.has(Features::FAST_DIFF) {
         // The map of objects is read as a whole, and then only objects that have changed are asked for more.
-        joined(image.diff(Some(from), range.clone(), Diff::Objects)?, &range, NEAR_BYTES)
+        let objects = image.diff(Some(from), range.clone(), Diff::Objects)?;
+        joined(objects.into_iter().map(|extent| Extent { exists: true, ..extent }), &range, NEAR_BYTES)
     } else {
-        vec![range.clone()]
+        vec![Extent { offset: range.start, length: range.end - range.start, exists: true }]
     };
     let mut changed = Vec::new();
     for objects in objects {
-        changed.extend(joined(image.diff(Some(from), objects.clone(), Diff::Fine)?, &objects, 0));
+        let range = objects.offset..objects.end();
+        changed.extend(joined(image.diff(Some(from), range.clone(), Diff::Fine)?, &range, 0));
     }
     Ok(changed)
 }
 
-/// The extents within `range`, those that lie nearer to each other than `near_bytes` as one.
-fn joined(extents: impl IntoIterator<Item = Extent>, range: &Range<u64>, near_bytes: u64) -> Vec<Range<u64>> {
-    let mut joined: Vec<Range<u64>> = Vec::new();
+/// The extents within `range`, in order; those of one kind that lie nearer to each other than `near_bytes` as one.
+fn joined(extents: impl IntoIterator<Item = Extent>, range: &Range<u64>, near_bytes: u64) -> Vec<Extent> {
+    let mut joined: Vec<Extent> = Vec::new();
     for extent in extents {
         let (start, end) = (extent.offset.max(range.start), extent.end().min(range.end));
         match joined.last_mut() {
             _ if start >= end => {}
-            Some(last) if start <= last.end + near_bytes => last.end = last.end.max(end),
-            _ => joined.push(start..end),
+            Some(last) if start <= last.end() + near_bytes && last.exists == extent.exists => {
+                last.length = last.end().max(end) - last.offset;
+            }
+            _ => joined.push(Extent { offset: start, length: end - start, exists: extent.exists }),
         }
     }
     joined
@@ -136,7 +236,12 @@ pub struct RbdTarget {
 impl RbdTarget {
     /// Opens an image to hold `bytes`, or makes one of that size. Fails, and changes nothing, when it is smaller, or
     /// when anybody else has it open to write. Blocks; needs a runtime around it.
-    pub fn open(pool: &Pool, name: &str, bytes: u64) -> Result<Self, Error> {
+    pub fn open(clusters: &Clusters, location: &RbdImage, bytes: u64) -> Result<Self, Error> {
+        if location.snapshot.is_some() {
+            return Err(Error::NotAVolume { path: location.to_string() });
+        }
+        let pool = &clusters.connect(location.cluster.as_deref())?.pool(&location.pool)?;
+        let name = location.image.as_str();
         let found = pool.open_image(name, None, Mode::Write);
         let (image, before, new) = match found {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
-use backhaul::engine::{Cpu, Engine, Error, Receipt};
+use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{
     Account, BackupId, BackupWork, Completion, Container, Context, Job, JobId, Location, Outcome, Parent,
     Record, RestoreWork, VolumeId, Work,
@@ -85,7 +85,7 @@ impl Bench {
         memory_bytes: usize,
     ) -> Engine {
         let chunked = Chunked::new(store, settings, self.cpu.clone(), Budget::new(memory_bytes));
-        Engine::new(chunked, FileRoots::new(&[self.volumes()]))
+        Engine::new(chunked, Volumes { file_roots: FileRoots::new(&[self.volumes()]), ..Volumes::default() })
     }
 
     /// All that lies in the store, by path: objects, and where they are files also temporary ones and, with a `/` at

@@ -1,5 +1,7 @@
 #![allow(dead_code)] // Each test binary uses a part of it.
 
+#[cfg(feature = "ceph")]
+pub(crate) mod ceph;
 pub(crate) mod engine;
 pub(crate) mod faulty;
 pub(crate) mod rabbit;

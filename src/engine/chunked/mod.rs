@@ -15,7 +15,7 @@ mod memory;
 mod metadata;
 mod read_back;
 mod sha256_file;
-mod stored;
+pub(super) mod stored;
 
 pub use backup::Unfinished;
 pub use compression::{Compression, UnknownCompression};
@@ -31,7 +31,6 @@ use super::cpu::{Cpu, Lost, blocking};
 use super::error::Error;
 use crate::job::{BackupWork, Container, Context, Counts, JobId, Method, Mode, Record, RecordState};
 use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
-use crate::volume::VolumeSource;
 
 use digest::ListDigest;
 use metadata::object_number;
@@ -79,10 +78,9 @@ impl Chunked {
         job_id: JobId,
         work: &BackupWork,
         parent: Option<&Record>,
-        source: &dyn VolumeSource,
+        volume_bytes: u64,
         method: Method,
     ) -> Result<Record, Error> {
-        let volume_bytes = source.bytes();
         if let Some(parent) = parent
             && parent.volume_bytes != volume_bytes
         {
@@ -96,7 +94,7 @@ impl Chunked {
                 format!("{}/{}/{id}", &id[..2], &id[2..4]).parse::<Container>()?
             }
         };
-        let mut record = Record {
+        Ok(Record {
             backup_id: work.backup_id,
             volume_id: work.volume_id,
             state: RecordState::Creating(job_id),
@@ -115,10 +113,10 @@ impl Chunked {
             counts: Counts::default(),
             digest: None,
             object_digests: Vec::new(),
+            source: None,
+            image_id: None,
             cinder_fields: serde_json::Map::new(),
-        };
-        self.name(&mut record);
-        Ok(record)
+        })
     }
 
     /// Gives the objects of a backup their prefix, by Cinder's rule.

@@ -38,11 +38,11 @@ const ENTRIES_AHEAD_MAX: usize = 256;
 impl Chunked {
     /// Reads the backup `chain[0]`, which builds on those behind it, and checks all of it; with a target, writes it
     /// there. Returns the digest over the block digests.
-    pub async fn read_back<T: VolumeTarget + 'static>(
+    pub async fn read_back(
         &self,
         ctx: &Context,
         chain: &[Record],
-        target: Option<Arc<T>>,
+        target: Option<Arc<dyn VolumeTarget>>,
     ) -> Result<String, Error> {
         let record = &chain[0];
         ctx.progress.begin(record.volume_bytes);
@@ -253,11 +253,11 @@ impl Window {
 }
 
 /// Reads objects and writes what they hold.
-struct ObjectReader<T> {
+struct ObjectReader {
     digester: BlockDigester,
     /// Objects that were found to be nothing but zeros, by what they are in the store, with their MD5.
     zero_objects: Mutex<HashMap<(Compression, u64, Digest), Md5>>,
-    target: Option<Arc<T>>,
+    target: Option<Arc<dyn VolumeTarget>>,
     ctx: Context,
 }
 
@@ -275,7 +275,7 @@ impl From<Error> for Fault {
     }
 }
 
-impl<T: VolumeTarget> ObjectReader<T> {
+impl ObjectReader {
     /// Reads one object, checks it, and writes the ranges that are wanted of it. Blocks.
     fn read(
         &self,

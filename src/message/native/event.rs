@@ -464,6 +464,8 @@ enum OperationWord {
 #[serde(remote = "Strategy", rename_all = "kebab-case")]
 enum StrategyWord {
     Chunked,
+    Rbd,
+    Copy,
 }
 
 #[derive(Serialize, Deserialize)]

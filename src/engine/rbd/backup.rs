@@ -1,0 +1,415 @@
+//! Makes a backup: an image for a chain, a snapshot of it for each backup.
+
+use std::io::ErrorKind;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tracing::warn;
+
+use super::digests::DigestWriter;
+use super::pieces::{BLOCK_BYTES, pieces};
+use super::transfer::{From, Task, To, Transfer};
+use super::{Rbd, digest, is_differential, names, snapshot_of};
+use crate::ceph::{Extent, Features, Image, Mode, NewImage, Pool};
+use crate::engine::cpu::blocking;
+use crate::engine::error::Error;
+use crate::engine::source::Source;
+use crate::job::{Context, Counts, Method, Mode as Share, Record};
+use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
+use crate::volume::{RbdSource, VolumeSource};
+
+/// The key under which an image says which job writes it.
+pub(super) const JOB_KEY: &str = "backhaul.job";
+
+/// A backup that is whole but for the snapshot that makes it visible.
+pub struct Unfinished {
+    image: Arc<Image>,
+    snapshot: String,
+    source: Option<RbdOrigin>,
+    source_snapshots_max: usize,
+}
+
+impl Unfinished {
+    /// Makes the backup visible.
+    pub async fn finish(self) -> Result<(), Error> {
+        blocking(move || {
+            self.image.create_snapshot(&self.snapshot)?;
+            if let Some(source) = &self.source
+                && let Err(error) = trim(source, self.source_snapshots_max)
+            {
+                warn!(%error, "snapshots of older backups stay on the volume");
+            }
+            Ok(())
+        })
+        .await?
+    }
+}
+
+/// Removes the oldest snapshots of backups from a volume, so that not more than `count_max` stay.
+fn trim(source: &RbdOrigin, count_max: usize) -> Result<(), Error> {
+    if count_max == 0 {
+        return Ok(());
+    }
+    let image = source.head();
+    let snapshots = image.snapshots()?;
+    let of_backups: Vec<_> = snapshots.iter().filter(|s| names::backup_of(&s.name).is_some()).collect();
+    for snapshot in &of_backups[..of_backups.len().saturating_sub(count_max)] {
+        image.remove_snapshot(&snapshot.name)?;
+    }
+    Ok(())
+}
+
+/// What is to be copied, and how it is found.
+struct Plan {
+    /// The volume as it was at the snapshot, or as it is.
+    from: From,
+    volume: Arc<dyn VolumeSource>,
+    /// The snapshots of the volume, where that is an RBD image.
+    snapshot: Option<Arc<RbdSource>>,
+    /// Where it goes; its head may have been written since the parent.
+    image: Arc<Image>,
+    /// The snapshot of the parent on either image; none of a full backup.
+    parent: Option<ParentSnapshot>,
+    differential: bool,
+    volume_bytes: u64,
+}
+
+#[derive(Clone)]
+struct ParentSnapshot {
+    on_source: String,
+    on_image: String,
+    bytes: u64,
+}
+
+impl Rbd {
+    /// Copies the volume, or what of it differs from the parent, and completes the record but for its state.
+    pub async fn backup(
+        &self,
+        ctx: &Context,
+        record: &mut Record,
+        volume_meta: Option<&str>,
+        parent: Option<&Record>,
+        source: Source,
+    ) -> Result<Unfinished, Error> {
+        ctx.progress.begin(record.volume_bytes);
+        let method = record.method.unwrap_or(Method { strategy: crate::job::Strategy::Copy, mode: None });
+        let origin = match &source {
+            Source::Rbd(origin) => Some(origin.clone()),
+            Source::File(_) => None,
+        };
+        let plan = {
+            let (engine, record, parent, ctx) = (self.clone(), record.clone(), parent.cloned(), ctx.clone());
+            blocking(move || engine.prepare(&ctx, &record, parent.as_ref(), source, method)).await??
+        };
+        record.volume_bytes = plan.volume_bytes;
+        ctx.progress.begin(record.volume_bytes);
+        if let (Some(snapshot), Some(source)) = (&plan.snapshot, &mut record.source) {
+            source.snapshot_id = snapshot.snapshot_id();
+        }
+
+        let digests = DigestWriter::create(&*self.store, record.backup_id).await?;
+        let plan = Arc::new(plan);
+        let list = self.copy(ctx, plan.clone(), digests).await?;
+        plan.image.flush().await?;
+        record.counts = ctx.progress.read().counts;
+        record.digest = Some(digest(&list.1));
+        record.object_digests = vec![list];
+
+        let (engine, image, wanted) = (self.clone(), plan.image.clone(), record.clone());
+        let volume_meta = volume_meta.map(ToOwned::to_owned);
+        record.image_id = Some(
+            blocking(move || {
+                if let Some(metadata) = volume_meta {
+                    let pool = engine.pool(&engine.connect()?, &wanted)?;
+                    pool.create_object(&names::metadata_object(wanted.backup_id), metadata.as_bytes())?;
+                }
+                Ok::<_, Error>(image.id()?)
+            })
+            .await??,
+        );
+        Ok(Unfinished {
+            image: plan.image.clone(),
+            snapshot: names::snapshot(record),
+            source: origin.filter(|_| record.source.is_some()),
+            source_snapshots_max: self.settings.source_snapshots_max as usize,
+        })
+    }
+
+    /// Takes the snapshot of the volume, and opens both ends. Blocks.
+    fn prepare(
+        &self,
+        ctx: &Context,
+        record: &Record,
+        parent: Option<&Record>,
+        source: Source,
+        method: Method,
+    ) -> Result<Plan, Error> {
+        ctx.check()?;
+        let pool = self.pool(&self.connect()?, record)?;
+        // The parent must be usable before anything is made.
+        let parent = match (parent, &source, method.mode) {
+            (Some(parent), Source::Rbd(origin), Some(Share::Incremental)) if origin.is_head() => {
+                Some(self.parent_snapshot(&pool, parent, origin)?)
+            }
+            (Some(parent), _, Some(Share::Incremental)) => {
+                return Err(unsuitable(parent, "of what is no RBD image nobody knows what has changed"));
+            }
+            _ => None,
+        };
+        let (volume, snapshot): (Arc<dyn VolumeSource>, Option<Arc<RbdSource>>) = match source {
+            Source::File(file) => (file, None),
+            Source::Rbd(origin) => {
+                let opened = Arc::new(origin.freeze(record.source.as_ref())?);
+                (opened.clone(), Some(opened))
+            }
+        };
+        let volume_bytes = volume.bytes();
+        let from = match &snapshot {
+            Some(snapshot) => From::Image(snapshot.image().clone()),
+            None => From::Volume(volume.clone()),
+        };
+        let image = match &parent {
+            None => self.new_image(&pool, record, volume_bytes)?,
+            Some(_) => {
+                let image = pool.open_image(&names::image(record), None, Mode::Write)?;
+                self.lock(&image, record)?;
+                if image.bytes()? != volume_bytes {
+                    image.resize(volume_bytes)?;
+                }
+                image
+            }
+        };
+        let differential = is_differential(method);
+        Ok(Plan { from, volume, snapshot, image: Arc::new(image), parent, differential, volume_bytes })
+    }
+
+    fn new_image(&self, pool: &Pool, record: &Record, bytes: u64) -> Result<Image, Error> {
+        let name = names::image(record);
+        let mut features = Features::USUAL;
+        if self.settings.journaling {
+            features = features | Features::JOURNALING;
+        }
+        if self.settings.stripes.is_some() {
+            features = features | Features::STRIPING;
+        }
+        pool.create_image(&name, &NewImage { bytes, features, stripes: self.settings.stripes })?;
+        let image = pool.open_image(&name, None, Mode::Write)?;
+        self.lock(&image, record)?;
+        Ok(image)
+    }
+
+    /// Makes sure that no other job writes to the image.
+    fn lock(&self, image: &Image, record: &Record) -> Result<(), Error> {
+        image.lock().map_err(|source| match source.kind() {
+            ErrorKind::ReadOnlyFilesystem | ErrorKind::ResourceBusy => {
+                Error::ImageInUse { image: image.path().into() }
+            }
+            _ => source.into(),
+        })?;
+        let job = record.job_id.map_or_else(String::new, |id| id.to_string());
+        Ok(image.set_metadata(JOB_KEY, &job)?)
+    }
+
+    /// Finds the snapshots of the parent on both sides, and makes sure that they are what they were.
+    fn parent_snapshot(
+        &self,
+        pool: &Pool,
+        parent: &Record,
+        origin: &RbdOrigin,
+    ) -> Result<ParentSnapshot, Error> {
+        let name = names::image(parent);
+        let image = match pool.open_image(&name, None, Mode::Read) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(unsuitable(parent, &format!("its image {}/{name} is gone", pool.name())));
+            }
+            image => image?,
+        };
+        if parent.image_id.as_ref().is_some_and(|id| image.id().is_ok_and(|now| now != *id)) {
+            return Err(unsuitable(
+                parent,
+                &format!("{} is another image than the one it was stored in", image.path()),
+            ));
+        }
+        let Some(on_image) = snapshot_of(&image, parent)? else {
+            return Err(unsuitable(parent, &format!("its snapshot on {} is gone", image.path())));
+        };
+        let head = origin.head();
+        if let Some(source) = &parent.source
+            && head.id()? != source.image_id
+        {
+            return Err(unsuitable(
+                parent,
+                &format!("{} is another image than the one that it was made of", head.path()),
+            ));
+        }
+        let Some(on_source) = snapshot_of(head, parent)? else {
+            return Err(unsuitable(parent, &format!("its snapshot on {} is gone", head.path())));
+        };
+        let known_id = parent.source.as_ref().and_then(|source| source.snapshot_id);
+        if known_id.is_some_and(|id| id != on_source.id) {
+            return Err(unsuitable(
+                parent,
+                &format!("its snapshot on {} is another one of that name", head.path()),
+            ));
+        }
+        if on_source.bytes != on_image.bytes {
+            let why = format!(
+                "its snapshots differ in size: {} bytes on {}, {} on {}",
+                on_source.bytes,
+                head.path(),
+                on_image.bytes,
+                image.path()
+            );
+            return Err(unsuitable(parent, &why));
+        }
+        if head.bytes()? < on_source.bytes {
+            return Err(unsuitable(parent, "the volume is smaller now than it was then"));
+        }
+        for side in [head.as_ref(), &image] {
+            if side.maps_invalid()? {
+                return Err(unsuitable(
+                    parent,
+                    &format!("Ceph says that the object map of {} is invalid", side.path()),
+                ));
+            }
+        }
+        Ok(ParentSnapshot { on_source: on_source.name, on_image: on_image.name, bytes: on_image.bytes })
+    }
+
+    /// Copies what the plan says. Returns the name and the digest of the list of digests.
+    async fn copy(
+        &self,
+        ctx: &Context,
+        plan: Arc<Plan>,
+        mut digests: DigestWriter,
+    ) -> Result<(String, String), Error> {
+        let transfer = Transfer {
+            ctx: ctx.clone(),
+            cpu: self.cpu.clone(),
+            memory: self.memory.clone(),
+            from: plan.from.clone(),
+            to: To::Image(plan.image.clone()),
+            name: plan.image.path().into(),
+            digester: self.digester.clone(),
+        };
+        let windows = (0..plan.volume_bytes).step_by(WINDOW_BYTES as usize);
+        let tasks = stream::iter(windows)
+            .then(|start| {
+                let plan = plan.clone();
+                async move {
+                    let window = start..plan.volume_bytes.min(start + WINDOW_BYTES);
+                    Ok::<_, Error>(stream::iter(blocking(move || plan.tasks(window)).await??).map(Ok))
+                }
+            })
+            .try_flatten();
+        let mut moved = std::pin::pin!(transfer.run(tasks));
+        let mut at = 0;
+        while let Some(piece) = moved.try_next().await? {
+            ctx.check()?;
+            let start = piece.first_block * BLOCK_BYTES;
+            let end = plan.volume_bytes.min(start + piece.blocks.len() as u64 * BLOCK_BYTES);
+            plan.skipped(ctx, start - at);
+            at = end;
+            let mut first = piece.first_block;
+            // Zeros need no digest where nothing but zeros was before.
+            let groups = piece.blocks.chunk_by(|a, b| a.1 == b.1);
+            for group in groups {
+                if plan.parent.is_some() || !group[0].1 {
+                    let group: Vec<_> = group.iter().map(|(digest, _)| *digest).collect();
+                    digests.append(first, &group).await?;
+                }
+                first += group.len() as u64;
+            }
+            ctx.progress.add(&piece.counts);
+            ctx.progress.done(end - start);
+        }
+        plan.skipped(ctx, plan.volume_bytes - at);
+        digests.finish().await
+    }
+}
+
+impl Plan {
+    /// Counts bytes that did not have to be looked at.
+    fn skipped(&self, ctx: &Context, bytes: u64) {
+        let mut counts = Counts::default();
+        match self.parent {
+            Some(_) => counts.bytes_unchanged = bytes,
+            None => counts.bytes_hole = bytes,
+        }
+        ctx.progress.add(&counts);
+        ctx.progress.done(bytes);
+    }
+
+    /// What of a part of the volume is to be copied. Blocks.
+    fn tasks(&self, window: Range<u64>) -> Result<Vec<Task>, Error> {
+        let failed = |source| Error::DiffFailed { source };
+        let task = |piece| Task { piece, stale: Vec::new(), expected: None, complete: false };
+        let (Some(parent), Some(snapshot)) = (&self.parent, &self.snapshot) else {
+            let data = match (&self.snapshot, self.differential) {
+                (Some(snapshot), true) => existing(snapshot.image(), window).map_err(failed)?,
+                _ => self.data(window)?,
+            };
+            let extents: Vec<Extent> = data.into_iter().map(|range| extent(range, true)).collect();
+            return Ok(pieces(&extents, self.volume_bytes).into_iter().map(task).collect());
+        };
+        let mut extents = changed(snapshot.image(), &parent.on_source, window.clone()).map_err(failed)?;
+        // What was written to the image since the parent, by a later backup or by one that failed, is copied again.
+        let written = changed(&self.image, &parent.on_image, window.clone()).map_err(failed)?;
+        extents.extend(written.into_iter().map(|extent| Extent { exists: true, ..extent }));
+        // The last block of a volume that has grown is a longer one now.
+        if parent.bytes < self.volume_bytes && window.contains(&parent.bytes) {
+            let start = parent.bytes / BLOCK_BYTES * BLOCK_BYTES;
+            extents.push(extent(start..parent.bytes, true));
+        }
+        let stale = existing(&self.image, window).map_err(failed)?;
+        let pieces = pieces(&united(extents), self.volume_bytes).into_iter();
+        Ok(pieces
+            .map(|piece| {
+                let stale = super::transfer::overlaps(&piece.range, &stale);
+                Task { stale, ..task(piece) }
+            })
+            .collect())
+    }
+
+    /// The data of a part of a volume of any kind.
+    fn data(&self, window: Range<u64>) -> Result<Vec<Range<u64>>, Error> {
+        let mut data: Vec<Range<u64>> = Vec::new();
+        let mut at = window.start;
+        while let Some(next) = self
+            .volume
+            .next_data(at, window.end)
+            .map_err(|source| Error::ReadVolume { offset: at, source })?
+        {
+            at = next.end;
+            data.push(next);
+        }
+        Ok(data)
+    }
+}
+
+fn extent(range: Range<u64>, exists: bool) -> Extent {
+    Extent { offset: range.start, length: range.end - range.start, exists }
+}
+
+/// Extents from several sides, in order and apart from each other. Where one says that there is something, it is looked
+/// at, whatever another says.
+fn united(mut extents: Vec<Extent>) -> Vec<Extent> {
+    extents.retain(|extent| extent.length > 0);
+    extents.sort_by_key(|extent| extent.offset);
+    let mut united: Vec<Extent> = Vec::with_capacity(extents.len());
+    for next in extents {
+        match united.last_mut() {
+            Some(last) if next.offset < last.end() => {
+                last.length = last.end().max(next.end()) - last.offset;
+                last.exists = last.exists || next.exists;
+            }
+            _ => united.push(next),
+        }
+    }
+    united
+}
+
+fn unsuitable(parent: &Record, why: &str) -> Error {
+    Error::ParentUnsuitable { parent_id: parent.backup_id, why: why.into() }
+}

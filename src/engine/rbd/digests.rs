@@ -1,0 +1,284 @@
+//! The digests of the blocks that an RBD backup has copied, in an object of our own.
+//!
+//! Cinder has none. The object begins with a line of text; then come runs of blocks that lie next to each other: the
+//! number of the first block (8 bytes), their count (4 bytes), and a SHA-256 for each. It ends with a run of no blocks,
+//! whose first number is the count of all digests. Numbers are little-endian. A block that is not listed is zeros in
+//! a full backup, and as in the parent in an incremental one.
+
+use std::io::{self, BufReader, Read};
+use std::iter::Peekable;
+
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::pieces::BLOCK_BYTES;
+use crate::engine::chunked::digest::Digest;
+use crate::engine::chunked::stored::HashedReader;
+use crate::engine::cpu::Lost;
+use crate::engine::error::Error;
+use crate::job::{BackupId, Record};
+use crate::store::{Folder, ObjectName, ObjectStore, ObjectWriter};
+
+/// What is gathered before it is written.
+const BUFFER_BYTES: usize = 1 << 20;
+/// Digests that are handed over at once.
+const BATCH_DIGESTS: usize = 4096;
+/// Batches that are read ahead.
+const BATCHES_AHEAD_MAX: usize = 4;
+/// The first line.
+const HEAD: &[u8] = b"backhaul rbd digests 1 sha256 65536\n";
+
+/// The digest of one block, by its number.
+pub type Numbered = (u64, Digest);
+
+/// Where the digests of a backup lie.
+pub fn object(id: BackupId) -> Result<ObjectName, Error> {
+    Ok(Folder::own("digests").object(&id.to_string())?)
+}
+
+/// Writes the digests of a backup, in the order of the blocks.
+pub struct DigestWriter {
+    object: ObjectName,
+    writer: Box<dyn ObjectWriter>,
+    buffer: Vec<u8>,
+    sha256: Sha256,
+    count: u64,
+}
+
+impl DigestWriter {
+    /// Begins the object of a backup.
+    pub async fn create(store: &dyn ObjectStore, id: BackupId) -> Result<Self, Error> {
+        let object = object(id)?;
+        let writer = store.create(&object).await?;
+        Ok(Self { object, writer, buffer: HEAD.to_vec(), sha256: Sha256::new(), count: 0 })
+    }
+
+    /// Adds the digests of blocks that lie next to each other.
+    pub async fn append(&mut self, first: u64, digests: &[Digest]) -> Result<(), Error> {
+        let Ok(count) = u32::try_from(digests.len()) else { return Err(Error::Lost(Lost)) };
+        if count == 0 {
+            return Ok(());
+        }
+        self.count += u64::from(count);
+        self.run(first, count, digests);
+        if self.buffer.len() >= BUFFER_BYTES {
+            self.write().await?;
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, first: u64, count: u32, digests: &[Digest]) {
+        self.buffer.extend(first.to_le_bytes());
+        self.buffer.extend(count.to_le_bytes());
+        self.buffer.extend(digests.as_flattened());
+    }
+
+    async fn write(&mut self) -> Result<(), Error> {
+        let bytes = Bytes::from(std::mem::take(&mut self.buffer));
+        self.sha256.update(&bytes);
+        Ok(self.writer.write(bytes).await?)
+    }
+
+    /// Ends the object; returns its name and its digest, as records keep them.
+    pub async fn finish(mut self) -> Result<(String, String), Error> {
+        self.run(self.count, 0, &[]);
+        self.write().await?;
+        self.writer.finish().await?;
+        Ok((self.object.name, hex::encode(self.sha256.finalize())))
+    }
+}
+
+/// The digests of all blocks of a chain, in order, of each the newest.
+pub struct DigestReader {
+    batches: mpsc::Receiver<Vec<Numbered>>,
+    reader: Option<JoinHandle<Result<(), Error>>>,
+    ahead: Vec<Numbered>,
+    /// Whether the digests of all blocks are known that are not zero.
+    pub complete: bool,
+}
+
+impl DigestReader {
+    /// Opens the digests of a chain, the newest backup first. A backup that Cinder made has none.
+    pub async fn open(store: &dyn ObjectStore, chain: &[Record]) -> Result<Self, Error> {
+        let (mut layers, mut complete) = (Vec::new(), true);
+        for record in chain {
+            let object = object(record.backup_id)?;
+            let Some((_, sha256)) = record.object_digests.iter().find(|(name, _)| *name == object.name)
+            else {
+                // What lies below it may be covered by it.
+                complete = false;
+                break;
+            };
+            let pieces = match store.get(&object).await {
+                Err(error) if matches!(error.reason(), crate::store::Reason::Missing) => {
+                    let backup_id = record.backup_id;
+                    return Err(Error::MissingObject { object: object.to_string(), backup_id });
+                }
+                pieces => pieces?,
+            };
+            layers.push(Layer::new(object, HashedReader::new(pieces), sha256.clone()));
+        }
+        let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
+        let reader = tokio::task::spawn_blocking(move || merge(layers, &sender));
+        Ok(Self { batches, reader: Some(reader), ahead: Vec::new(), complete })
+    }
+
+    /// The next digests of blocks below `end`, of which there may be more.
+    pub async fn take_below(&mut self, end: u64) -> Result<Vec<Numbered>, Error> {
+        if self.ahead.is_empty() {
+            match self.batches.recv().await {
+                Some(batch) => self.ahead = batch,
+                None => {
+                    if let Some(reader) = self.reader.take() {
+                        reader.await.map_err(|_| Lost)??;
+                    }
+                }
+            }
+        }
+        let count = self.ahead.partition_point(|(block, _)| *block < end);
+        Ok(self.ahead.drain(..count).collect())
+    }
+}
+
+fn merge(layers: Vec<Layer>, sender: &mpsc::Sender<Vec<Numbered>>) -> Result<(), Error> {
+    let mut layers: Vec<Peekable<Layer>> = layers.into_iter().map(Iterator::peekable).collect();
+    let mut batch = Vec::with_capacity(BATCH_DIGESTS);
+    loop {
+        // The newest layer that has the lowest block comes first, and hides the others.
+        let mut next: Option<(u64, usize)> = None;
+        for (index, layer) in layers.iter_mut().enumerate() {
+            match layer.peek() {
+                Some(Ok((block, _))) if next.is_none_or(|(lowest, _)| *block < lowest) => {
+                    next = Some((*block, index))
+                }
+                Some(Err(_)) => return layer.next().map_or(Ok(()), |error| error.map(drop)),
+                _ => {}
+            }
+        }
+        let Some((block, newest)) = next else { break };
+        for (index, layer) in layers.iter_mut().enumerate() {
+            if let Some(Ok(numbered)) =
+                layer.next_if(|numbered| matches!(numbered, Ok((b, _)) if *b == block))
+                && index == newest
+            {
+                batch.push(numbered);
+            }
+        }
+        if batch.len() == BATCH_DIGESTS
+            && sender.blocking_send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH_DIGESTS))).is_err()
+        {
+            // Nobody wants them any more.
+            return Ok(());
+        }
+    }
+    if !batch.is_empty() {
+        sender.blocking_send(batch).ok();
+    }
+    Ok(())
+}
+
+/// The digests of one backup.
+struct Layer {
+    object: ObjectName,
+    stored: BufReader<HashedReader>,
+    sha256: String,
+    begun: bool,
+    ended: bool,
+    /// The next block of the current run, and how many more it has.
+    run: (u64, u32),
+    count: u64,
+    end: u64,
+}
+
+impl Layer {
+    fn new(object: ObjectName, stored: HashedReader, sha256: String) -> Self {
+        let stored = BufReader::with_capacity(BUFFER_BYTES / 8, stored);
+        Self { object, stored, sha256, begun: false, ended: false, run: (0, 0), count: 0, end: 0 }
+    }
+
+    fn damaged(&self, why: impl ToString) -> Error {
+        Error::Damaged { object: self.object.to_string(), why: why.to_string() }
+    }
+
+    fn bytes<const N: usize>(&mut self) -> Result<[u8; N], Error> {
+        let mut bytes = [0; N];
+        match self.stored.read_exact(&mut bytes) {
+            Ok(()) => Ok(bytes),
+            Err(error) => Err(match self.stored.get_mut().take_error() {
+                Some(error) => error.into(),
+                None if error.kind() == io::ErrorKind::UnexpectedEof => self.damaged("it is cut short"),
+                None => self.damaged(error),
+            }),
+        }
+    }
+
+    fn read(&mut self) -> Result<Option<Numbered>, Error> {
+        if !self.begun {
+            self.begun = true;
+            if self.bytes::<{ HEAD.len() }>()? != HEAD {
+                return Err(
+                    self.damaged("it is no list of digests, or of a version that this one does not know")
+                );
+            }
+        }
+        if self.run.1 == 0 {
+            let first = u64::from_le_bytes(self.bytes()?);
+            let count = u32::from_le_bytes(self.bytes()?);
+            if count == 0 {
+                return self.finish(first).map(|()| None);
+            }
+            if first < self.end || first.checked_add(count.into()).is_none() {
+                return Err(self.damaged("its blocks are not in order"));
+            }
+            self.run = (first, count);
+        }
+        let digest = self.bytes()?;
+        let block = self.run.0;
+        self.run = (block + 1, self.run.1 - 1);
+        self.end = block + 1;
+        self.count += 1;
+        Ok(Some((block, digest)))
+    }
+
+    fn finish(&mut self, count: u64) -> Result<(), Error> {
+        if count != self.count {
+            return Err(self.damaged(format!("it has {} digests and says {count}", self.count)));
+        }
+        // Nothing may follow.
+        if io::copy(&mut self.stored, &mut io::sink()).map_err(|error| self.damaged(error))? != 0 {
+            return Err(self.damaged("something follows its end"));
+        }
+        if hex::encode(self.stored.get_ref().sha256()) != self.sha256 {
+            return Err(self.damaged("its SHA-256 is not the one in the record"));
+        }
+        Ok(())
+    }
+}
+
+impl Iterator for Layer {
+    type Item = Result<Numbered, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.read().transpose();
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+/// Reads the digests of a backup to their end, and checks them against the record. What they say is believed only
+/// after this, so that a damaged list is named, and not the blocks that it is wrong about.
+pub async fn check(store: &dyn ObjectStore, record: &Record) -> Result<(), Error> {
+    let mut reader = DigestReader::open(store, std::slice::from_ref(record)).await?;
+    while !reader.take_below(u64::MAX).await?.is_empty() {}
+    Ok(())
+}
+
+/// The number of the block at a byte of the volume.
+pub fn block(offset: u64) -> u64 {
+    offset / BLOCK_BYTES
+}

@@ -1,0 +1,218 @@
+//! Backups as snapshots of RBD images, in the form of Cinder's Ceph driver, so that either side restores what the
+//! other wrote.
+//!
+//! A chain of backups of a volume is one image; each backup is a snapshot of it, of the same name as one that is kept
+//! on the volume. Only what differs between two snapshots of the volume is read, and of that only what is not zeros is
+//! written. Beside Cinder's objects there is a list of the digests of all blocks that were copied.
+
+mod backup;
+mod digests;
+mod names;
+mod pieces;
+mod read_back;
+mod remove;
+mod transfer;
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::chunked::Budget;
+use super::chunked::digest::BlockDigester;
+use super::cpu::{Cpu, blocking};
+use super::error::Error;
+use super::source::Source;
+use crate::ceph::{Cluster, Clusters, Image, Mode, Pool, Snapshot};
+use crate::job::{BackupId, BackupWork, Counts, JobId, Method, Mode as Share, Record, RecordState, Strategy};
+use crate::store::ObjectStore;
+
+pub use backup::Unfinished;
+pub use names::SERVICE;
+pub use transfer::To;
+
+/// How a store's images are made. Everything else is as Cinder has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The cluster's name in the configuration; the only one if absent.
+    pub cluster: Option<String>,
+    /// The pool for backups that name no container.
+    pub pool: String,
+    /// How many snapshots of backups a volume may keep; 0 for any number.
+    pub source_snapshots_max: u32,
+    /// Whether images keep a journal of all writes, for mirroring.
+    pub journaling: bool,
+    /// The size and the number of stripes; those of whole objects if absent.
+    pub stripes: Option<(u64, u64)>,
+}
+
+/// The RBD engine on one store.
+#[derive(Debug, Clone)]
+pub struct Rbd {
+    store: Arc<dyn ObjectStore>,
+    clusters: Clusters,
+    settings: Settings,
+    cpu: Cpu,
+    memory: Budget,
+    digester: Arc<BlockDigester>,
+}
+
+impl Rbd {
+    /// Puts the engine together. `store` keeps the records and digests; `cpu` and `memory` are those of the whole
+    /// worker.
+    pub fn new(
+        store: Arc<dyn ObjectStore>,
+        clusters: Clusters,
+        settings: Settings,
+        cpu: Cpu,
+        memory: Budget,
+    ) -> Self {
+        let digester = Arc::new(BlockDigester::new(pieces::BLOCK_BYTES as usize));
+        Self { store, clusters, settings, cpu, memory, digester }
+    }
+
+    /// The store of the records.
+    pub fn store(&self) -> Arc<dyn ObjectStore> {
+        self.store.clone()
+    }
+
+    /// Makes the record that a backup begins with.
+    pub fn begin(
+        &self,
+        job_id: JobId,
+        work: &BackupWork,
+        parent: Option<&Record>,
+        volume_bytes: u64,
+        method: Method,
+    ) -> Result<Record, Error> {
+        let container = match (parent, &work.container) {
+            // A chain is one image, which is where it is.
+            (Some(parent), _) => parent.container.clone(),
+            (None, Some(container)) => container.clone(),
+            (None, None) => self.settings.pool.parse()?,
+        };
+        let base = match parent {
+            Some(parent) => names::image(parent),
+            None => names::base(work.volume_id, work.backup_id),
+        };
+        Ok(Record {
+            backup_id: work.backup_id,
+            volume_id: work.volume_id,
+            state: RecordState::Creating(job_id),
+            parent_id: parent.map(|parent| parent.backup_id),
+            job_id: Some(job_id),
+            service: SERVICE.into(),
+            service_metadata: names::service_metadata(&base),
+            container,
+            name: work.name.clone(),
+            description: work.description.clone(),
+            project_id: work.project_id.clone(),
+            created_at: Timestamp::now(),
+            volume_bytes,
+            method: Some(Method { mode: Some(method.mode.unwrap_or(Share::Full)), ..method }),
+            counts: Counts::default(),
+            digest: None,
+            object_digests: Vec::new(),
+            source: None,
+            image_id: None,
+            cinder_fields: serde_json::Map::new(),
+        })
+    }
+
+    /// Looks at a backup that Cinder made, and completes its record with the exact size of the volume.
+    pub async fn inspect(&self, record: &mut Record) -> Result<(), Error> {
+        let (backup_id, wanted) = (record.backup_id, record.clone());
+        let engine = self.clone();
+        let found = blocking(move || {
+            let pool = engine.pool(&engine.connect()?, &wanted)?;
+            let Some(image) = open(&pool, &names::image(&wanted), None)? else {
+                let why = format!("there is no image {}/{}", wanted.container, names::image(&wanted));
+                return Err(Error::NotImportable { backup_id, why });
+            };
+            let bytes = match snapshot_of(&image, &wanted)? {
+                Some(snapshot) => snapshot.bytes,
+                None => image.bytes()?,
+            };
+            Ok((bytes, image.id()?))
+        })
+        .await??;
+        (record.volume_bytes, record.image_id) = (found.0, Some(found.1));
+        Ok(())
+    }
+
+    /// Whether the snapshot is there that makes the backup visible; it is the first thing that a delete removes.
+    pub async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
+        let (engine, record) = (self.clone(), record.clone());
+        blocking(move || {
+            let pool = engine.pool(&engine.connect()?, &record)?;
+            let image = open(&pool, &names::image(&record), None)?;
+            Ok(match image {
+                Some(image) => snapshot_of(&image, &record)?.is_some(),
+                None => false,
+            })
+        })
+        .await?
+    }
+
+    /// Connects to the cluster of the backups.
+    fn connect(&self) -> Result<Cluster, Error> {
+        Ok(self.clusters.connect(self.settings.cluster.as_deref())?)
+    }
+
+    /// The pool that a backup lies in.
+    fn pool(&self, cluster: &Cluster, record: &Record) -> Result<Pool, Error> {
+        Ok(cluster.pool(record.container.as_str())?)
+    }
+}
+
+/// Opens an image to read, if it is there.
+fn open(pool: &Pool, image: &str, snapshot: Option<&str>) -> Result<Option<Image>, Error> {
+    match pool.open_image(image, snapshot, Mode::Read) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        image => Ok(Some(image?)),
+    }
+}
+
+/// The snapshot of a backup on an image; Cinder's name has a time that nobody else knows.
+fn snapshot_of(image: &Image, record: &Record) -> Result<Option<Snapshot>, Error> {
+    let name = names::snapshot(record);
+    let mut snapshots = image.snapshots()?;
+    if let Some(index) = snapshots.iter().position(|snapshot| snapshot.name == name) {
+        return Ok(Some(snapshots.swap_remove(index)));
+    }
+    let mut of_backup = snapshots.into_iter().filter(|s| names::backup_of(&s.name) == Some(record.backup_id));
+    match (of_backup.next(), of_backup.next()) {
+        (Some(_), Some(_)) => {
+            Err(Error::TwoSnapshots { image: image.path().into(), backup_id: record.backup_id })
+        }
+        (snapshot, _) => Ok(snapshot),
+    }
+}
+
+/// Names in the record the snapshot that is to be taken of the source, if it is an image.
+pub async fn with_source_snapshot(mut record: Record, source: &Source) -> Result<Record, Error> {
+    if let Source::Rbd(origin) = source {
+        let (origin, name) = (origin.clone(), names::snapshot(&record));
+        record.source = blocking(move || origin.snapshot_to_take(&name)).await??;
+    }
+    Ok(record)
+}
+
+/// The strategy that copies only what differs between snapshots of the volume.
+pub fn is_differential(method: Method) -> bool {
+    method.strategy == Strategy::Rbd
+}
+
+/// The digest of a backup, as records and events show it.
+fn digest(list_sha256: &str) -> String {
+    format!("sha256-blocks:{list_sha256}")
+}
+
+/// All images of backups begin alike, whoever made them.
+fn is_made_by(image: &str, record: &Record) -> bool {
+    image == names::base(record.volume_id, record.backup_id)
+}
+
+/// For people: the snapshots of which backups an image has.
+fn backups_on(snapshots: &[Snapshot]) -> Vec<BackupId> {
+    snapshots.iter().filter_map(|snapshot| names::backup_of(&snapshot.name)).collect()
+}

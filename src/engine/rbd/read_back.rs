@@ -1,0 +1,166 @@
+//! Reads a backup back: to restore it, or to verify it. Every block is compared with its digest, where there is one.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::stream::{self, TryStreamExt};
+use tracing::warn;
+
+use super::digests::{self, DigestReader, block};
+use super::pieces::{Piece, pieces};
+use super::transfer::{From, Task, To, Transfer, zero};
+use super::{Rbd, names, open, snapshot_of};
+use crate::ceph::{Extent, Image};
+use crate::engine::cpu::blocking;
+use crate::engine::error::Error;
+use crate::job::{Context, Record};
+use crate::volume::rbd::{WINDOW_BYTES, existing};
+use crate::volume::{Before, VolumeTarget};
+
+impl Rbd {
+    /// Reads the whole backup, the first of `chain`, and writes it to the target, where there is one. Returns its
+    /// digest, if it has one.
+    pub async fn read_back(&self, ctx: &Context, chain: &[Record], to: To) -> Result<Option<String>, Error> {
+        let record = &chain[0];
+        let volume_bytes = record.volume_bytes;
+        ctx.progress.begin(volume_bytes);
+        for record in chain.iter().filter(|record| !record.object_digests.is_empty()) {
+            digests::check(&*self.store, record).await?;
+        }
+        let reader = DigestReader::open(&*self.store, chain).await?;
+        if !reader.complete {
+            warn!(
+                "Cinder made this backup, or one that it builds on, without digests: what is read is checked in part only"
+            );
+        }
+        let image = {
+            let (engine, record) = (self.clone(), record.clone());
+            Arc::new(blocking(move || engine.open_backup(&record)).await??)
+        };
+        let before = match &to {
+            To::Volume(volume) => volume.before(),
+            To::Rbd(target) => target.before(),
+            To::Image(_) | To::Nowhere => Before::Zeros,
+        };
+        let transfer = Transfer {
+            ctx: ctx.clone(),
+            cpu: self.cpu.clone(),
+            memory: self.memory.clone(),
+            from: From::Image(image.clone()),
+            to: to.clone(),
+            name: image.path().into(),
+            digester: self.digester.clone(),
+        };
+        let state =
+            Reading { image: image.clone(), reader, before, volume_bytes, at: 0, pieces: VecDeque::new() };
+        let tasks = stream::try_unfold(state, |mut state| async move {
+            Ok::<_, Error>(state.next().await?.map(|task| (task, state)))
+        });
+        let mut moved = std::pin::pin!(transfer.run(tasks));
+        while let Some(piece) = moved.try_next().await? {
+            ctx.check()?;
+            ctx.progress.add(&piece.counts);
+            ctx.progress.done(piece.counts.bytes_read + piece.counts.bytes_hole);
+        }
+        finish(to, before, volume_bytes).await?;
+        Ok(record.digest.clone())
+    }
+
+    /// Opens the snapshot of a backup, or the image of one that has none. Blocks.
+    fn open_backup(&self, record: &Record) -> Result<Image, Error> {
+        let pool = self.pool(&self.connect()?, record)?;
+        let name = names::image(record);
+        let missing = |object: String| Error::MissingObject { object, backup_id: record.backup_id };
+        let image =
+            open(&pool, &name, None)?.ok_or_else(|| missing(format!("image {}/{name}", pool.name())))?;
+        match snapshot_of(&image, record)? {
+            Some(snapshot) => open(&pool, &name, Some(&snapshot.name))?
+                .ok_or_else(|| missing(format!("snapshot {}/{name}@{}", pool.name(), snapshot.name))),
+            // Cinder takes none of what it copies as a whole.
+            None if record.job_id.is_none() && image.snapshots()?.is_empty() => Ok(image),
+            None => Err(missing(format!("snapshot {}/{name}@{}", pool.name(), names::snapshot(record)))),
+        }
+    }
+}
+
+/// Finds what is to be read, and what it must be.
+struct Reading {
+    image: Arc<Image>,
+    reader: DigestReader,
+    before: Before,
+    volume_bytes: u64,
+    at: u64,
+    pieces: VecDeque<Piece>,
+}
+
+impl Reading {
+    async fn next(&mut self) -> Result<Option<Task>, Error> {
+        while self.pieces.is_empty() {
+            if self.at == self.volume_bytes {
+                if !self.reader.take_below(u64::MAX).await?.is_empty() {
+                    let why = "there are digests of blocks behind the end of the volume".into();
+                    return Err(Error::Damaged { object: self.image.path().into(), why });
+                }
+                return Ok(None);
+            }
+            let window = self.at..self.volume_bytes.min(self.at + WINDOW_BYTES);
+            self.at = window.end;
+            let (image, volume_bytes) = (self.image.clone(), self.volume_bytes);
+            self.pieces = blocking(move || {
+                let data = existing(&image, window.clone())?;
+                Ok::<_, Error>(pieces(&with_holes(&data, window), volume_bytes).into())
+            })
+            .await??;
+        }
+        let Some(piece) = self.pieces.pop_front() else { return Ok(None) };
+        let mut expected = Vec::new();
+        loop {
+            let more = self.reader.take_below(block(piece.range.end - 1) + 1).await?;
+            if more.is_empty() {
+                break;
+            }
+            expected.extend(more);
+        }
+        let stale = match self.before {
+            Before::Zeros => Vec::new(),
+            Before::Anything => vec![piece.range.clone()],
+        };
+        Ok(Some(Task { piece, stale, expected: Some(expected), complete: self.reader.complete }))
+    }
+}
+
+/// The data of a window, and the holes between.
+fn with_holes(data: &[Range<u64>], window: Range<u64>) -> Vec<Extent> {
+    let mut extents = Vec::with_capacity(2 * data.len() + 1);
+    let mut add = |range: Range<u64>, exists| {
+        if !range.is_empty() {
+            extents.push(Extent { offset: range.start, length: range.end - range.start, exists });
+        }
+    };
+    let mut at = window.start;
+    for range in data {
+        add(at..range.start, false);
+        add(range.clone(), true);
+        at = range.end;
+    }
+    add(at..window.end, false);
+    extents
+}
+
+/// Makes what was written durable.
+async fn finish(to: To, before: Before, volume_bytes: u64) -> Result<(), Error> {
+    let failed = |source| Error::FinishVolume { source };
+    match to {
+        To::Nowhere => Ok(()),
+        To::Image(image) => Ok(image.flush().await?),
+        To::Volume(volume) => blocking(move || volume.finish()).await?.map_err(failed),
+        To::Rbd(target) => {
+            if before == Before::Anything && target.bytes() > volume_bytes {
+                // What the image held behind the end of the volume is not the volume's.
+                zero(&*target.image().map_err(failed)?, volume_bytes..target.bytes()).await?;
+            }
+            blocking(move || target.finish()).await?.map_err(failed)
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The sources that jobs name, opened.
+
+use std::sync::Arc;
+
+#[cfg(feature = "ceph")]
+use crate::engine::cpu::blocking;
+use crate::engine::error::Error;
+use crate::job::Record;
+#[cfg(feature = "ceph")]
+use crate::volume::rbd::RbdOrigin;
+use crate::volume::{FileSource, VolumeSource};
+
+/// A volume that is to be backed up.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A file or block device.
+    File(Arc<FileSource>),
+    /// An RBD image, or a snapshot of one.
+    #[cfg(feature = "ceph")]
+    Rbd(RbdOrigin),
+}
+
+impl Source {
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::File(file) => file.bytes(),
+            #[cfg(feature = "ceph")]
+            Self::Rbd(origin) => origin.bytes(),
+        }
+    }
+
+    /// Opens what is read for a backup: of an RBD image the snapshot that its record names, which is taken now.
+    #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
+    pub async fn open(self, record: &mut Record) -> Result<Arc<dyn VolumeSource>, Error> {
+        match self {
+            Self::File(file) => Ok(file),
+            #[cfg(feature = "ceph")]
+            Self::Rbd(origin) => {
+                let snapshot = record.source.clone();
+                let volume = blocking(move || origin.freeze(snapshot.as_ref())).await??;
+                record.volume_bytes = volume.bytes();
+                if let Some(source) = &mut record.source {
+                    source.snapshot_id = volume.snapshot_id();
+                }
+                Ok(Arc::new(volume))
+            }
+        }
+    }
+}

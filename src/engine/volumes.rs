@@ -1,0 +1,99 @@
+//! The volumes that jobs name: where they may be, and how they are opened.
+
+use std::sync::Arc;
+
+use super::cpu::blocking;
+use super::error::Error;
+#[cfg(feature = "ceph")]
+use super::rbd::To;
+use super::source::Source;
+#[cfg(feature = "ceph")]
+use crate::ceph::Clusters;
+use crate::job::Location;
+#[cfg(feature = "ceph")]
+use crate::job::Record;
+use crate::volume::{FileRoots, FileSource, FileTarget, VolumeTarget};
+#[cfg(feature = "ceph")]
+use crate::volume::{RbdTarget, rbd};
+
+/// Where the volumes of jobs may be.
+#[derive(Debug, Clone, Default)]
+pub struct Volumes {
+    /// The folders that files must be below.
+    pub file_roots: FileRoots,
+    /// The clusters that images may be in.
+    #[cfg(feature = "ceph")]
+    pub clusters: Clusters,
+}
+
+/// A volume that is to be restored onto.
+#[derive(Debug, Clone)]
+pub enum Target {
+    /// A file or block device.
+    File(Arc<FileTarget>),
+    /// An RBD image.
+    #[cfg(feature = "ceph")]
+    Rbd(Arc<RbdTarget>),
+}
+
+impl Target {
+    /// The same for those who need not know what it is.
+    pub fn into_volume(self) -> Arc<dyn VolumeTarget> {
+        match self {
+            Self::File(file) => file,
+            #[cfg(feature = "ceph")]
+            Self::Rbd(image) => image,
+        }
+    }
+}
+
+impl Volumes {
+    /// Opens what is to be backed up.
+    pub async fn source(&self, location: &Location) -> Result<Source, Error> {
+        let (volumes, location) = (self.clone(), location.clone());
+        blocking(move || match &location {
+            Location::File(path) => Ok(Source::File(Arc::new(FileSource::open(path, &volumes.file_roots)?))),
+            #[cfg(feature = "ceph")]
+            Location::Rbd(image) => Ok(Source::Rbd(rbd::RbdOrigin::open(&volumes.clusters, image)?)),
+            #[cfg(not(feature = "ceph"))]
+            Location::Rbd(_) => Err(Error::UnsupportedVolume { location: location.to_string() }),
+        })
+        .await?
+    }
+
+    /// Opens what is to be restored onto.
+    pub async fn target(&self, location: &Location, bytes: u64) -> Result<Target, Error> {
+        let (volumes, location) = (self.clone(), location.clone());
+        blocking(move || match &location {
+            Location::File(path) => {
+                Ok(Target::File(Arc::new(FileTarget::open(path, bytes, &volumes.file_roots)?)))
+            }
+            #[cfg(feature = "ceph")]
+            Location::Rbd(image) => {
+                Ok(Target::Rbd(Arc::new(RbdTarget::open(&volumes.clusters, image, bytes)?)))
+            }
+            #[cfg(not(feature = "ceph"))]
+            Location::Rbd(_) => Err(Error::UnsupportedVolume { location: location.to_string() }),
+        })
+        .await?
+    }
+
+    /// Removes the snapshot that was taken of a volume for a backup, if it is there.
+    #[cfg(feature = "ceph")]
+    pub async fn remove_snapshot(&self, record: &Record) -> Result<(), Error> {
+        let Some(snapshot) = record.source.clone() else { return Ok(()) };
+        let clusters = self.clusters.clone();
+        Ok(blocking(move || rbd::remove_snapshot(&clusters, &snapshot)).await??)
+    }
+}
+
+#[cfg(feature = "ceph")]
+impl From<Option<Target>> for To {
+    fn from(target: Option<Target>) -> Self {
+        match target {
+            None => Self::Nowhere,
+            Some(Target::File(file)) => Self::Volume(file),
+            Some(Target::Rbd(image)) => Self::Rbd(image),
+        }
+    }
+}

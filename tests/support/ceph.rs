@@ -1,0 +1,169 @@
+//! A real Ceph for tests: one of the two clusters that all tests share, or one of a test's own, which may be broken.
+//!
+//! Everything here goes through Ceph's own programs, as client.admin, and through none of our code.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+use uuid::Uuid;
+
+/// A cluster that tests may use. It has the pools `volumes`, `backups` and `backups2`, and the user `cinder`.
+pub(crate) struct Ceph {
+    conf: PathBuf,
+    /// Where its files are; none if it is shared.
+    own: Option<TempDir>,
+}
+
+impl Ceph {
+    /// The cluster that `make test` starts for all tests. It must not be broken, and every test needs images of its own.
+    pub(crate) fn shared() -> Self {
+        Self::named("BACKHAUL_TEST_CEPH_CONF")
+    }
+
+    /// Another cluster for all tests, which shares nothing with the first one but the names of pools and users.
+    pub(crate) fn other() -> Self {
+        Self::named("BACKHAUL_TEST_CEPH_CONF_2")
+    }
+
+    fn named(variable: &str) -> Self {
+        let conf = std::env::var_os(variable).unwrap_or_else(|| {
+            panic!("{variable} names no cluster's ceph.conf: run `make test`, which starts one")
+        });
+        Self { conf: conf.into(), own: None }
+    }
+
+    /// Starts a cluster of one's own, with these lines added to its ceph.conf, which takes some seconds.
+    pub(crate) fn start_with(conf_lines: &[&str]) -> Self {
+        let folder = TempDir::new().unwrap();
+        let told = text(run(ceph_sh("up", folder.path()).args(conf_lines)));
+        Self { conf: told.trim_end().into(), own: Some(folder) }
+    }
+
+    /// Its ceph.conf, which names the keyring.
+    pub(crate) fn conf(&self) -> &Path {
+        &self.conf
+    }
+
+    /// Runs ceph against it and gives what it printed.
+    pub(crate) fn ceph(&self, arguments: &[&str]) -> String {
+        text(run(Command::new("ceph").arg("-c").arg(&self.conf).args(arguments)))
+    }
+
+    /// Runs rbd against it and gives what it printed.
+    pub(crate) fn rbd(&self, arguments: &[&str]) -> String {
+        text(run(&mut self.rbd_command(arguments)))
+    }
+
+    fn rbd_command(&self, arguments: &[&str]) -> Command {
+        let mut rbd = Command::new("rbd");
+        rbd.arg("-c").arg(&self.conf).args(arguments);
+        rbd
+    }
+
+    /// Stops the OSD of one's own cluster: whoever reads or writes waits.
+    pub(crate) fn stop_osd(&self) {
+        run(&mut ceph_sh("stop-osd", self.own_folder()));
+    }
+
+    /// Starts the OSD again.
+    pub(crate) fn start_osd(&self) {
+        run(&mut ceph_sh("start-osd", self.own_folder()));
+    }
+
+    fn own_folder(&self) -> &Path {
+        self.own.as_ref().expect("the shared clusters are not to be broken").path()
+    }
+
+    /// Makes an image of nothing but holes, with a name that no other has.
+    pub(crate) fn image(&self, pool: &str, bytes: u64) -> Image<'_> {
+        let name = format!("volume-{}", Uuid::new_v4());
+        self.rbd(&["create", "--size", &format!("{bytes}B"), &format!("{pool}/{name}")]);
+        Image { ceph: self, spec: format!("{pool}/{name}") }
+    }
+}
+
+impl Drop for Ceph {
+    fn drop(&mut self) {
+        if let Some(folder) = &self.own {
+            let _ = ceph_sh("down", folder.path()).output();
+        }
+    }
+}
+
+/// An image in a cluster.
+pub(crate) struct Image<'a> {
+    ceph: &'a Ceph,
+    spec: String,
+}
+
+impl Image<'_> {
+    /// `pool/image`, as rbd wants it.
+    pub(crate) fn spec(&self) -> &str {
+        &self.spec
+    }
+
+    /// Writes these bytes at these offsets, and nothing else.
+    pub(crate) fn write(&self, extents: &[(u64, &[u8])]) {
+        let mut diff = Vec::new();
+        for (offset, bytes) in extents {
+            diff.push(b'w');
+            diff.extend([offset.to_le_bytes(), (bytes.len() as u64).to_le_bytes()].concat());
+            diff.extend(*bytes);
+        }
+        self.import_diff(&diff);
+    }
+
+    /// Makes a hole: deletes objects, and cuts them short or fills them with zeros where they are touched in part.
+    pub(crate) fn discard(&self, offset: u64, bytes: u64) {
+        self.import_diff(&[b"z", &offset.to_le_bytes()[..], &bytes.to_le_bytes()[..]].concat());
+    }
+
+    /// Applies records of rbd's format `rbd diff v1`, which say what is written where.
+    fn import_diff(&self, records: &[u8]) {
+        let mut import = self.ceph.rbd_command(&["import-diff", "--no-progress", "-", &self.spec]);
+        let mut import = import.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let mut diff = import.stdin.take().unwrap();
+        diff.write_all(&[b"rbd diff v1\n", records, b"e"].concat()).unwrap();
+        drop(diff);
+        assert!(import.wait().unwrap().success(), "rbd import-diff - {}", self.spec);
+    }
+
+    /// Makes a snapshot of it.
+    pub(crate) fn snapshot(&self, name: &str) {
+        self.ceph.rbd(&["snap", "create", "--no-progress", &format!("{}@{name}", self.spec)]);
+    }
+
+    /// All its bytes as they are now.
+    pub(crate) fn read(&self) -> Vec<u8> {
+        self.export(&self.spec)
+    }
+
+    /// All its bytes as they were at a snapshot.
+    pub(crate) fn read_at(&self, snapshot: &str) -> Vec<u8> {
+        self.export(&format!("{}@{snapshot}", self.spec))
+    }
+
+    fn export(&self, spec: &str) -> Vec<u8> {
+        run(&mut self.ceph.rbd_command(&["export", "--no-progress", spec, "-"])).stdout
+    }
+}
+
+fn ceph_sh(command: &str, folder: &Path) -> Command {
+    let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/ceph.sh"));
+    script.arg(command).arg(folder);
+    script
+}
+
+/// Runs it to its end, which must be a good one.
+fn run(command: &mut Command) -> Output {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {told}");
+    output
+}
+
+fn text(output: Output) -> String {
+    String::from_utf8(output.stdout).unwrap()
+}
