@@ -195,11 +195,9 @@ async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) 
     let version = |number: u8| Bytes::from(vec![number; 1000 + usize::from(number)]);
     bench.store.replace(&name, version(0)).await.unwrap();
     let stores = vec![(bench.store.clone(), name.clone()); 3];
-    let writers = side_by_side((0..).zip(stores).map(move |(writer, (store, name))| {
-        async move {
-            for number in (writer..30).step_by(3) {
-                store.replace(&name, version(number)).await.unwrap();
-            }
+    let writers = side_by_side((0..).zip(stores).map(move |(writer, (store, name))| async move {
+        for number in (writer..30).step_by(3) {
+            store.replace(&name, version(number)).await.unwrap();
         }
     }));
     let writers = tokio::spawn(writers);
@@ -436,8 +434,12 @@ async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: 
 
 #[cfg(feature = "ceph")]
 mod rados {
+    use backhaul::ceph::{Cluster, Features, MapChange, Mode, NewImage, Pool};
+    use backhaul::error::Class;
+    use backhaul::store::Rados;
+
     use super::*;
-    use backhaul::ceph::{MapChange, Pool};
+    use crate::support::ceph::Ceph;
 
     const INDEX: &str = ".backhaul/stores/.index";
 
@@ -542,5 +544,61 @@ mod rados {
 
         assert!(matches!(error.reason(), Reason::Passing(_)), "{error:?}");
         bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_pool_that_is_full_is_said_to_be_and_deletes_make_room() {
+        let (ceph, pool) = (Ceph::shared(), format!("full-{}", Uuid::new_v4()));
+        ceph.ceph(&["osd", "pool", "create", &pool, "1"]);
+        ceph.ceph(&["osd", "pool", "set-quota", &pool, "max_bytes", "16777216"]);
+        // Its own user may not use this pool.
+        let cluster = Cluster::connect(ceph.conf(), "admin", 30).unwrap();
+        let store = Rados::new(cluster.pool(&pool).unwrap());
+        let folder = Folder::own("full");
+        let name = |number: u32| folder.object(&format!("{number}")).unwrap();
+        let until = Instant::now() + Duration::from_secs(120);
+
+        // The cluster counts now and then only, so that there is room for more than the quota until it has.
+        let mut put = 0;
+        let error = loop {
+            match store.put(&name(put), junk(MIB)).await {
+                Ok(()) => put += 1,
+                Err(error) => break error,
+            }
+            assert!(Instant::now() < until && put < 4096, "{put} objects fit into the pool");
+        };
+        assert!(matches!(error.reason(), Reason::Full), "{error:?}");
+        for number in 0..put {
+            store.delete(&name(number)).await.unwrap();
+        }
+        assert_eq!(store.list(&folder, "").await.unwrap(), []);
+        while let Err(error) = store.put(&name(0), junk(MIB)).await {
+            assert!(matches!(error.reason(), Reason::Full), "{error:?}");
+            assert!(Instant::now() < until, "nothing fits into the pool, which is empty");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        ceph.ceph(&["osd", "pool", "delete", &pool, &pool, "--yes-i-really-really-mean-it"]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_was_shut_out_may_try_again() {
+        let (bench, pool) = bench();
+        let image = format!("image-{}", Uuid::new_v4());
+        pool.create_image(&image, &NewImage { bytes: 1, features: Features::EXCLUSIVE_LOCK, stripes: None })
+            .unwrap();
+        let open = |pool: &Pool| pool.open_image(&image, None, Mode::Write).unwrap();
+        let held = open(&pool);
+        held.lock().unwrap();
+        bench.store.put(&bench.name("a"), junk(1)).await.unwrap();
+
+        // Who takes somebody's lock has the cluster shut out all of that client.
+        let other = super::pool();
+        assert!(open(&other).break_lock().unwrap());
+        let error = bench.store.put(&bench.name("b"), junk(1)).await.unwrap_err();
+
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        drop((held, pool));
+        Rados::new(other.clone()).delete(&bench.name("a")).await.unwrap();
+        other.remove_image(&image).unwrap();
     }
 }
