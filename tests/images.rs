@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use backhaul::ceph::{Cluster, Diff, Features, Image, Mode, NewImage, Pool};
+use backhaul::ceph::{Cluster, Diff, Features, Image, MapChange, Mode, NewImage, Pool};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use uuid::Uuid;
@@ -225,10 +225,12 @@ fn a_map_is_changed_if_it_is_as_expected_or_not_at_all() {
     use MapChange::{Expect, Remove, Set};
     let pool = pool();
     let name = format!("map-{}", Uuid::new_v4());
-    let error = pool.change_map(&name, &[Expect("a", b""), Set("a", b"1")]).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    for first in [Expect("a", b""), Remove("a")] {
+        let error = pool.change_map(&name, &[first, Set("a", b"1")]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    }
 
-    assert!(pool.change_map(&name, &[Remove("a"), Set("a", b"1"), Set("b", b"2")]).unwrap());
+    assert!(pool.change_map(&name, &[Set("a", b"1"), Set("b", b"2"), Remove("c")]).unwrap());
     assert!(!pool.change_map(&name, &[Set("b", b"3"), Expect("a", b""), Set("a", b"4")]).unwrap());
     assert!(!pool.change_map(&name, &[Expect("b", b"2"), Expect("a", b"2"), Remove("b")]).unwrap());
     let entries = || pool.map_entries(&name, "").unwrap();

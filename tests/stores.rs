@@ -1,6 +1,8 @@
 //! What every kind of store must do, case by case, on each of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -104,8 +106,12 @@ impl Bench {
     }
 
     async fn clean(self) {
-        for (name, _) in self.list("").await {
-            self.store.delete(&self.name(&name)).await.unwrap();
+        for some in self.list("").await.chunks(50) {
+            side_by_side(some.iter().map(|(name, _)| {
+                let (store, name) = (self.store.clone(), self.name(name));
+                async move { store.delete(&name).await.unwrap() }
+            }))
+            .await;
         }
         self.store.tidy(&self.folder, &self.prefix).await.unwrap();
         assert_eq!(self.left(), BTreeSet::new());
@@ -114,10 +120,19 @@ impl Bench {
 
 #[cfg(feature = "ceph")]
 fn pool() -> backhaul::ceph::Pool {
-    let conf: std::path::PathBuf = std::env::var_os("BACKHAUL_TEST_CEPH_CONF")
-        .expect("BACKHAUL_TEST_CEPH_CONF names no cluster: run `make test`, which starts one")
-        .into();
-    backhaul::ceph::Cluster::connect(&conf, "cinder", 30).unwrap().pool("backups").unwrap()
+    let ceph = support::ceph::Ceph::shared();
+    backhaul::ceph::Cluster::connect(ceph.conf(), "cinder", 30).unwrap().pool("backups").unwrap()
+}
+
+async fn side_by_side<T: Send + 'static>(
+    work: impl Iterator<Item = impl Future<Output = T> + Send + 'static>,
+) -> Vec<T> {
+    let work: Vec<_> = work.map(tokio::spawn).collect();
+    let mut done = Vec::new();
+    for one in work {
+        done.push(one.await.unwrap());
+    }
+    done
 }
 
 /// Bytes of which no two pieces are alike.
@@ -179,18 +194,16 @@ async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) 
     let name = bench.name("a");
     let version = |number: u8| Bytes::from(vec![number; 1000 + usize::from(number)]);
     bench.store.replace(&name, version(0)).await.unwrap();
-    let writers = (0..3).map(|writer| {
-        let (store, name) = (bench.store.clone(), name.clone());
-        tokio::spawn(async move {
-            for number in (writer..30).step_by(3) {
-                store.replace(&name, version(number)).await.unwrap();
-            }
-        })
-    });
-    let writers: Vec<_> = writers.collect();
+    let stores = vec![(bench.store.clone(), name.clone()); 3];
+    let writers = side_by_side((0..).zip(stores).map(move |(writer, (store, name))| async move {
+        for number in (writer..30).step_by(3) {
+            store.replace(&name, version(number)).await.unwrap();
+        }
+    }));
+    let writers = tokio::spawn(writers);
     let mut seen = BTreeSet::new();
     loop {
-        let written = writers.iter().all(tokio::task::JoinHandle::is_finished);
+        let written = writers.is_finished();
         let bytes = bench.read(&name).await.unwrap();
         assert_eq!(bytes, version(bytes[0]));
         seen.insert(bytes[0]);
@@ -198,9 +211,7 @@ async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) 
             break;
         }
     }
-    for writer in writers {
-        writer.await.unwrap();
-    }
+    writers.await.unwrap();
     // Whoever was the last one, it had written its last version.
     assert!(seen.last() >= Some(&27), "{seen:?}");
     bench.clean().await;
@@ -302,14 +313,13 @@ async fn a_writer_does_not_finish_over_an_object(#[case] kind: Kind, #[values(10
 async fn one_of_many_that_put_the_same_name_wins(#[case] kind: Kind, #[values(1, 5 * MIB)] bytes: usize) {
     let bench = Bench::new(kind);
     let name = bench.name("a");
-    let puts = (0..8_u8).map(|number| {
+    let puts = side_by_side((0..8_u8).map(|number| {
         let (store, name) = (bench.store.clone(), name.clone());
-        tokio::spawn(async move { store.put(&name, Bytes::from(vec![number; bytes])).await })
-    });
-    let puts: Vec<_> = puts.collect();
+        async move { (number, store.put(&name, Bytes::from(vec![number; bytes])).await) }
+    }));
     let mut won = Vec::new();
-    for (number, put) in (0..).zip(puts) {
-        match put.await.unwrap() {
+    for (number, put) in puts.await {
+        match put {
             Ok(()) => won.push(number),
             Err(error) => assert!(matches!(error.reason(), Reason::Exists), "{error:?}"),
         }
@@ -356,15 +366,13 @@ async fn objects_are_listed_by_name_and_prefix(#[case] kind: Kind) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_folder_with_many_objects_is_listed_whole(#[case] kind: Kind) {
     let bench = Bench::new(kind);
-    let mut expected: Vec<_> = (0..2100).map(|index| (format!("{index}"), index % 3)).collect();
+    let mut expected: Vec<_> = (0..1100).map(|index| (format!("{index}"), index % 3)).collect();
     for some in expected.chunks(50) {
-        let puts = some.iter().map(|(name, bytes)| {
+        side_by_side(some.iter().map(|(name, bytes)| {
             let (store, name, bytes) = (bench.store.clone(), bench.name(name), junk(*bytes as usize));
-            tokio::spawn(async move { store.put(&name, bytes).await })
-        });
-        for put in puts.collect::<Vec<_>>() {
-            put.await.unwrap().unwrap();
-        }
+            async move { store.put(&name, bytes).await.unwrap() }
+        }))
+        .await;
     }
     expected.sort();
     assert_eq!(bench.list("").await, expected);
@@ -426,8 +434,12 @@ async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: 
 
 #[cfg(feature = "ceph")]
 mod rados {
+    use backhaul::ceph::{Cluster, Features, MapChange, Mode, NewImage, Pool};
+    use backhaul::error::Class;
+    use backhaul::store::Rados;
+
     use super::*;
-    use backhaul::ceph::{MapChange, Pool};
+    use crate::support::ceph::Ceph;
 
     const INDEX: &str = ".backhaul/stores/.index";
 
@@ -466,12 +478,22 @@ mod rados {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn no_part_outlives_its_object() {
+    async fn no_part_outlives_its_object_or_its_writer() {
         let (bench, pool) = bench();
         let name = bench.name("a");
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(junk(9 * MIB)).await.unwrap();
+        let key = bench.left().pop_first().unwrap();
+        let id = key.rsplit_once("/.").unwrap().1;
+        let written = [0, 1].map(|number| format!("{name}/.{id}.{number}"));
+        let there = |part: &String| pool.object_bytes(part).unwrap().is_some();
+        assert!(written.iter().all(there));
+        drop(writer);
+        bench.until_nothing_is_left().await;
+        assert!(!written.iter().any(there));
+
         bench.store.put(&name, junk(9 * MIB)).await.unwrap();
         let mut parts: Vec<_> = (0..3).map(|number| part(&pool, &name, number)).collect();
-        let there = |part: &String| pool.object_bytes(part).unwrap().is_some();
         assert!(parts.iter().all(there));
 
         bench.store.replace(&name, junk(9 * MIB)).await.unwrap();
@@ -522,5 +544,61 @@ mod rados {
 
         assert!(matches!(error.reason(), Reason::Passing(_)), "{error:?}");
         bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_pool_that_is_full_is_said_to_be_and_deletes_make_room() {
+        let (ceph, pool) = (Ceph::shared(), format!("full-{}", Uuid::new_v4()));
+        ceph.ceph(&["osd", "pool", "create", &pool, "1"]);
+        ceph.ceph(&["osd", "pool", "set-quota", &pool, "max_bytes", "16777216"]);
+        // Its own user may not use this pool.
+        let cluster = Cluster::connect(ceph.conf(), "admin", 30).unwrap();
+        let store = Rados::new(cluster.pool(&pool).unwrap());
+        let folder = Folder::own("full");
+        let name = |number: u32| folder.object(&format!("{number}")).unwrap();
+        let until = Instant::now() + Duration::from_secs(120);
+
+        // The cluster counts now and then only, so that there is room for more than the quota until it has.
+        let mut put = 0;
+        let error = loop {
+            match store.put(&name(put), junk(MIB)).await {
+                Ok(()) => put += 1,
+                Err(error) => break error,
+            }
+            assert!(Instant::now() < until && put < 4096, "{put} objects fit into the pool");
+        };
+        assert!(matches!(error.reason(), Reason::Full), "{error:?}");
+        for number in 0..put {
+            store.delete(&name(number)).await.unwrap();
+        }
+        assert_eq!(store.list(&folder, "").await.unwrap(), []);
+        while let Err(error) = store.put(&name(0), junk(MIB)).await {
+            assert!(matches!(error.reason(), Reason::Full), "{error:?}");
+            assert!(Instant::now() < until, "nothing fits into the pool, which is empty");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        ceph.ceph(&["osd", "pool", "delete", &pool, &pool, "--yes-i-really-really-mean-it"]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_was_shut_out_may_try_again() {
+        let (bench, pool) = bench();
+        let image = format!("image-{}", Uuid::new_v4());
+        pool.create_image(&image, &NewImage { bytes: 1, features: Features::EXCLUSIVE_LOCK, stripes: None })
+            .unwrap();
+        let open = |pool: &Pool| pool.open_image(&image, None, Mode::Write).unwrap();
+        let held = open(&pool);
+        held.lock().unwrap();
+        bench.store.put(&bench.name("a"), junk(1)).await.unwrap();
+
+        // Who takes somebody's lock has the cluster shut out all of that client.
+        let other = super::pool();
+        assert!(open(&other).break_lock().unwrap());
+        let error = bench.store.put(&bench.name("b"), junk(1)).await.unwrap_err();
+
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        drop((held, pool));
+        Rados::new(other.clone()).delete(&bench.name("a")).await.unwrap();
+        other.remove_image(&image).unwrap();
     }
 }

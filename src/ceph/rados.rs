@@ -18,6 +18,11 @@ const COMPARE_EQUAL: u8 = 1;
 /// How an operation is told that an object must not exist; source: `LIBRADOS_CREATE_EXCLUSIVE` in `librados.h`.
 const CREATE_EXCLUSIVE: c_int = 1;
 
+unsafe extern "C" {
+    /// In `librados.h` since Ceph 15, but not in the crate.
+    fn rados_set_pool_full_try(io: rados::rados_ioctx_t);
+}
+
 /// A connection to a cluster. Clones share it; it ends with the last of them and of what was made with them.
 #[derive(Clone)]
 pub struct Cluster(Arc<Connection>);
@@ -82,6 +87,9 @@ impl Cluster {
         // `Context` gives it back once.
         check(unsafe { rados::rados_ioctx_create(self.0.handle, c_name.as_ptr(), &mut handle) })
             .map_err(|code| Error::operation("open pool", name, code))?;
+        // A write to a pool that is full fails then, and a delete goes on; otherwise both would wait for room.
+        // SAFETY: the context was made above, and nobody else has it yet.
+        unsafe { rados_set_pool_full_try(handle) };
         Ok(Pool(Arc::new(Context { handle, name: name.into(), cluster: self.clone() })))
     }
 }
@@ -213,8 +221,8 @@ impl Pool {
     }
 
     /// Changes the map of an object, all at once or not at all; says whether it did, which is so unless one of the
-    /// expectations did not hold. An object that is not there is made, but cannot be expected anything of: that fails
-    /// with [`io::ErrorKind::NotFound`].
+    /// expectations did not hold. An object that is not there is made by the first change, if that sets a key; otherwise
+    /// it fails with [`io::ErrorKind::NotFound`].
     pub fn change_map(&self, object: &str, changes: &[MapChange<'_>]) -> Result<bool, Error> {
         let name = c_string(object)?;
         let op = WriteOp::new();
