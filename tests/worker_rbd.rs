@@ -72,7 +72,7 @@ fn an_rbd_volume_goes_through_the_queue_into_a_pool_and_back() {
         let target = format!("rbd:main/{restored}");
         let (code, ended) = stack.submit(&["restore", "--backup-id", id, "--target", &target]);
         assert_eq!((code, &ended["digest"]), (0, &point["digest"]), "{ended}");
-        assert!(ceph.read(&restored) == *bytes);
+        assert!(ceph.existing(&restored).read() == *bytes);
         assert_eq!(snapshots(&ceph, &restored), json!([]));
         let (code, ended) = stack.submit(&["verify", "--backup-id", id]);
         assert_eq!((code, &ended["digest"]), (0, &point["digest"]), "{ended}");
