@@ -154,7 +154,7 @@ fn a_worker_does_not_begin_with_a_pool_or_a_user_that_it_cannot_use() {
     let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
     let of_cluster = stores(ceph.conf(), "");
     let cases = [
-        (of_cluster.replace("\"backups\"", "\"nowhere\""), "store.images cannot be used: open pool nowhere"),
+        (of_cluster.replace("\"backups\"", "\"nowhere\""), "because: open pool nowhere: No such file"),
         (of_cluster.replace("\"cinder\"", "\"nobody\""), "client.nobody"),
     ];
 
