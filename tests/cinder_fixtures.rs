@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use backhaul::cinder::export_record;
+use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::chunked::{Budget, Chunked, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{
@@ -63,7 +63,7 @@ impl CinderChain {
 
     /// The record of a backup as it stands in Cinder's export.
     fn exported(&self, point: usize) -> Record {
-        export_record::import(self.points[point].record.to_string().as_bytes()).unwrap()
+        export_record::import(self.points[point].record.to_string().as_bytes(), &Form::Files).unwrap()
     }
 
     /// Takes all backups of the chain in.

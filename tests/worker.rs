@@ -370,6 +370,10 @@ fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
     };
     let other = "00000000-0000-4000-8000-000000000000";
     let target = stack.location("a.img");
+    let without_cluster = match cfg!(feature = "ceph") {
+        true => "there is no such cluster in the configuration",
+        false => "built without Ceph",
+    };
     let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
     let cases = [
         (source("missing.img"), "open"),
@@ -378,7 +382,7 @@ fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
         (backup(&stack, &["--backup-id", BACKUP]), "already"),
         (backup(&stack, &["--parent", other]), "is not in this store"),
         (backup(&stack, &["--store", "other"]), "this worker has no store other: it has local"),
-        (owned(&["backup", "--volume-id", VOLUME, "--source", "rbd:pool/image"]), "file: volumes only"),
+        (owned(&["backup", "--volume-id", VOLUME, "--source", "rbd:pool/image"]), without_cluster),
         (owned(&["verify", "--backup-id", other]), "`backhaul list` shows what is"),
         (
             owned(&["restore", "--backup-id", BACKUP, "--target", "file:/etc/backhaul-test"]),
