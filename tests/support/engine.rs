@@ -168,10 +168,15 @@ pub(crate) fn job(work: Work) -> Job {
 
 /// A job that backs the file up under a new id.
 pub(crate) fn backup_job(volume_id: VolumeId, source: &Path, parent: Parent) -> Job {
+    backup_job_of(volume_id, Location::File(source.into()), parent)
+}
+
+/// The same of a volume of any kind.
+pub(crate) fn backup_job_of(volume_id: VolumeId, source: Location, parent: Parent) -> Job {
     job(Work::Backup(BackupWork {
         backup_id: BackupId::random(),
         volume_id,
-        source: Location::File(source.into()),
+        source,
         parent,
         container: None,
         name: Some("nightly".into()),
@@ -191,7 +196,7 @@ pub(crate) async fn run(engine: &Engine, job: &Job) -> Result<Receipt, Error> {
 }
 
 pub(crate) async fn run_in(ctx: &Context, engine: &Engine, job: &Job) -> Result<Receipt, Error> {
-    engine.run(ctx, job, plan(job)[0]).await
+    engine.run(ctx, job, plan(job, &engine.strategies(&job.work))[0]).await
 }
 
 pub(crate) async fn backup(
