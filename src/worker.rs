@@ -84,6 +84,8 @@ impl Stores {
                 compression: chunking.compression,
                 object_bytes: chunking.object_bytes as usize,
                 sha_block_bytes: chunking.sha_block_bytes as usize,
+                unchanged_check_per_mille: 1,
+                source_snapshots_max: 1,
             };
             let chunked = Chunked::new(Arc::new(opened), settings, cpu.clone(), budget.clone());
             engines.insert(name.clone(), Engine::new(chunked, volumes.clone()));
