@@ -170,6 +170,8 @@ impl Stores {
                         compression: chunking.compression,
                         object_bytes: chunking.object_bytes as usize,
                         sha_block_bytes: chunking.sha_block_bytes as usize,
+                        unchanged_check_per_mille: 1,
+                        source_snapshots_max: 1,
                     };
                     let chunked = Chunked::new(Arc::new(opened), settings, cpu, budget);
                     Store::Open(Engine::new(chunked, volumes))
@@ -182,6 +184,7 @@ impl Stores {
                         source_snapshots_max: *source_snapshots_max,
                         journaling: *journaling,
                         stripes: *stripes,
+                        checkpoint_bytes: rbd::CHECKPOINT_BYTES,
                     };
                     let (name, engine) = (name.clone(), OnceCell::new());
                     Store::Pool(Box::new(PoolStore { name, settings, volumes, cpu, budget, engine }))

@@ -50,6 +50,8 @@ impl CinderChain {
             compression: word.parse().unwrap(),
             object_bytes: 5 * BLOCK_BYTES,
             sha_block_bytes: BLOCK_BYTES,
+            unchanged_check_per_mille: 1,
+            source_snapshots_max: 1,
         };
         let chunked = Chunked::new(store, settings, Cpu::start(2).unwrap(), Budget::new(64 << 20));
         let roots = FileRoots::new(&[folder.path().canonicalize().unwrap()]);

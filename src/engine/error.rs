@@ -134,6 +134,21 @@ pub enum Error {
         why: String,
     },
 
+    /// A block has changed that nobody said had changed.
+    #[error(
+        "the block at byte {offset} of {image} differs from the parent {parent_id}, and Ceph says that it has not changed \
+         since: what it knows of changes in this image is wrong, so other backups of it that were made incrementally may \
+         lack some too. Look at it with `rbd object-map check`, and run `rbd object-map rebuild` on it and its snapshots"
+    )]
+    UnseenChange {
+        /// The parent.
+        parent_id: BackupId,
+        /// The image.
+        image: String,
+        /// Where the block begins.
+        offset: u64,
+    },
+
     /// Ceph would not say what has changed.
     #[cfg(feature = "ceph")]
     #[error("what is to be copied cannot be found")]
@@ -302,7 +317,7 @@ impl Error {
                 _ => Class::Unsuitable,
             },
             Self::ImageInUse { .. } => Class::Transient,
-            Self::ParentUnsuitable { .. } => Class::Unsuitable,
+            Self::ParentUnsuitable { .. } | Self::UnseenChange { .. } => Class::Unsuitable,
             Self::NoParent(_) | Self::VolumeResized { .. } | Self::BlockSizeChanged { .. } => {
                 Class::Unsuitable
             }

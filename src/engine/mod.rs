@@ -19,7 +19,11 @@ pub use source::Source;
 pub use volumes::Volumes;
 
 use jiff::Timestamp;
+#[cfg(feature = "ceph")]
+use tracing::warn;
 
+#[cfg(feature = "ceph")]
+use crate::error::Causes;
 use crate::error::Problem;
 use crate::job::{
     BackupId, BackupWork, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
@@ -181,6 +185,10 @@ impl Engine {
         record.state = RecordState::Available;
         record.checkpoint = None;
         self.catalog.save(&record).await?;
+        #[cfg(feature = "ceph")]
+        if let Err(error) = self.trim(&record).await {
+            warn!(error = %Causes(&error), "snapshots of older backups stay on the volume");
+        }
         Ok(receipt(&record))
     }
 
@@ -244,6 +252,23 @@ impl Engine {
         Ok(record)
     }
 
+    /// Removes the snapshots that were taken for older backups from a volume, so that not too many stay. Those of other
+    /// stores, and of backups that are being made, are not ours to remove.
+    #[cfg(feature = "ceph")]
+    async fn trim(&self, record: &Record) -> Result<(), Error> {
+        let (Format::Chunked(chunked), Some(newest)) = (&self.format, &record.source) else { return Ok(()) };
+        let count_max = chunked.source_snapshots_max();
+        if count_max == 0 {
+            return Ok(());
+        }
+        let newest_first = self.catalog.records().await?.records.into_iter().rev();
+        let taken = newest_first
+            .filter(|other| other.volume_id == record.volume_id && other.state == RecordState::Available)
+            .filter_map(|other| other.source)
+            .filter(|taken| taken.image_id == newest.image_id);
+        self.volumes.remove_snapshots(&newest.image, taken.skip(count_max as usize).collect()).await
+    }
+
     async fn copy(
         &self,
         ctx: &Context,
@@ -255,7 +280,7 @@ impl Engine {
         let volume_meta = work.volume_meta.as_deref();
         Ok(match &self.format {
             Format::Chunked(chunked) => {
-                let source = source.open(record).await?;
+                let source = source.open(record, parent).await?;
                 Unfinished::Chunked(chunked.backup(ctx, record, volume_meta, parent, source).await?)
             }
             #[cfg(feature = "ceph")]
@@ -284,7 +309,9 @@ impl Engine {
             }
         }
         #[cfg(feature = "ceph")]
-        self.volumes.remove_snapshot(record).await?;
+        if let Some(taken) = &record.source {
+            self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await?;
+        }
         Ok(())
     }
 
