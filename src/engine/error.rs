@@ -25,8 +25,9 @@ pub enum Error {
     #[error("the volume cannot be used")]
     Volume(#[from] volume::Error),
 
-    /// This version does not know that kind of volume.
-    #[error("{location} cannot be used: this version backs up and restores file: volumes only")]
+    /// Volumes of that kind need Ceph.
+    #[cfg(not(feature = "ceph"))]
+    #[error("{location} cannot be used: this program was built without Ceph, for file: volumes only")]
     UnsupportedVolume {
         /// The source or target.
         location: String,
