@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Shows Backhaul at work on a private Ceph: an RBD volume of real files goes through the queue into a pool of backups and
-# back, and is compared. It leaves its work folder to look at; `demo.sh clean` removes it.
+# back, and is compared. It leaves its work folder, without the cluster, to look at; `demo.sh clean` removes it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . dev/demo-common.sh
@@ -30,11 +30,13 @@ compare() {
 
 # Compares a restored image with what the volume was, and looks at its file system and for stray snapshots.
 check_restored() {
+  rm -f restored.img
   compare "$1" "$2"
   show "rbd export $2 restored.img"
   rbd export --no-progress "$2" restored.img
   check_file_system restored.img
   snapshots_of "$2" 0
+  run rbd rm --no-progress "$2"
 }
 
 # Lists the snapshots of an image, of which there must be so many.
@@ -100,7 +102,7 @@ run backhaul list
 snapshots_of $volume 2
 image=backups/volume-$volume_id.backup.$full
 snapshots_of "$image" 2
-run rbd du "$image"
+say "the image takes $(rbd du --format json "$image" | jq '.total_used_size / 1048576 | round') MiB"
 
 step "Restore the first point into a new image, and compare"
 job restore-full restore --backup-id "$full" --target rbd:main/volumes/first
@@ -124,8 +126,17 @@ images=$(rbd ls backups)
 [[ -z $images ]] || die "images are left: $images"
 say "no images"
 show "rados --pool backups --all ls"
-rados --conf ceph/ceph.conf --id cinder --pool backups --all ls | sort | sed 's/^/   /'
+objects() { rados --conf ceph/ceph.conf --id cinder --pool backups --all ls; }
+for ((second = 0; second < 60; second++)); do
+  # The OSD removes in the background what snapshots held.
+  objects | grep -q rbd_data || break
+  sleep 1
+done
+objects | sort | sed 's/^/   /'
+if objects | grep -q -e rbd_data -e 'backup\.'; then die "objects of a backup are left"; fi
 
-step "Stop the worker"
+step "Stop the worker, and Ceph with its files"
 stop_worker
+stop_services
+rm -rf ceph
 bye "Both restored images are"
