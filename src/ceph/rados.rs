@@ -59,6 +59,8 @@ impl Cluster {
             (c"rados_osd_op_timeout", seconds.as_c_str()),
             // Everything is read and written once, so a cache only costs memory and copies.
             (c"rbd_cache", c"false"),
+            // Nor need bytes be copied to be sent: ours do not change, and a write ends after librbd has let go of them.
+            (c"rbd_disable_zero_copy_writes", c"false"),
         ];
         for (option, value) in options {
             // SAFETY: the handle is valid, and both strings are for the call.
