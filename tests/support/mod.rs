@@ -4,6 +4,7 @@
 pub(crate) mod ceph;
 pub(crate) mod engine;
 pub(crate) mod faulty;
+pub(crate) mod link;
 pub(crate) mod rabbit;
 pub(crate) mod stack;
 pub(crate) mod volume;
