@@ -101,6 +101,8 @@ fn own_record() -> Record {
         volume_id: "f8b4904a-1d0e-404b-98d9-745e42c0b42f".parse().unwrap(),
         state: RecordState::Available,
         parent_id: Some("60a51657-cb82-4205-a137-0846b1dad5ec".parse().unwrap()),
+        writer: String::new(),
+        checkpoint: None,
         job_id: Some("0d9ec0a5-2e4f-4f0c-8a0e-3f4d9f0f2b11".parse().unwrap()),
         service: POSIX.into(),
         service_metadata: "prefix".into(),

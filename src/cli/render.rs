@@ -267,6 +267,8 @@ mod tests {
             volume_id: VOLUME.parse().unwrap(),
             state: RecordState::Available,
             parent_id: None,
+            writer: String::new(),
+            checkpoint: None,
             job_id: Some(JOB.parse().unwrap()),
             service: "cinder.backup.drivers.posix.PosixBackupDriver".into(),
             service_metadata: "volume_3f2b_20260102140322_backup_8c1d".into(),
