@@ -15,7 +15,7 @@ use backhaul::ceph::{Access, Clusters, Mode as OpenMode};
 use backhaul::engine::chunked::Budget;
 use backhaul::engine::rbd::{Rbd, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
-use backhaul::error::Problem;
+use backhaul::error::{Class, Problem};
 use backhaul::event::{self, EventSink};
 use backhaul::job::{
     BackupId, Completion, Context, Event, Job, Location, Method, Outcome, Parent, Record, RecordState,
@@ -67,11 +67,15 @@ impl Bench {
     }
 
     fn with(settings: Settings) -> Self {
-        let (main, other) = (Ceph::shared(), Ceph::other());
+        Self::on(Ceph::shared(), settings)
+    }
+
+    fn on(main: Ceph, settings: Settings) -> Self {
+        let other = Ceph::other();
         let access = |ceph: &Ceph| Access {
             conf: ceph.conf().into(),
             user: "cinder".into(),
-            operation_seconds_max: 60,
+            operation_seconds_max: if main.is_own() { 3 } else { 60 },
         };
         let clusters = BTreeMap::from([("main".into(), access(&main)), ("other".into(), access(&other))]);
         let clusters = Clusters::new(clusters);
@@ -823,4 +827,56 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
         delete(&bench.engine, record.backup_id).await.unwrap();
     }
     assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
+    let bench = Bench::on(Ceph::start_with(&[]), settings());
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let at_full = volume.read();
+    volume.write(&[(0, &noise(2, 64 << 20))]);
+    let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
+    let ctx = Context::default();
+    let (result, ()) = tokio::join!(bench.engine.run(&ctx, &job, bench.methods(&job)[0]), async {
+        while ctx.progress.read().counts.bytes_stored == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        bench.main.stop_osd();
+    });
+    let error = result.unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error:?}");
+    assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
+    bench.main.start_osd();
+    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
+    assert!(bench.restored(job.backup_id()).await == volume.read());
+    assert!(bench.restored(full.backup_id).await == at_full);
+    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_pool_is_a_clear_error_and_costs_nothing() {
+    let bench = Bench::on(Ceph::start_with(&[]), settings());
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 8 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    bench.main.ceph(&["osd", "pool", "set-quota", "backups", "max_bytes", "1000000"]);
+    while !bench.main.ceph(&["osd", "pool", "ls", "detail"]).contains("full_quota") {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    // Ceph refuses what needs more room, not what is written over something.
+    volume.write(&[(8 * MIB, &noise(2, 50 << 20))]);
+    let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
+    let completion = bench.complete(&job).await;
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
+    assert!(problem.to_string().contains("uota"), "{problem}");
+    assert!(matches!(bench.record(job.backup_id()).await.state, RecordState::Error(_)));
+    assert_eq!(bench.snapshots(volume.spec()).len(), 1);
+    verify(&bench.engine, full.backup_id).await.unwrap();
+    // What frees space works.
+    delete(&bench.engine, full.backup_id).await.unwrap();
+    assert_eq!(bench.images("backups"), Vec::<String>::new());
 }

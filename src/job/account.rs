@@ -56,7 +56,7 @@ impl fmt::Display for Method {
 /// What was moved, and what was not because it did not have to be.
 ///
 /// Of a backup or a restore that succeeded, `bytes_read`, `bytes_hole` and, for a restore, the punched zeros
-/// together are the volume's size.
+/// together are the volume's size; less what of an RBD image was not read because Ceph says that it has not changed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     /// Bytes of volume data read: from the source by a backup, out of the objects by a restore or verify.
@@ -65,7 +65,7 @@ pub struct Counts {
     pub bytes_zero: u64,
     /// Bytes in holes of the source, which were not even read.
     pub bytes_hole: u64,
-    /// Bytes that are as in the parent.
+    /// Bytes that are as in the parent, read or not.
     pub bytes_unchanged: u64,
     /// Bytes in the store: written by a backup, read by a restore or verify, freed by a delete. Data objects only.
     pub bytes_stored: u64,

@@ -62,6 +62,11 @@ impl Ceph {
         rbd
     }
 
+    /// Whether it is one's own.
+    pub(crate) fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
     /// Stops the OSD of one's own cluster: whoever reads or writes waits.
     pub(crate) fn stop_osd(&self) {
         run(&mut ceph_sh("stop-osd", self.own_folder()));
