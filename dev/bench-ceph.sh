@@ -161,7 +161,7 @@ line() { printf '| %-58s | %9s | %9s | %7s | %12s | %11s | %10s |\n' "$@"; }
 
 header() {
   printf '\n%s\n\n' "$1"
-  line work 'Backhaul s' 'rbd s' 'times' 'Backhaul MiB' 'rbd MiB' 'memory MiB'
+  line work "${2-Backhaul s}" "${3-rbd s}" 'times' "${4-Backhaul MiB}" "${5-rbd MiB}" 'memory MiB'
   line '---' '---:' '---:' '---:' '---:' '---:' '---:'
 }
 
@@ -344,7 +344,8 @@ to_posix() {
     ours backup --store posix --volume-id $volume_id --source rbd:main/$volume --incremental
     theirs job backup --store posix --volume-id $file_id --source "$in_place" --incremental
   done
-  printf '\nTo the posix store: "rbd" is Backhaul from a file with the same bytes here, and what is written is as stored.\n\n'
+  header "From an image into the posix store, beside the same bytes from a file, both with Backhaul" 'image s' 'file s' '' ''
+  our_written=0 their_written=0
   row "incremental, 1 % of $gib GiB in pieces of 4 MiB"
   rm -rf volume.img posix
 }
