@@ -46,7 +46,7 @@ start_cluster() {
 
 stop_cluster() {
   "$repository/dev/ceph.sh" down "$work/ceph" >/dev/null 2>&1 || true
-  rm -rf "$work/ceph"
+  rm -rf "$work/ceph" "${sockets:?}"/*
 }
 
 rbd() { command rbd --conf "$conf" --id cinder "$@" 2>rbd.log || { cat rbd.log >&2; return 1; }; }
@@ -56,7 +56,7 @@ written() {
   local socket
   for socket in "$sockets"/osd.*; do
     ceph --admin-daemon "$socket" perf dump osd 2>/dev/null
-  done | jq --slurp 'map(.osd.op_w_in_bytes) | add'
+  done | jq --slurp 'map(.osd.op_in_bytes) | add'
 }
 
 # Waits until nobody works on what was done before: the OSDs remove what snapshots held in the background.
@@ -161,7 +161,7 @@ line() { printf '| %-58s | %9s | %9s | %7s | %12s | %11s | %10s |\n' "$@"; }
 
 header() {
   printf '\n%s\n\n' "$1"
-  line work 'Backhaul s' 'rbd s' 'times' 'Backhaul MiB' 'rbd MiB' 'memory MiB'
+  line work "${2-Backhaul s}" "${3-rbd s}" 'times' "${4-Backhaul MiB}" "${5-rbd MiB}" 'memory MiB'
   line '---' '---:' '---:' '---:' '---:' '---:' '---:'
 }
 
@@ -252,7 +252,7 @@ make_volume() {
 }
 
 one_cluster() {
-  local run disk
+  local run disk stream_bytes
   start_cluster "bluestore block size = $((5 * bytes + 4096 * mib))"
   configure
   disk=$(disk_mib_per_second)
@@ -301,6 +301,7 @@ one_cluster() {
     scattered 2000 4096 "$bytes" "$run" | write_image volumes/scattered 2
     our_backup volumes/scattered --incremental
     their_backup volumes/scattered --incremental
+    stream_bytes=$(rbd export-diff --no-progress --from-snap base "volumes/scattered@$their_last" - | wc -c)
     remove_backups volumes/scattered
     rbd rm --no-progress volumes/scattered
   done
@@ -323,7 +324,9 @@ one_cluster() {
   rbd rm --no-progress volumes/large
 
   our_median=$full_median
+  printf '\n'
   share_of_disk "$disk"
+  echo "For the scattered writes rbd moved $(in_mib "$stream_bytes") MiB from one of its processes to the other."
   to_posix
   stop_cluster
 }
@@ -341,7 +344,8 @@ to_posix() {
     ours backup --store posix --volume-id $volume_id --source rbd:main/$volume --incremental
     theirs job backup --store posix --volume-id $file_id --source "$in_place" --incremental
   done
-  printf '\nTo the posix store: "rbd" is Backhaul from a file with the same bytes here, and what is written is as stored.\n\n'
+  header "From an image into the posix store, beside the same bytes from a file, both with Backhaul" 'image s' 'file s' '' ''
+  our_written=0 their_written=0
   row "incremental, 1 % of $gib GiB in pieces of 4 MiB"
   rm -rf volume.img posix
 }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -17,6 +18,8 @@ use crate::store::{Folder, ObjectName, ObjectStore, Reason};
 
 /// No record is larger: most of it is a volume's metadata in Cinder's fields.
 const RECORD_BYTES_MAX: usize = 4 << 20;
+/// How many records are read side by side: each takes as long as the store needs to answer.
+const RECORDS_AT_ONCE_MAX: usize = 16;
 /// The version of what is written here.
 const FORMAT: u32 = 1;
 
@@ -78,8 +81,14 @@ impl Catalog {
     pub async fn records(&self) -> Result<Listing, Error> {
         let folder = Folder::own("records");
         let mut listing = Listing::default();
-        for listed in self.store.list(&folder, "").await? {
-            match self.record_at(&folder.object(&listed.name)?).await {
+        let objects: Result<Vec<_>, _> =
+            self.store.list(&folder, "").await?.iter().map(|listed| folder.object(&listed.name)).collect();
+        let objects = objects?;
+        // None of them begins before it is asked for.
+        let reads: Vec<_> = objects.iter().map(|object| self.record_at(object)).collect();
+        let mut records = stream::iter(reads).buffered(RECORDS_AT_ONCE_MAX);
+        while let Some(record) = records.next().await {
+            match record {
                 Ok(Some(record)) => listing.records.push(record),
                 // It was deleted between the listing and the reading.
                 Ok(None) => {}
