@@ -56,11 +56,7 @@ impl CinderChain {
         let chunked = Chunked::new(store, settings, Cpu::start(2).unwrap(), Budget::new(64 << 20));
         let roots = FileRoots::new(&[folder.path().canonicalize().unwrap()]);
         let points = serde_json::from_slice(&fs::read(fixture.join("chain.json")).unwrap()).unwrap();
-        Self {
-            engine: Engine::new(chunked, Volumes { file_roots: roots, ..Volumes::default() }),
-            folder,
-            points,
-        }
+        Self { engine: Engine::new(chunked, Volumes::files(roots)), folder, points }
     }
 
     /// The record of a backup as it stands in Cinder's export.

@@ -621,7 +621,7 @@ fn engine_in(folder: &Path) -> Engine {
         source_snapshots_max: 1,
     };
     let chunked = Chunked::new(store, settings, cpu, Budget::new(MEMORY_BYTES));
-    Engine::new(chunked, Volumes { file_roots: FileRoots::new(&[folder.to_owned()]), ..Volumes::default() })
+    Engine::new(chunked, Volumes::files(FileRoots::new(&[folder.to_owned()])))
 }
 
 /// On a real file system of 1 MiB, mounted in a namespace of its own; whoever is not root becomes root of one for that.

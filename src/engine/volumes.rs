@@ -17,7 +17,7 @@ use crate::volume::{FileRoots, FileSource, FileTarget, VolumeTarget};
 use crate::volume::{RbdTarget, rbd};
 
 /// Where the volumes of jobs may be.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Volumes {
     /// The folders that files must be below.
     pub file_roots: FileRoots,
@@ -48,6 +48,15 @@ impl Target {
 }
 
 impl Volumes {
+    /// Files below these folders, and nothing else.
+    pub fn files(file_roots: FileRoots) -> Self {
+        Self {
+            file_roots,
+            #[cfg(feature = "ceph")]
+            clusters: Clusters::default(),
+        }
+    }
+
     /// Opens what is to be backed up.
     pub async fn source(&self, location: &Location) -> Result<Source, Error> {
         let (volumes, location) = (self.clone(), location.clone());

@@ -85,7 +85,7 @@ impl Bench {
         memory_bytes: usize,
     ) -> Engine {
         let chunked = Chunked::new(store, settings, self.cpu.clone(), Budget::new(memory_bytes));
-        Engine::new(chunked, Volumes { file_roots: FileRoots::new(&[self.volumes()]), ..Volumes::default() })
+        Engine::new(chunked, Volumes::files(FileRoots::new(&[self.volumes()])))
     }
 
     /// All that lies in the store, by path: objects, and where they are files also temporary ones and, with a `/` at
