@@ -331,12 +331,14 @@ impl Worker {
     async fn reject(&self, delivery: Delivery, rejection: &Rejection) -> Result<(), broker::Error> {
         warn!(reason = %rejection.reason, error = %rejection, "message rejected");
         let message_id = delivery.properties.message_id.as_deref();
-        let body = message::encode_rejected(rejection, Timestamp::now(), &self.source, message_id);
+        let id = message::rejected_event_id(message_id);
         let properties = Properties {
             content_type: Some(message::EVENT_CONTENT_TYPE.into()),
             correlation_id: delivery.properties.correlation_id.clone(),
+            message_id: Some(id.clone()),
             ..Properties::default()
         };
+        let body = message::encode_rejected(rejection, id, Timestamp::now(), &self.source, message_id);
         let body = bytes::Bytes::from(body);
         self.broker.publish_event(message::REJECTED_ROUTING_KEY, body.clone(), properties.clone()).await?;
         if let Some(queue) = delivery.properties.reply_to.clone() {

@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use backhaul::job::{Command, Event};
 use backhaul::message::{
     COMMAND_BYTES_MAX, REJECTED_ROUTING_KEY, Reason, Received, Rejection, encode_command, encode_event,
-    encode_rejected, event_id, parse_command, parse_event, routing_key,
+    encode_rejected, event_id, parse_command, parse_event, rejected_event_id, routing_key,
 };
 use jiff::Timestamp;
 use jsonschema::{Registry, Validator};
@@ -76,7 +76,8 @@ fn round_trip_event(body: &[u8]) {
                 before["id"] = Value::Null;
             }
             let rejection = Rejection { reason, message, job_id };
-            encode_rejected(&rejection, time, &source, message_id.as_deref())
+            let id = rejected_event_id(message_id.as_deref());
+            encode_rejected(&rejection, id, time, &source, message_id.as_deref())
         }
     };
     let mut after: Value = serde_json::from_slice(&after).unwrap();
@@ -230,7 +231,8 @@ fn every_invalid_sample_is_refused_with_its_reason() {
         assert!(rejection.message.chars().count() < 1000, "{name}: {rejection}");
         assert!(!rejection.message.chars().any(char::is_control), "{name}: {rejection}");
 
-        let event = encode_rejected(&rejection, Timestamp::UNIX_EPOCH, "/backhaul/test", Some(name));
+        let id = rejected_event_id(Some(name));
+        let event = encode_rejected(&rejection, id, Timestamp::UNIX_EPOCH, "/backhaul/test", Some(name));
         round_trip_event(&event);
     }
     assert!(samples.is_empty(), "samples without a row: {:?}", samples.keys());
@@ -299,6 +301,16 @@ fn a_completion_has_the_same_id_whoever_tells_of_it_and_when() {
     let event = sample_event("event-started.json");
     let again = Event { time: Timestamp::UNIX_EPOCH, ..event.clone() };
     assert_ne!(event_id(&again), event_id(&event));
+}
+
+#[test]
+fn the_id_of_a_rejection_fits_into_a_property_however_long_that_of_the_message_is() {
+    let long = "é".repeat(127);
+    assert_eq!(rejected_event_id(Some("order-4711")), "order-4711.rejected");
+    assert!(rejected_event_id(Some(&long)).len() <= 255);
+    assert_eq!(rejected_event_id(Some(&long)), rejected_event_id(Some(&long)));
+    assert_ne!(rejected_event_id(Some(&long)), rejected_event_id(Some(&long[2..])));
+    assert_ne!(rejected_event_id(None), rejected_event_id(None));
 }
 
 #[test]

@@ -513,7 +513,7 @@ async fn another_sha_block_size_than_the_parents_falls_back_to_a_full_backup_by_
     let engine = shelf.bench.engine(Settings { sha_block_bytes: 256, ..settings(Compression::Zstd) });
     let newest = shelf.newest();
     let job = backup_job(newest.record.volume_id, &shelf.bench.volumes().join("volume"), Parent::Latest);
-    let mut methods = backhaul::runner::plan(&job).into_iter();
+    let mut methods = backhaul::runner::plan(&job, &engine.strategies(&job.work)).into_iter();
 
     let error = engine.run(&Default::default(), &job, methods.next().unwrap()).await.unwrap_err();
     refused_parent(&error, Class::Unsuitable, &[&newest.id().to_string(), "512", "256"]);

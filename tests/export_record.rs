@@ -83,6 +83,8 @@ fn own_record() -> Record {
         counts: Counts { object_count: 12, ..Counts::default() },
         digest: Some("sha256-list:00".into()),
         object_digests: vec![("prefix_metadata".into(), "00".into())],
+        source: None,
+        image_id: None,
         cinder_fields: Map::new(),
     }
 }

@@ -334,8 +334,40 @@ async fn a_restore_that_fails_at_any_call_leaves_no_file(
     }
 }
 
-/// Two workers have the same job, because the broker took one of them for dead: it stops at any of its calls, another
-/// one takes over and stops as well, the first goes on to its end, and then the other does.
+/// Does two jobs at once: the first one stops at one of its calls, the other begins and stops at one of its own, the
+/// first goes on to its end, and then the other does. Gives how each ended, and where they stopped.
+async fn entangle(scene: &Scene, jobs: [(&Job, usize); 2]) -> ([Result<Receipt, Error>; 2], String) {
+    let start = |(job, at): (&Job, usize)| {
+        let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (faulty, engine) = scene.faulty_engine(at, Fault::Pause(reached.clone(), go_on.clone()));
+        let job = job.clone();
+        let running = tokio::spawn(async move {
+            let ended = run(&engine, &job).await;
+            if ended.is_ok() && matches!(job.work, Work::Delete(_)) {
+                conclude_delete(&engine, &job).await;
+            }
+            ended
+        });
+        (faulty, running, reached, go_on)
+    };
+    let (first_faulty, first, first_reached, first_go_on) = start(jobs[0]);
+    first_reached.notified().await;
+    let (other_faulty, mut other, other_reached, other_go_on) = start(jobs[1]);
+    let other_ended = tokio::select! {
+        () = other_reached.notified() => None,
+        ended = &mut other => Some(ended.unwrap()),
+    };
+    first_go_on.notify_one();
+    let first_ended = first.await.unwrap();
+    other_go_on.notify_one();
+    let other_ended = match other_ended {
+        Some(ended) => ended,
+        None => other.await.unwrap(),
+    };
+    ([first_ended, other_ended], format!("{} and {}", first_faulty.broke_at(), other_faulty.broke_at()))
+}
+
+/// Two workers have the same job, because the broker took one of them for dead.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_workers_with_the_same_job_leave_one_whole_backup(#[values(false, true)] incremental: bool) {
@@ -350,33 +382,12 @@ async fn two_workers_with_the_same_job_leave_one_whole_backup(#[values(false, tr
     for first_at in 1..=last_look {
         for other_at in 1..=last_look {
             let job = scene.backup_job();
-            let start = |at: usize| {
-                let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-                let (faulty, engine) = scene.faulty_engine(at, Fault::Pause(reached.clone(), go_on.clone()));
-                let job = job.clone();
-                let running = tokio::spawn(async move { run(&engine, &job).await });
-                (faulty, running, reached, go_on)
-            };
-            let (first_faulty, first, first_reached, first_go_on) = start(first_at);
-            first_reached.notified().await;
-            let (other_faulty, mut other, other_reached, other_go_on) = start(other_at);
-            let other_ended = tokio::select! {
-                () = other_reached.notified() => None,
-                ended = &mut other => Some(ended.unwrap()),
-            };
-            first_go_on.notify_one();
-            let first_ended = first.await.unwrap();
-            other_go_on.notify_one();
-            let other_ended = match other_ended {
-                Some(ended) => ended,
-                None => other.await.unwrap(),
-            };
+            let (ended, told) = entangle(&scene, [(&job, first_at), (&job, other_at)]).await;
 
-            let told = format!("{} and {}", first_faulty.broke_at(), other_faulty.broke_at());
-            for error in [&first_ended, &other_ended].into_iter().filter_map(|ended| ended.as_ref().err()) {
+            for error in ended.iter().filter_map(|ended| ended.as_ref().err()) {
                 assert_eq!(error.class(), Class::Transient, "{told}: {error}");
             }
-            if first_ended.is_err() && other_ended.is_err() {
+            if ended.iter().all(Result::is_err) {
                 scene.check_invisible(&job, &told).await;
             }
             run(&scene.engine(), &job).await.expect(&told);
@@ -385,6 +396,56 @@ async fn two_workers_with_the_same_job_leave_one_whole_backup(#[values(false, tr
             scene.check_gone(&told).await;
         }
     }
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_deleted_gets_no_child_meanwhile(#[values(false, true)] delete_begins: bool) {
+    let jobs = |scene: &Scene| {
+        let (remove, make) =
+            (job(Work::Delete(scene.parent.as_ref().unwrap().backup_id)), scene.backup_job());
+        if delete_begins { [remove, make] } else { [make, remove] }
+    };
+    let mut calls = [0, 0];
+    for (index, calls) in calls.iter_mut().enumerate() {
+        let scene = Scene::new(Kind::Memory, true).await;
+        *calls = scene.calls(&jobs(&scene)[index]).await;
+    }
+    let mut refused = [0, 0];
+
+    for first_at in 1..=calls[0] {
+        for other_at in 1..=calls[1] {
+            let scene = Scene::new(Kind::Memory, true).await;
+            let [first, other] = jobs(&scene);
+            let (mut ended, told) = entangle(&scene, [(&first, first_at), (&other, other_at)]).await;
+            if !delete_begins {
+                ended.reverse();
+            }
+            let (make, [removed, made]) = (if delete_begins { other } else { first }, ended);
+            let told = format!("{told}: {removed:?}, {made:?}");
+
+            if let Err(error) = &removed {
+                assert!(matches!(error, Error::HasChildren { .. }), "{told}");
+                refused[0] += 1;
+            }
+            if let Err(error) = &made {
+                let gone = matches!(
+                    error,
+                    Error::ParentNotAvailable { .. } | Error::UnknownParent(_) | Error::NoParent(_)
+                );
+                assert!(gone, "{told}");
+                refused[1] += 1;
+                scene.engine().abandon(&make, None).await.unwrap();
+            }
+            match (removed, made) {
+                (Ok(_), Ok(_)) => panic!("{told}"),
+                (Err(_), Ok(_)) => scene.check_whole(&make, &told).await,
+                (Err(_), Err(_)) => scene.check_gone(&told).await,
+                (Ok(_), Err(_)) => assert_eq!(scene.everything().await, BTreeSet::new(), "{told}"),
+            }
+        }
+    }
+    assert!(refused.iter().all(|count| *count > 20), "{refused:?}");
 }
 
 #[tokio::test]

@@ -299,7 +299,7 @@ impl Model {
         }
         let engine = self.engine(compression, object_blocks, memory);
 
-        let mut methods = plan(&job).into_iter();
+        let mut methods = plan(&job, &engine.strategies(&job.work)).into_iter();
         let mut method = methods.next().unwrap();
         let mut result = engine.run(&Default::default(), &job, method).await;
         if parent == Parent::Latest && own.is_empty() {

@@ -5,18 +5,24 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use backhaul::ceph::{Access, Clusters};
+use async_trait::async_trait;
+use backhaul::ceph::{Access, Clusters, Mode as OpenMode};
 use backhaul::engine::chunked::Budget;
 use backhaul::engine::rbd::{Rbd, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
-use backhaul::error::Class;
+use backhaul::error::Problem;
+use backhaul::event::{self, EventSink};
 use backhaul::job::{
-    BackupId, Context, Job, Location, Method, Parent, Record, RestoreWork, Strategy, VolumeId, Work,
+    BackupId, Completion, Context, Event, Job, Location, Method, Outcome, Parent, Record, RecordState,
+    RestoreWork, VolumeId, Work,
 };
-use backhaul::runner::plan;
-use backhaul::store::Memory;
+use backhaul::runner::{self, Attempts, Ended, Report, plan};
+use backhaul::store::{Folder, Memory, ObjectStore};
 use backhaul::volume::FileRoots;
 use support::ceph::{Ceph, Image};
 use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, verify};
@@ -29,18 +35,34 @@ struct Bench {
     main: Ceph,
     other: Ceph,
     engine: Engine,
+    store: Arc<Memory>,
+    clusters: Clusters,
     folder: TempDir,
+}
+
+fn settings() -> Settings {
+    Settings {
+        cluster: Some("main".into()),
+        pool: "backups".into(),
+        source_snapshots_max: 0,
+        journaling: false,
+        stripes: None,
+    }
+}
+
+/// Nobody wants to hear of the job.
+struct Deaf;
+
+#[async_trait]
+impl EventSink for Deaf {
+    async fn send(&self, _: &Event) -> Result<(), event::Error> {
+        Ok(())
+    }
 }
 
 impl Bench {
     fn new() -> Self {
-        Self::with(Settings {
-            cluster: Some("main".into()),
-            pool: "backups".into(),
-            source_snapshots_max: 0,
-            journaling: false,
-            stripes: None,
-        })
+        Self::with(settings())
     }
 
     fn with(settings: Settings) -> Self {
@@ -54,14 +76,16 @@ impl Bench {
         let clusters = Clusters::new(clusters);
         let folder = tempfile::tempdir().unwrap();
         let file_roots = FileRoots::new(&[folder.path().to_owned()]);
+        let store = Arc::new(Memory::default());
         let rbd = Rbd::new(
-            Arc::new(Memory::default()),
+            store.clone(),
             clusters.clone(),
             settings,
             Cpu::start(2).unwrap(),
             Budget::new(MEMORY_BYTES),
         );
-        Self { engine: Engine::new(rbd, Volumes { file_roots, clusters }), main, other, folder }
+        let engine = Engine::new(rbd, Volumes { file_roots, clusters: clusters.clone() });
+        Self { engine, store, clusters, main, other, folder }
     }
 
     /// A volume in the shared cluster, under the name that Cinder gives it.
@@ -84,6 +108,52 @@ impl Bench {
         plan(job, &self.engine.strategies(&job.work))
     }
 
+    /// Runs the job to its end, as a worker does.
+    async fn complete(&self, job: &Job) -> Completion {
+        let (report, attempts) = (Report::new(&Deaf, job), Attempts { current: 1, max: 1 });
+        let ended =
+            runner::run(&Context::default(), &self.engine, job, attempts, Duration::from_secs(60), &report)
+                .await;
+        match ended {
+            Ended::Over(completion) => *completion,
+            ended => panic!("{ended:?}"),
+        }
+    }
+
+    /// Backs up as a worker does; returns the record, by which method it was made, and why not by the first one.
+    async fn backup_somehow(
+        &self,
+        volume_id: VolumeId,
+        source: &Location,
+        parent: Parent,
+    ) -> (Record, String, Option<Problem>) {
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        let completion = self.complete(&job).await;
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        let method = completion.account.method.unwrap().to_string();
+        (self.record(job.backup_id()).await, method, completion.account.fallback_reason)
+    }
+
+    /// Restores into a new file, and reads that.
+    async fn restored(&self, id: BackupId) -> Vec<u8> {
+        let file = self.folder.path().join(format!("restored-{id}"));
+        self.restore(id, &Location::File(file.clone())).await.unwrap();
+        let bytes = fs::read(&file).unwrap();
+        fs::remove_file(file).unwrap();
+        bytes
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    /// Reads an image of the shared cluster.
+    fn export(&self, spec: &str) -> Vec<u8> {
+        export(&self.main, spec, self.folder.path())
+    }
+
     async fn record(&self, id: BackupId) -> Record {
         self.engine.catalog().record(id).await.unwrap().unwrap()
     }
@@ -103,6 +173,14 @@ impl Bench {
     fn images(&self, pool: &str) -> Vec<String> {
         self.main.rbd(&["ls", pool]).lines().map(ToOwned::to_owned).collect()
     }
+}
+
+fn export(ceph: &Ceph, spec: &str, folder: &Path) -> Vec<u8> {
+    let file = folder.join("exported");
+    ceph.rbd(&["export", "--no-progress", spec, file.to_str().unwrap()]);
+    let bytes = fs::read(&file).unwrap();
+    fs::remove_file(file).unwrap();
+    bytes
 }
 
 fn volume(ceph: &Ceph, bytes: u64) -> (VolumeId, Image<'_>) {
@@ -169,12 +247,8 @@ async fn a_chain_of_an_rbd_volume_is_made_restored_verified_and_deleted() {
         assert!(receipt.counts.bytes_written <= 6 * MIB, "{:?}", receipt.counts);
         let exported = bench.main.rbd(&["snap", "ls", &target]);
         assert_eq!(exported, "", "a restore leaves no snapshot");
-        let file = bench.folder.path().join(record.backup_id.to_string());
-        bench.main.rbd(&["export", "--no-progress", &target, file.to_str().unwrap()]);
-        assert!(std::fs::read(&file).unwrap() == *expected);
-        std::fs::remove_file(&file).unwrap();
-        bench.restore(record.backup_id, &Location::File(file.clone())).await.unwrap();
-        assert!(std::fs::read(&file).unwrap() == *expected);
+        assert!(bench.export(&target) == *expected);
+        assert!(bench.restored(record.backup_id).await == *expected);
     }
 
     let error = delete(&bench.engine, full.backup_id).await.unwrap_err();
@@ -186,4 +260,526 @@ async fn a_chain_of_an_rbd_volume_is_made_restored_verified_and_deleted() {
     assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
     assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
     assert!(bench.engine.catalog().records().await.unwrap().records.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_has_grown_is_backed_up_incrementally_and_restored_to_each_point() {
+    let bench = Bench::new();
+    // Neither size is one of whole objects, or of whole blocks.
+    let (volume_id, volume) = bench.volume(10 * MIB + 512);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 100_000)), (10 * MIB - 4096, &noise(2, 4096 + 512))]);
+    let first = volume.read();
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+
+    bench.main.rbd(&["resize", "--no-progress", "--size", &format!("{}B", 21 * MIB + 1024), volume.spec()]);
+    volume.write(&[(20 * MIB, &noise(3, 1 << 20))]);
+    let second = volume.read();
+    let (grown, method, reason) = bench.backup_somehow(volume_id, &source, Parent::Latest).await;
+    assert_eq!((method.as_str(), reason), ("rbd incremental", None));
+
+    for (record, expected) in [(&full, &first), (&grown, &second)] {
+        verify(&bench.engine, record.backup_id).await.unwrap();
+        assert!(bench.restored(record.backup_id).await == *expected);
+        // A target as large as the volume is now: nothing of what it held shows through, and its size stays.
+        let target = bench.main.image("volumes", 30 * MIB);
+        target.write(&[(0, &noise(9, 30 << 20))]);
+        bench.restore(record.backup_id, &location("main", target.spec())).await.unwrap();
+        let mut expected = expected.clone();
+        expected.resize(30 << 20, 0);
+        assert!(bench.export(target.spec()) == expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_why() {
+    for case in ["source snapshot", "backup snapshot", "other image", "backup image", "other snapshot", "map"]
+    {
+        let bench = Bench::new();
+        let (volume_id, volume) = bench.volume(16 * MIB);
+        let source = location("main", volume.spec());
+        volume.write(&[(MIB, &noise(1, 1 << 20))]);
+        let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+        let first = volume.read();
+        let snapshot = bench.snapshots(volume.spec()).remove(0);
+        volume.write(&[(9 * MIB, &noise(2, 1 << 20))]);
+        let remove =
+            |spec: &str| bench.main.rbd(&["snap", "rm", "--no-progress", &format!("{spec}@{snapshot}")]);
+        let expected = match case {
+            "source snapshot" => {
+                remove(volume.spec());
+                "is gone"
+            }
+            "backup snapshot" => {
+                remove(&base(&full));
+                "is gone"
+            }
+            "backup image" => {
+                remove(&base(&full));
+                bench.main.rbd(&["rm", "--no-progress", &base(&full)]);
+                "is gone"
+            }
+            "other image" => {
+                remove(volume.spec());
+                bench.main.rbd(&["rm", "--no-progress", volume.spec()]);
+                bench.main.rbd(&["create", "--size", "16M", volume.spec()]);
+                volume.write(&[(3 * MIB, &noise(3, 1 << 20))]);
+                volume.snapshot(&snapshot);
+                "another image"
+            }
+            "other snapshot" => {
+                remove(volume.spec());
+                volume.snapshot(&snapshot);
+                "another one of that name"
+            }
+            "map" => {
+                // Ceph itself finds out, when it opens the image, that its map is no map.
+                let info: serde_json::Value =
+                    serde_json::from_str(&bench.main.rbd(&["info", "--format", "json", volume.spec()]))
+                        .unwrap();
+                let map = format!("rbd_object_map.{}", info["id"].as_str().unwrap());
+                let garbage = bench.file("garbage", b"garbage");
+                bench.main.rados(&["-p", "volumes", "put", &map, garbage.to_str().unwrap()]);
+                volume.write(&[(12 * MIB, &noise(4, 4096))]);
+                "object map"
+            }
+            _ => unreachable!(),
+        };
+        let second = volume.read();
+        let (again, method, reason) = bench.backup_somehow(volume_id, &source, Parent::Latest).await;
+        let reason = reason.unwrap_or_else(|| panic!("{case}: no reason for {method}"));
+        assert_eq!(method, "rbd full", "{case}");
+        assert!(reason.to_string().contains(expected), "{case}: {reason}");
+        assert_eq!(again.parent_id, None, "{case}");
+        assert!(bench.restored(again.backup_id).await == second, "{case}");
+        // It has not harmed the one before.
+        if !case.starts_with("backup") {
+            assert!(bench.restored(full.backup_id).await == first, "{case}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_and_snapshots_are_copied_any_number_of_times_and_stay_sparse() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(40 * MIB);
+    volume.write(&[(20 * MIB, &noise(1, 1 << 20))]);
+    volume.snapshot("one");
+    let first = volume.read();
+    volume.write(&[(30 * MIB, &noise(2, 1 << 20))]);
+    volume.snapshot("two");
+    let second = volume.read();
+    let file = bench.file("volume", &second);
+    let sources = [
+        (location("main", &format!("{}@one", volume.spec())), &first),
+        (location("main", &format!("{}@two", volume.spec())), &second),
+        (Location::File(file.clone()), &second),
+        (Location::File(file), &second),
+    ];
+    let mut made = Vec::new();
+    for (source, expected) in &sources {
+        let (record, method, reason) = bench.backup_somehow(volume_id, source, Parent::None).await;
+        assert_eq!((method.as_str(), reason), ("copy full", None));
+        assert!(record.counts.bytes_stored <= 2 * MIB, "{:?}", record.counts);
+        made.push((record, expected));
+    }
+    let (record, method, reason) = bench.backup_somehow(volume_id, &sources[3].0, Parent::Latest).await;
+    assert_eq!(method, "copy full");
+    assert!(reason.unwrap().to_string().contains("nobody knows what has changed"));
+    made.push((record, &sources[3].1));
+    // None of them took a snapshot of its own.
+    assert_eq!(bench.snapshots(volume.spec()), ["one", "two"]);
+    while let Some((record, _)) = made.pop() {
+        verify(&bench.engine, record.backup_id).await.unwrap();
+        delete(&bench.engine, record.backup_id).await.unwrap();
+        for (record, expected) in &made {
+            assert!(bench.restored(record.backup_id).await == ***expected);
+        }
+    }
+    assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pools_and_clusters_may_be_any() {
+    let bench = Bench::new();
+    let (volume_id, volume) = volume(&bench.other, 16 * MIB);
+    let source = location("other", volume.spec());
+    volume.write(&[(MIB, &noise(1, 1 << 20))]);
+    let first = volume.read();
+    let mut job = backup_job_of(volume_id, source.clone(), Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    work.container = Some("backups2".parse().unwrap());
+    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
+    let full = bench.record(job.backup_id()).await;
+    assert!(base(&full).starts_with("backups2/"));
+    volume.write(&[(2 * MIB - 100, &noise(2, 200))]);
+    let second = volume.read();
+    let (incremental, method, reason) = bench.backup_somehow(volume_id, &source, Parent::Latest).await;
+    assert_eq!((method.as_str(), reason), ("rbd incremental", None));
+    // A chain stays where it was begun.
+    assert_eq!(base(&incremental), base(&full));
+
+    let target = format!("volumes/restored-{}", incremental.backup_id);
+    for (cluster, ceph) in [("main", &bench.main), ("other", &bench.other)] {
+        bench.restore(incremental.backup_id, &location(cluster, &target)).await.unwrap();
+        assert!(export(ceph, &target, bench.folder.path()) == second);
+    }
+    assert!(bench.restored(full.backup_id).await == first);
+
+    // A volume in the pool of the backups themselves.
+    let own = bench.main.image("backups", 8 * MIB);
+    own.write(&[(0, &noise(3, 70_000))]);
+    let (record, method, _) =
+        bench.backup_somehow(volume_id, &location("main", own.spec()), Parent::None).await;
+    assert_eq!(method, "rbd full");
+    assert!(bench.restored(record.backup_id).await == own.read());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_to_the_original_gives_it_back_and_keeps_it_sparse() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(4 * MIB, &noise(1, 2 << 20))]);
+    let first = volume.read();
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    volume.write(&[(5 * MIB, &noise(2, 2 << 20)), (40 * MIB, &noise(3, 10 << 20))]);
+    bench.restore(full.backup_id, &source).await.unwrap();
+    assert!(volume.read() == first);
+    let used: serde_json::Value =
+        serde_json::from_str(&bench.main.rbd(&["du", "--format", "json", volume.spec()])).unwrap();
+    let head = used["images"].as_array().unwrap().last().unwrap().clone();
+    assert!(head["used_size"].as_u64().unwrap() <= 4 * MIB, "{used}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_is_in_use_or_too_small_is_refused_and_left_as_it_was() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(MIB, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+
+    let target = bench.main.image("volumes", 8 * MIB);
+    target.write(&[(0, b"old")]);
+    let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
+    let name = target.spec().strip_prefix("volumes/").unwrap();
+    let user = pool.open_image(name, None, OpenMode::Write).unwrap();
+    let error = bench.restore(full.backup_id, &location("main", target.spec())).await.unwrap_err();
+    assert!(Problem::new(error.class(), &error).to_string().contains("in use"), "{error:?}");
+    drop(user);
+    assert!(target.read().starts_with(b"old"));
+
+    let small = bench.main.image("volumes", 8 * MIB - 512);
+    let error = bench.restore(full.backup_id, &location("main", small.spec())).await.unwrap_err();
+    assert!(Problem::new(error.class(), &error).to_string().contains("smaller than the backup"), "{error:?}");
+
+    let error = bench.restore(full.backup_id, &location("main", "no-such-pool/image")).await.unwrap_err();
+    assert!(Problem::new(error.class(), &error).to_string().contains("no-such-pool"), "{error:?}");
+    let error = bench.restore(full.backup_id, &location("nowhere", "volumes/image")).await.unwrap_err();
+    let text = Problem::new(error.class(), &error).to_string();
+    assert!(text.contains("\"nowhere\"") && text.contains("main, other"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_cannot_be_read_is_told_and_leaves_nothing_behind() {
+    let bench = Bench::new();
+    let before = bench.images("backups").len();
+    for (source, expected) in [
+        ("volumes/no-such-image", "no-such-image"),
+        ("no-such-pool/image", "no-such-pool"),
+        ("volumes/no-such-image@snapshot", "no-such-image@snapshot"),
+    ] {
+        let job = backup_job_of(VolumeId::random(), location("main", source), Parent::None);
+        let Outcome::Failed(problem) = bench.complete(&job).await.outcome else { panic!("{source}") };
+        assert!(problem.to_string().contains(expected), "{problem}");
+    }
+    assert!(bench.images("backups").len() >= before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_made_as_they_are_set_and_a_volume_keeps_no_more_snapshots_than_it_may() {
+    let bench = Bench::with(Settings {
+        source_snapshots_max: 2,
+        journaling: true,
+        stripes: Some((65536, 4)),
+        ..settings()
+    });
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    let source = location("main", volume.spec());
+    volume.snapshot("somebody-elses");
+    let mut made = Vec::new();
+    for seed in 0..4 {
+        volume.write(&[(seed * MIB + 1000, &noise(seed, 100_000))]);
+        let parent = if seed == 0 { Parent::None } else { Parent::Latest };
+        let (record, _, reason) = bench.backup_somehow(volume_id, &source, parent).await;
+        assert_eq!(reason, None);
+        made.push((record, volume.read()));
+    }
+    let info = bench.main.rbd(&["info", &base(&made[0].0)]);
+    for part in ["journaling", "striping", "exclusive-lock", "object-map", "fast-diff", "stripe unit: 64 KiB"]
+    {
+        assert!(info.contains(part), "{part}: {info}");
+    }
+    assert_eq!(bench.snapshots(volume.spec()).len(), 3);
+    assert_eq!(bench.snapshots(&base(&made[0].0)).len(), 4);
+    // The parent that was asked for has no snapshot on the volume any more.
+    let (forced, method, reason) =
+        bench.backup_somehow(volume_id, &source, Parent::Given(made[0].0.backup_id)).await;
+    assert_eq!(method, "rbd full");
+    assert!(reason.unwrap().to_string().contains("is gone"));
+    for (record, expected) in made.iter().chain([&(forced, volume.read())]) {
+        assert!(bench.restored(record.backup_id).await == *expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_backup_of_an_older_point_is_right_whatever_came_after_it() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 8 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    volume.write(&[(MIB, &noise(2, 1 << 20)), (12 * MIB, &noise(3, 1 << 20))]);
+    let second = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    let at_second = volume.read();
+    // As at the first point again, but for a little.
+    bench.restore(full.backup_id, &source).await.unwrap();
+    volume.write(&[(3 * MIB, &noise(4, 5000))]);
+    let third = bench.backup(volume_id, &source, Parent::Given(full.backup_id)).await.unwrap();
+    assert_eq!(third.parent_id, Some(full.backup_id));
+    assert!(bench.restored(third.backup_id).await == volume.read());
+    assert!(bench.restored(second.backup_id).await == at_second);
+    verify(&bench.engine, third.backup_id).await.unwrap();
+    delete(&bench.engine, second.backup_id).await.unwrap();
+    assert!(bench.restored(third.backup_id).await == volume.read());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_failed_backup_wrote_into_the_image_does_not_show_in_the_next_one() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 8 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    // A failed run has written to the head of the image what the volume never held there.
+    let image = bench.main.existing(&base(&full));
+    image.write(&[(5 * MIB + 777, &noise(8, 3 << 20)), (14 * MIB, &noise(9, 4096))]);
+    volume.write(&[(MIB, &noise(2, 4096))]);
+    let second = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    assert!(bench.restored(second.backup_id).await == volume.read());
+    verify(&bench.engine, second.backup_id).await.unwrap();
+    verify(&bench.engine, full.backup_id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_delete_of_a_failed_backup_harms_no_other() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    // A copy of a snapshot, as the parent of an incremental backup: where Cinder loses the parent's data.
+    volume.snapshot("point");
+    let at_point = location("main", &format!("{}@point", volume.spec()));
+    let copy = bench.backup(volume_id, &at_point, Parent::None).await.unwrap();
+    let job = backup_job_of(volume_id, source.clone(), Parent::Given(copy.backup_id));
+    let error = bench.run(&job).await.unwrap_err();
+    bench.engine.abandon(&job, Some(&Problem::new(error.class(), &error))).await.unwrap();
+    let failed = bench.record(job.backup_id()).await;
+    assert!(matches!(failed.state, RecordState::Error(_)), "{:?}", failed.state);
+    assert_eq!(bench.snapshots(volume.spec()), ["point"]);
+    assert!(bench.restored(copy.backup_id).await == volume.read());
+    delete(&bench.engine, failed.backup_id).await.unwrap();
+    assert!(bench.restored(copy.backup_id).await == volume.read());
+    verify(&bench.engine, copy.backup_id).await.unwrap();
+    delete(&bench.engine, copy.backup_id).await.unwrap();
+    assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_waits_for_an_image_that_is_in_use() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let pool = bench.clusters.connect(Some("main")).unwrap().pool("backups").unwrap();
+    let name = base(&full).strip_prefix("backups/").unwrap().to_owned();
+    let user = pool.open_image(&name, None, OpenMode::Write).unwrap();
+    let engine = bench.engine.clone();
+    let deleted = tokio::spawn(async move { delete(&engine, full.backup_id).await.map(drop) });
+    // It has come as far as it can when the snapshot is gone.
+    while !user.snapshots().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(!deleted.is_finished());
+    drop(user);
+    deleted.await.unwrap().unwrap();
+    assert!(!bench.images("backups").contains(&name));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_metadata_of_a_volume_is_kept_beside_its_backup_as_cinder_keeps_it() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 4096))]);
+    let mut job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    work.volume_meta = Some(r#"{"version": 2}"#.into());
+    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
+    let object = format!("backup.{}.meta", job.backup_id());
+    assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), r#"{"version": 2}"#);
+    delete(&bench.engine, job.backup_id()).await.unwrap();
+    assert!(!bench.main.rados(&["-p", "backups", "ls"]).contains(&object));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point() {
+    for case in
+        ["byte", "hole", "added", "snapshot", "image", "digests cut", "digests flipped", "digests gone"]
+    {
+        let bench = Bench::new();
+        let (volume_id, volume) = bench.volume(16 * MIB);
+        let source = location("main", volume.spec());
+        volume.write(&[(0, &noise(1, 3 << 20)), (8 * MIB, &noise(2, 1 << 20))]);
+        let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+        let at_full = volume.read();
+        volume.write(&[(9 * MIB, &noise(3, 100_000))]);
+        let second = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+        let image = base(&second);
+        let info: serde_json::Value =
+            serde_json::from_str(&bench.main.rbd(&["info", "--format", "json", &image])).unwrap();
+        let object = |number: u64| format!("{}.{number:016x}", info["block_name_prefix"].as_str().unwrap());
+        // Past Ceph's back: the object of the newest snapshot itself.
+        let put = |number: u64, bytes: &[u8]| {
+            let file = bench.file("object", bytes);
+            bench.main.rados(&["-p", "backups", "put", &object(number), file.to_str().unwrap()]);
+        };
+        let list = Folder::own("digests").object(&second.backup_id.to_string()).unwrap();
+        let bytes = bench.store.get(&list).await.unwrap().collect(&list, 1 << 20).await.unwrap().to_vec();
+        let mut others_whole = true;
+        let expected = match case {
+            "byte" => {
+                let mut bytes = noise(3, 100_000);
+                bytes.splice(..0, noise(2, 1 << 20));
+                bytes[(1 << 20) + 70_000] ^= 1;
+                put(2, &bytes);
+                "is not the one that was backed up"
+            }
+            "hole" => {
+                bench.main.rados(&["-p", "backups", "rm", &object(2)]);
+                "is not the one that was backed up"
+            }
+            "added" => {
+                // Where there was nothing; librbd's own way, so that the object map knows it.
+                bench.main.rbd(&[
+                    "snap",
+                    "rm",
+                    "--no-progress",
+                    &format!("{image}@{}", bench.snapshots(&image)[1]),
+                ]);
+                bench.main.existing(&image).write(&[(15 * MIB, &noise(7, 4096))]);
+                let name = &bench.snapshots(volume.spec())[1];
+                bench.main.rbd(&["snap", "create", "--no-progress", &format!("{image}@{name}")]);
+                "is not the one that was backed up"
+            }
+            "snapshot" => {
+                bench.main.rbd(&[
+                    "snap",
+                    "rm",
+                    "--no-progress",
+                    &format!("{image}@{}", bench.snapshots(&image)[1]),
+                ]);
+                "is missing"
+            }
+            "image" => {
+                bench.main.rbd(&["snap", "purge", "--no-progress", &image]);
+                bench.main.rbd(&["rm", "--no-progress", &image]);
+                others_whole = false;
+                "is missing"
+            }
+            "digests cut" => {
+                bench.store.replace(&list, bytes[..bytes.len() - 20].to_vec().into()).await.unwrap();
+                "is cut short"
+            }
+            "digests flipped" => {
+                let mut bytes = bytes.clone();
+                bytes[60] ^= 4;
+                bench.store.replace(&list, bytes.into()).await.unwrap();
+                "digests"
+            }
+            "digests gone" => {
+                bench.store.delete(&list).await.unwrap();
+                "is missing"
+            }
+            _ => unreachable!(),
+        };
+        let target = bench.folder.path().join("damaged");
+        for error in [
+            verify(&bench.engine, second.backup_id).await.map(drop).unwrap_err(),
+            bench.restore(second.backup_id, &Location::File(target.clone())).await.map(drop).unwrap_err(),
+        ] {
+            let text = Problem::new(error.class(), &error).to_string();
+            assert!(text.contains(expected), "{case}: {text}");
+        }
+        assert!(!target.exists(), "{case}");
+        if others_whole {
+            verify(&bench.engine, full.backup_id).await.unwrap();
+            assert!(bench.restored(full.backup_id).await == at_full, "{case}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    let job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
+    let ctx = Context::default();
+    let report = Report::new(&Deaf, &job);
+    let attempts = Attempts { current: 1, max: 1 };
+    let run = runner::run(&ctx, &bench.engine, &job, attempts, Duration::from_secs(60), &report);
+    let stop = async {
+        while ctx.progress.read().counts.bytes_stored == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        ctx.cancel.cancel();
+    };
+    let (ended, ()) = tokio::join!(run, stop);
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert_eq!(completion.outcome, Outcome::Cancelled);
+    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
+    assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
+    assert!(bench.engine.catalog().records().await.unwrap().records.is_empty());
+    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    for parent in [Parent::None, Parent::Latest] {
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        let ctx = Context::default();
+        // It goes no further, as a worker that was killed: dropped in the middle, nothing is cleaned up.
+        tokio::select! {
+            result = bench.engine.run(&ctx, &job, bench.methods(&job)[0]) => panic!("{result:?}"),
+            () = async {
+                while ctx.progress.read().counts.bytes_stored == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            } => {}
+        }
+        volume.write(&[(7 * MIB, &noise(2, 20 << 20))]);
+        let completion = bench.complete(&job).await;
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        assert_eq!(completion.account.fallback_reason, None);
+        assert!(bench.restored(job.backup_id()).await == volume.read());
+        volume.write(&[(30 * MIB, &noise(3, 30 << 20))]);
+    }
+    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+    let image = base(&bench.engine.catalog().records().await.unwrap().records[0]);
+    assert_eq!(bench.snapshots(&image), bench.snapshots(volume.spec()));
 }

@@ -15,8 +15,9 @@ use backhaul::event::{Error, EventSink};
 use backhaul::job::{Context, Event, Happening, Job, Mode, Outcome, Parent, RecordState, VolumeId};
 use backhaul::runner::{self, Attempts, Ended, Report};
 use rustix::io::Errno;
+use tokio::sync::Notify;
 
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job};
+use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, verify};
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume};
 
@@ -73,8 +74,13 @@ impl Scene {
         Self { bench, job }
     }
 
+    /// An engine whose store fails once, at the call of this number.
     fn faulty(&self, at: usize) -> (Faulty, Engine) {
-        let faulty = Faulty::new(self.bench.store(), at, Fault::Refused(Errno::IO));
+        self.faulty_by(at, Fault::Refused(Errno::IO))
+    }
+
+    fn faulty_by(&self, at: usize, fault: Fault) -> (Faulty, Engine) {
+        let faulty = Faulty::new(self.bench.store(), at, fault);
         let engine = self.bench.engine_on(Arc::new(faulty.clone()), SETTINGS, MEMORY_BYTES);
         (faulty, engine)
     }
@@ -144,6 +150,45 @@ async fn the_last_try_ends_the_job_as_failed_and_keeps_nothing_but_the_record_of
         );
     }
     assert!(failed > 5, "only {failed} of {calls} faults failed the job");
+}
+
+#[tokio::test]
+async fn the_last_try_of_a_job_that_another_worker_took_over_leaves_it_to_that_one() {
+    let calls = Scene::new(Parent::None).calls().await;
+    let mut left = 0;
+    for at in 1..=calls {
+        let scene = Scene::new(Parent::None);
+        let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+        let (sink, other_engine, other_sink) =
+            (Recorder::default(), scene.bench.engine(SETTINGS), Recorder::default());
+        let other = async {
+            reached.notified().await;
+            let ended = scene.run(&other_engine, &other_sink, 2, 2).await;
+            go_on.notify_one();
+            ended
+        };
+        let (ended, other_ended) = tokio::join!(scene.run(&engine, &sink, 2, 2), other);
+        let told = faulty.broke_at();
+        // From here on it looks no more whether it was taken over.
+        if told.starts_with("finish") && told.ends_with("_metadata") {
+            break;
+        }
+
+        match ended {
+            Ended::Later(problem) => {
+                left += 1;
+                assert_eq!((problem.class, sink.ends()), (Class::Transient, 0), "{told}: {problem}");
+            }
+            // It had not begun yet, and found the job done.
+            Ended::Over(completion) => assert_eq!(completion.outcome, Outcome::Succeeded, "{told}"),
+            Ended::Untold(error) => panic!("{told}: {error}"),
+        }
+        let Ended::Over(completion) = other_ended else { panic!("{told}: {other_ended:?}") };
+        assert_eq!((completion.outcome, other_sink.ends()), (Outcome::Succeeded, 1), "{told}");
+        verify(&other_engine, scene.job.backup_id()).await.expect(&told);
+    }
+    assert!(left > 5, "only {left} of {calls}");
 }
 
 #[tokio::test]

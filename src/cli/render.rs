@@ -11,6 +11,9 @@ use jiff::Timestamp;
 use crate::error::Problem;
 use crate::job::{Completion, Counts, Event, Happening, Operation, Outcome, Reading, Record, RecordState};
 
+/// Stands where something is not known.
+const UNKNOWN: &str = "-";
+
 /// A table of backups in the order given, one a line, below a header.
 pub fn table(records: &[Record]) -> String {
     let mut rows = vec![
@@ -24,7 +27,7 @@ pub fn table(records: &[Record]) -> String {
             kind(record).into(),
             record.parent_id.map_or("-".into(), |id| id.to_string()),
             bytes(record.volume_bytes),
-            bytes(record.counts.bytes_stored),
+            if is_counted(record) { bytes(record.counts.bytes_stored) } else { UNKNOWN.into() },
             time(record.created_at),
         ]);
     }
@@ -75,12 +78,16 @@ pub fn show(record: &Record) -> String {
     }
     let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
         record.counts;
-    line("read", &bytes(bytes_read));
-    let skipped = [(bytes_zero, "zeros"), (bytes_hole, "holes"), (bytes_unchanged, "as in the parent")];
-    for (count, what) in skipped {
-        line("skipped", &format!("{} {what}", bytes(count)));
+    if is_counted(record) {
+        line("read", &bytes(bytes_read));
+        let skipped = [(bytes_zero, "zeros"), (bytes_hole, "holes"), (bytes_unchanged, "as in the parent")];
+        for (count, what) in skipped {
+            line("skipped", &format!("{} {what}", bytes(count)));
+        }
+        line("stored", &format!("{} in {}", bytes(bytes_stored), objects(object_count)));
+    } else {
+        ["read", "skipped", "stored"].into_iter().for_each(|what| line(what, UNKNOWN));
     }
-    line("stored", &format!("{} in {}", bytes(bytes_stored), objects(object_count)));
     line("container", record.container.as_str());
     line("object prefix", &record.service_metadata);
     line("driver", &record.service);
@@ -221,6 +228,11 @@ fn kind(record: &Record) -> &'static str {
     if record.parent_id.is_some() { "incremental" } else { "full" }
 }
 
+/// Whether it is known what was moved to make the backup; nobody told us of one that was taken in from Cinder.
+fn is_counted(record: &Record) -> bool {
+    record.method.is_some()
+}
+
 fn objects(count: u64) -> String {
     if count == 1 { "1 object".into() } else { format!("{count} objects") }
 }
@@ -267,6 +279,8 @@ mod tests {
             counts: counts(),
             digest: None,
             object_digests: Vec::new(),
+            source: None,
+            image_id: None,
             cinder_fields: serde_json::Map::new(),
         }
     }
@@ -341,6 +355,18 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
         }
         assert!(!text.contains('\u{1b}'));
+    }
+
+    #[test]
+    fn what_is_not_known_of_a_backup_that_was_taken_in_is_not_shown_as_zero() {
+        let taken_in = Record { method: None, job_id: None, counts: Counts::default(), ..record() };
+        let text = show(&taken_in);
+        for line in ["made by           Cinder", "read              -", "stored            -"] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
+        }
+        assert!(!text.contains("0 B"), "{text}");
+        let row = table(&[taken_in]).lines().nth(1).unwrap().to_string();
+        assert!(row.ends_with("  1.00 GiB       -  2026-01-02 14:03:22"), "{row}");
     }
 
     #[test]

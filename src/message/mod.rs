@@ -9,6 +9,7 @@ mod rejection;
 
 pub use native::{
     COMMAND_BYTES_MAX, COMMAND_CONTENT_TYPE, EVENT_CONTENT_TYPE, EventError, REJECTED_ROUTING_KEY, Received,
-    encode_command, encode_event, encode_rejected, event_id, parse_command, parse_event, routing_key,
+    encode_command, encode_event, encode_rejected, event_id, parse_command, parse_event, rejected_event_id,
+    routing_key,
 };
 pub use rejection::{Reason, Rejection};

@@ -12,11 +12,14 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
 
 use super::{Before, Error, VolumeSource, VolumeTarget};
 
 /// Zeros are written in pieces of this size where they cannot be punched.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+/// The longest name that Linux gives a file.
+const NAME_BYTES_MAX: usize = 255;
 
 /// The folders below which file volumes may be.
 #[derive(Debug, Clone, Default)]
@@ -217,9 +220,13 @@ fn lock(file: &File, path: &Path) -> Result<(), Error> {
     }
 }
 
-/// The name of a new file until it is whole.
+/// The name of a new file until it is whole. It fits wherever the file's own name does.
 fn partial(name: &str) -> String {
-    format!(".{name}.backhaul-partial")
+    let partial = format!(".{name}.backhaul-partial");
+    if partial.len() <= NAME_BYTES_MAX {
+        return partial;
+    }
+    format!(".{}.backhaul-partial", hex::encode(Sha256::digest(name)))
 }
 
 impl VolumeTarget for FileTarget {
@@ -338,6 +345,25 @@ mod tests {
         drop(target);
         assert_eq!(names(), ["inside", "new"]);
         assert_eq!(fs::read(root.join("new")).unwrap()[..7], *b"\0\0\0\0\0x\0");
+    }
+
+    #[test]
+    fn a_new_target_may_have_the_longest_name_that_there_is() {
+        let (_folder, root, roots) = rooted();
+        for bytes in [1, 237, 238, 255] {
+            let path = root.join("n".repeat(bytes));
+            let target = FileTarget::open(&path, 4, &roots).unwrap();
+            assert!(fs::symlink_metadata(&path).is_err(), "{bytes}");
+            // Another one of so long a name has another place.
+            let other = FileTarget::open(&root.join("m".repeat(bytes)), 4, &roots).unwrap();
+            target.finish().unwrap();
+            drop((target, other));
+            assert_eq!(fs::read(&path).unwrap(), [0; 4], "{bytes}");
+            fs::remove_file(path).unwrap();
+            assert_eq!(fs::read_dir(&root).unwrap().count(), 1, "{bytes}");
+        }
+        let error = FileTarget::open(&root.join("n".repeat(256)), 4, &roots).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
     }
 
     #[test]

@@ -93,6 +93,16 @@ impl Ceph {
         self.own.as_ref().expect("the shared clusters are not to be broken").path()
     }
 
+    /// Runs rados against it and gives what it printed.
+    pub(crate) fn rados(&self, arguments: &[&str]) -> String {
+        text(run(Command::new("rados").arg("-c").arg(&self.conf).args(arguments)))
+    }
+
+    /// An image that is there already.
+    pub(crate) fn existing(&self, spec: &str) -> Image<'_> {
+        Image { ceph: self, spec: spec.into() }
+    }
+
     /// Makes an image of nothing but holes, with a name that no other has.
     pub(crate) fn image(&self, pool: &str, bytes: u64) -> Image<'_> {
         let name = format!("volume-{}", Uuid::new_v4());

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use crate::error::{Class, Problem};
@@ -36,6 +37,20 @@ pub fn event_id(event: &Event) -> String {
         // A job that is delivered again counts its events from 1 again, so the time is part of their names.
         _ => format!("{job_id}.{state}.{}.{}", event.sequence, event.time.as_microsecond()),
     }
+}
+
+/// The id of the event that tells of a message which cannot be a job: the same each time that the message is delivered,
+/// if it has the `message_id` property.
+pub fn rejected_event_id(message_id: Option<&str>) -> String {
+    let name = match message_id {
+        // It is a property of the event's own message, too, which has room for 255 bytes.
+        Some(message_id) if message_id.len() + ".rejected".len() > 255 => {
+            hex::encode(Sha256::digest(message_id))
+        }
+        Some(message_id) => message_id.into(),
+        None => Uuid::new_v4().to_string(),
+    };
+    format!("{name}.rejected")
 }
 
 fn state(happening: &Happening) -> &'static str {
@@ -94,19 +109,15 @@ pub fn encode_event(event: &Event, source: &str) -> Vec<u8> {
     envelope.about(event.backup_id, event.sequence).write()
 }
 
-/// Writes the event that tells of a message which cannot be a job.
-///
-/// `message_id` is the property of the message; the event of a message that is delivered again then has the same id.
+/// Writes the event that tells of a message which cannot be a job. `id` is its [id](rejected_event_id), `message_id` the
+/// property of the message.
 pub fn encode_rejected(
     rejection: &Rejection,
+    id: String,
     time: Timestamp,
     source: &str,
     message_id: Option<&str>,
 ) -> Vec<u8> {
-    let id = match message_id {
-        Some(message_id) => format!("{message_id}.rejected"),
-        None => format!("{}.rejected", Uuid::new_v4()),
-    };
     let data = RejectedWire {
         reason: rejection.reason.as_str().into(),
         message: rejection.message.clone(),

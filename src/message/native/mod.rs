@@ -9,5 +9,5 @@ mod schema;
 pub use command::{COMMAND_BYTES_MAX, COMMAND_CONTENT_TYPE, encode_command, parse_command};
 pub use event::{
     EVENT_CONTENT_TYPE, EventError, REJECTED_ROUTING_KEY, Received, encode_event, encode_rejected, event_id,
-    parse_event, routing_key,
+    parse_event, rejected_event_id, routing_key,
 };
