@@ -15,10 +15,7 @@ use backhaul::cinder::export_record::ExportRecord;
 use backhaul::engine::chunked::Budget;
 use backhaul::engine::rbd::{Rbd, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
-use backhaul::job::{
-    BackupId, Context, Counts, Job, Location, Method, Mode, Parent, Record, RecordState, RestoreWork,
-    Strategy, VolumeId, Work,
-};
+use backhaul::job::{BackupId, Context, Counts, Job, Location, Parent, Record, RestoreWork, VolumeId, Work};
 use backhaul::runner::plan;
 use backhaul::store::Memory;
 use backhaul::volume::FileRoots;
@@ -47,8 +44,7 @@ struct Stage {
 impl Stage {
     fn new() -> (Self, Cinder) {
         let ceph = Ceph::shared();
-        let access =
-            Access { conf: ceph.conf().into(), user: "cinder".into(), operation_seconds_max: 60 };
+        let access = Access { conf: ceph.conf().into(), user: "cinder".into(), operation_seconds_max: 60 };
         let clusters = Clusters::new(BTreeMap::from([("main".into(), access)]));
         let folder = tempfile::tempdir().unwrap();
         let rbd = Rbd::new(
@@ -80,30 +76,45 @@ impl Stage {
         volume
     }
 
-    async fn back_up(&self, volume_id: VolumeId, source: Location, parent: Parent) -> Record {
-        self.try_back_up(volume_id, source, parent).await.unwrap()
-    }
-
-    /// Backs up by the first method of the plan; what a backup that came to nothing left is removed.
-    async fn try_back_up(
+    /// Makes a backup by the first method of the plan, with what Cinder would keep about the volume, and tells Cinder.
+    async fn back_up(
         &self,
+        cinder: &mut Cinder,
         volume_id: VolumeId,
         source: Location,
         parent: Parent,
-    ) -> Result<Record, Error> {
-        let job = backup_job_of(volume_id, source, parent);
-        match self.run(&job).await {
-            Ok(_) => Ok(self.engine.catalog().record(job.backup_id()).await.unwrap().unwrap()),
-            Err(error) => {
-                self.engine.abandon(&job, None).await.unwrap();
-                Err(error)
-            }
-        }
+    ) -> Record {
+        let mut job = backup_job_of(volume_id, source, parent);
+        let Work::Backup(work) = &mut job.work else { unreachable!() };
+        let volume_meta = cinder.ask("volume_meta", json!({ "volume_id": volume_id }));
+        work.volume_meta = Some(volume_meta.as_str().unwrap().into());
+        self.run(&job).await.unwrap();
+        let record = self.record(job.backup_id()).await;
+        cinder.import(&record);
+        record
+    }
+
+    /// Makes a backup to the end, where it fails; what it left is removed.
+    async fn fail_to_back_up(&self, volume_id: VolumeId, source: Location, parent: Parent) -> Error {
+        let mut job = backup_job_of(volume_id, source, parent);
+        let Work::Backup(work) = &mut job.work else { unreachable!() };
+        work.volume_meta = Some("{}".into());
+        // What is there already is not written again.
+        let object = format!("backup.{}.meta", job.backup_id());
+        self.ceph.rados(&["-p", POOL, "create", &object]);
+        let error = self.run(&job).await.unwrap_err();
+        self.engine.abandon(&job, None).await.unwrap();
+        self.ceph.rados(&["-p", POOL, "rm", &object]);
+        error
+    }
+
+    async fn record(&self, id: BackupId) -> Record {
+        self.engine.catalog().record(id).await.unwrap().unwrap()
     }
 
     async fn run(&self, job: &Job) -> Result<Receipt, Error> {
-        let plan: Vec<Method> = plan(job, &self.engine.strategies(&job.work));
-        self.engine.run(&Context::default(), job, plan[0]).await
+        let methods = plan(job, &self.engine.strategies(&job.work));
+        self.engine.run(&Context::default(), job, methods[0]).await
     }
 
     /// Takes in a backup that Cinder made.
@@ -152,25 +163,25 @@ impl Stage {
         listed.as_array().unwrap().iter().map(|snap| snap["name"].as_str().unwrap().into()).collect()
     }
 
-    /// All that lies in the pool of the backups and has to do with the volume or these backups: images with the names
-    /// of their snapshots, and objects.
-    fn in_pool(&self, volume_id: VolumeId, backups: &[BackupId]) -> BTreeSet<String> {
+    /// All that lies in the pool of the backups and has one of these ids in its name, of a volume, of a backup or of an
+    /// image: images, their snapshots, and objects. The ids of images are added, so that what is left of them is seen
+    /// later, too.
+    fn in_pool(&self, ids: &mut BTreeSet<String>) -> BTreeSet<String> {
+        let of_these = |ids: &BTreeSet<String>, name: &str| ids.iter().any(|id| name.contains(id));
         let mut found = BTreeSet::new();
-        let mut signs: Vec<String> = backups.iter().map(ToString::to_string).collect();
-        signs.push(volume_id.to_string());
         for image in self.ceph.rbd(&["ls", POOL]).lines() {
-            if !signs.iter().any(|sign| image.contains(sign)) {
+            if !of_these(ids, image) {
                 continue;
             }
             let spec = format!("{POOL}/{image}");
             let info: Value =
                 serde_json::from_str(&self.ceph.rbd(&["info", "--format", "json", &spec])).unwrap();
-            signs.push(info["id"].as_str().unwrap().into());
+            ids.insert(info["id"].as_str().unwrap().into());
             found.extend(self.snapshots(&spec).into_iter().map(|snapshot| format!("{image}@{snapshot}")));
             found.insert(image.into());
         }
-        let objects = self.ceph.objects(POOL).into_iter();
-        found.extend(objects.filter(|object| signs.iter().any(|sign| object.contains(sign))));
+        let objects = self.ceph.rados(&["-p", POOL, "ls"]);
+        found.extend(objects.lines().filter(|object| of_these(ids, object)).map(ToOwned::to_owned));
         found
     }
 
@@ -219,7 +230,7 @@ impl Volume<'_> {
 
     fn grow(&mut self, cinder: &mut Cinder, gib: u64) {
         self.ceph.rbd(&["resize", "--no-progress", "--size", &format!("{gib}G"), self.image.spec()]);
-        cinder.ask("extend_volume", json!({ "volume_id": self.id, "gib": gib }));
+        cinder.ask("change_volume", json!({ "volume_id": self.id, "size": gib }));
         self.content = self.content.in_bytes(gib * GIB);
         self.write(&[(gib * GIB - 5000, &noise(gib, 5000))]);
     }
@@ -230,29 +241,23 @@ fn exported(cinder: &mut Cinder, id: BackupId) -> Record {
     let export = cinder.ask("export_record", json!({ "backup_id": id }));
     let ExportRecord { backup_service, backup_url } = serde_json::from_value(export).unwrap();
     let fields: Value = serde_json::from_slice(&BASE64_STANDARD.decode(backup_url).unwrap()).unwrap();
-    let text = |field: &str| fields[field].as_str().map(ToOwned::to_owned);
-    Record {
-        backup_id: id,
-        volume_id: text("volume_id").unwrap().parse().unwrap(),
-        state: RecordState::Available,
-        parent_id: text("parent_id").map(|id| id.parse().unwrap()),
-        job_id: None,
-        service: backup_service,
-        service_metadata: text("service_metadata").unwrap_or_default(),
-        container: text("container").unwrap().parse().unwrap(),
-        name: text("display_name"),
-        description: None,
-        project_id: text("project_id"),
-        created_at: text("created_at").unwrap().parse().unwrap(),
-        volume_bytes: 0,
-        method: None,
-        counts: Counts::default(),
-        digest: None,
-        object_digests: Vec::new(),
-        source: None,
-        image_id: None,
-        cinder_fields: fields.as_object().unwrap().clone(),
-    }
+    let record = json!({
+        "backup_id": id,
+        "volume_id": fields["volume_id"],
+        "state": "available",
+        "parent_id": fields["parent_id"],
+        "service": backup_service,
+        "service_metadata": fields["service_metadata"].as_str().unwrap_or_default(),
+        "container": fields["container"],
+        "name": fields["display_name"],
+        "project_id": fields["project_id"],
+        "created_at": fields["created_at"],
+        "volume_bytes": 0,
+        "counts": Counts::default(),
+        "object_digests": [],
+        "cinder_fields": fields,
+    });
+    serde_json::from_value(record).unwrap()
 }
 
 fn location(spec: &str) -> Location {
@@ -296,7 +301,7 @@ async fn cinder_restores_what_backhaul_made() {
             _ => {}
         }
         let parent = if step == "full" { Parent::None } else { Parent::Latest };
-        let record = stage.back_up(volume.id, volume.location(), parent).await;
+        let record = stage.back_up(&mut cinder, volume.id, volume.location(), parent).await;
         assert_eq!(record.parent_id.is_some(), step != "full");
         points.push((step, record, volume.content.clone()));
     }
@@ -304,16 +309,16 @@ async fn cinder_restores_what_backhaul_made() {
     let noon = location(&format!("{}@noon", volume.image.spec()));
     points.push((
         "of a snapshot",
-        stage.back_up(volume.id, noon, Parent::None).await,
+        stage.back_up(&mut cinder, volume.id, noon, Parent::None).await,
         volume.content.clone(),
     ));
     let other_id = VolumeId::random();
+    cinder.add_volume(other_id, 1);
     let content = write_file(&stage.file("volume"));
     let source = Location::File(stage.file("volume"));
-    points.push(("of a file", stage.back_up(other_id, source, Parent::None).await, content));
+    points.push(("of a file", stage.back_up(&mut cinder, other_id, source, Parent::None).await, content));
 
     for (what, record, content) in &points {
-        cinder.import(record);
         let restored = stage.restored_by_cinder(&mut cinder, record.backup_id, content.bytes);
         assert_eq!(restored, *content, "{what}");
     }
@@ -322,10 +327,16 @@ async fn cinder_restores_what_backhaul_made() {
         let restored = stage.restored_by_cinder(&mut cinder, record.backup_id, 3 * GIB);
         assert_eq!(restored, content.in_bytes(3 * GIB), "{what}");
     }
-    // Onto the volume itself, which has been written since.
+    // Onto the volume itself, which has been written since, with what it was called.
+    let this = json!({ "volume_id": volume.id });
+    let before = cinder.ask("show_volume", this.clone());
+    assert_eq!(before, json!({ "display_name": "data", "metadata": { "color": "blue" } }));
+    let changes = json!({ "volume_id": volume.id, "display_name": "", "metadata": { "size": "large" } });
+    cinder.ask("change_volume", changes);
     let (_, record, content) = &points[1];
     cinder.restore(record.backup_id, volume.id, volume.image.spec(), false);
     assert_eq!(stage.ceph.content(volume.image.spec()), content.in_bytes(2 * GIB));
+    assert_eq!(cinder.ask("show_volume", this), before);
     stage.remove(volume.image.spec());
 }
 
@@ -349,7 +360,11 @@ async fn backhaul_restores_what_cinder_made() {
     cinder.add_volume(other_id, 1);
     let content = write_file(&stage.file("volume"));
     let file = stage.file("volume");
-    points.push(("of a file", cinder.backup(other_id, Of::File(file.to_str().unwrap()), None).unwrap(), content));
+    points.push((
+        "of a file",
+        cinder.backup(other_id, Of::File(file.to_str().unwrap()), None).unwrap(),
+        content,
+    ));
     // Cinder makes a volume of the snapshot first.
     let mut frozen = stage.volume(&mut cinder);
     frozen.write(&[(9 * MIB, b"later")]);
@@ -373,4 +388,153 @@ async fn backhaul_restores_what_cinder_made() {
     assert_eq!(stage.restored(*second, file).await, *content);
     let onto_itself = stage.restored(*second, volume.location()).await;
     assert_eq!(onto_itself, content.in_bytes(2 * GIB));
+}
+
+/// Who makes a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Maker {
+    Us,
+    Cinder,
+}
+
+#[rstest]
+#[case::begun_by_us([Maker::Us, Maker::Cinder, Maker::Us, Maker::Cinder])]
+#[case::begun_by_cinder([Maker::Cinder, Maker::Us, Maker::Cinder, Maker::Us])]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(#[case] makers: [Maker; 4]) {
+    let (stage, mut cinder) = Stage::new();
+    let mut volume = stage.volume(&mut cinder);
+    let mut chain: Vec<(BackupId, Content)> = Vec::new();
+    for (step, maker) in makers.into_iter().enumerate() {
+        match step {
+            0 => {}
+            2 => volume.grow(&mut cinder, 2),
+            step => volume.change(step as u64),
+        }
+        let parent = chain.last().map(|(id, _)| *id);
+        let id = match maker {
+            Maker::Us => {
+                let parent = parent.map_or(Parent::None, Parent::Given);
+                let record = stage.back_up(&mut cinder, volume.id, volume.location(), parent).await;
+                record.backup_id
+            }
+            Maker::Cinder => {
+                let id = cinder.backup(volume.id, Of::Image(volume.image.spec()), parent).unwrap();
+                stage.import(&mut cinder, id).await;
+                id
+            }
+        };
+        assert_eq!(stage.record(id).await.parent_id, parent);
+        chain.push((id, volume.content.clone()));
+    }
+    for (step, (id, content)) in chain.iter().enumerate() {
+        let by_us = stage.restored_by_us(*id, content.bytes).await;
+        assert_eq!(by_us, *content, "{step} restored by us");
+        // Where the chain has grown, Cinder makes a new volume for an older point too small, whoever made it.
+        let by_cinder = stage.restored_by_cinder(&mut cinder, *id, 3 * GIB);
+        assert_eq!(by_cinder, content.in_bytes(3 * GIB), "{step} restored by Cinder");
+    }
+
+    // Each is deleted by who did not make it, the newest first; then by who did, which finds nothing to harm.
+    let mut signs = BTreeSet::from([volume.id.to_string()]);
+    signs.extend(chain.iter().map(|(id, _)| id.to_string()));
+    assert_eq!(stage.in_pool(&mut signs).iter().filter(|name| name.contains('@')).count(), 4);
+    while let Some((id, _)) = chain.pop() {
+        match makers[chain.len()] {
+            Maker::Us => {
+                cinder.delete(id);
+                delete(&stage.engine, id).await.unwrap();
+            }
+            Maker::Cinder => {
+                delete(&stage.engine, id).await.unwrap();
+                cinder.delete(id);
+            }
+        }
+        let left = stage.in_pool(&mut signs);
+        assert!(!left.iter().any(|name| name.contains(&format!("backup.{id}."))), "{left:?}");
+        if let Some((id, content)) = chain.last() {
+            assert_eq!(stage.restored_by_us(*id, content.bytes).await, *content);
+            assert_eq!(stage.restored_by_cinder(&mut cinder, *id, 3 * GIB), content.in_bytes(3 * GIB));
+        }
+    }
+    assert_eq!(stage.in_pool(&mut signs), BTreeSet::new());
+    // Cinder never removes its own snapshots from the volume; we do.
+    assert_eq!(stage.snapshots(volume.image.spec()).len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_copied_as_a_whole_is_deleted_by_the_other() {
+    let (stage, mut cinder) = Stage::new();
+    let volume = stage.volume(&mut cinder);
+    volume.image.snapshot("noon");
+    let noon = location(&format!("{}@noon", volume.image.spec()));
+    let file = stage.file("volume");
+    write_file(&file);
+    // Beside each there is another backup of the same volume, which stays.
+    let kept = stage.back_up(&mut cinder, volume.id, noon.clone(), Parent::None).await.backup_id;
+    let mut signs = BTreeSet::from([volume.id.to_string()]);
+    let before = stage.in_pool(&mut signs);
+
+    for of in [Of::File(file.to_str().unwrap()), Of::Snapshot(volume.image.spec())] {
+        let id = cinder.backup(volume.id, of, None).unwrap();
+        stage.import(&mut cinder, id).await;
+        assert_ne!(stage.in_pool(&mut signs), before);
+        delete(&stage.engine, id).await.unwrap();
+        assert_eq!(stage.in_pool(&mut signs), before, "{of:?}");
+        cinder.delete(id);
+        assert_eq!(stage.in_pool(&mut signs), before, "{of:?}");
+    }
+    for source in [Location::File(file.clone()), noon] {
+        let record = stage.back_up(&mut cinder, volume.id, source.clone(), Parent::None).await;
+        assert_ne!(stage.in_pool(&mut signs), before);
+        cinder.delete(record.backup_id);
+        assert_eq!(stage.in_pool(&mut signs), before, "{source}");
+        // It is gone, and told so; then nobody remembers it.
+        let error = verify(&stage.engine, record.backup_id).await.unwrap_err();
+        assert!(matches!(error, Error::MissingObject { .. }), "{error}");
+        delete(&stage.engine, record.backup_id).await.unwrap();
+        assert_eq!(stage.in_pool(&mut signs), before, "{source}");
+    }
+    verify(&stage.engine, kept).await.unwrap();
+    delete(&stage.engine, kept).await.unwrap();
+    assert_eq!(stage.in_pool(&mut signs), BTreeSet::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_backup_of_either_harms_none_of_the_other() {
+    let (stage, mut cinder) = Stage::new();
+    let mut volume = stage.volume(&mut cinder);
+    volume.image.snapshot("noon");
+    let noon = location(&format!("{}@noon", volume.image.spec()));
+    let at_noon = volume.content.clone();
+
+    // What Cinder loses the data of: a copy of a snapshot, when there is a second one or an incremental one on it.
+    let by_cinder = cinder.backup(volume.id, Of::Snapshot(volume.image.spec()), None).unwrap();
+    stage.import(&mut cinder, by_cinder).await;
+    let by_us = stage.back_up(&mut cinder, volume.id, noon.clone(), Parent::None).await.backup_id;
+    for copy in [by_cinder, by_us] {
+        let error = stage.fail_to_back_up(volume.id, volume.location(), Parent::Given(copy)).await;
+        assert!(matches!(error, Error::ParentUnsuitable { .. }), "{error}");
+        let error = stage.fail_to_back_up(volume.id, noon.clone(), Parent::None).await;
+        assert!(matches!(error, Error::Ceph(_)), "{error}");
+    }
+    let error = cinder.backup(volume.id, Of::Image(volume.image.spec()), Some(by_us)).unwrap_err();
+    assert!(error.contains("RBD diff op failed"), "{error}");
+    for copy in [by_cinder, by_us] {
+        assert_eq!(stage.restored_by_us(copy, GIB).await, at_noon);
+        assert_eq!(stage.restored_by_cinder(&mut cinder, copy, GIB), at_noon);
+    }
+
+    // A failed backup has written to the image of the chain.
+    let full = stage.back_up(&mut cinder, volume.id, volume.location(), Parent::None).await;
+    volume.change(1);
+    let parent = Parent::Given(full.backup_id);
+    let error = stage.fail_to_back_up(volume.id, volume.location(), parent).await;
+    assert!(matches!(error, Error::Ceph(_)), "{error}");
+    volume.change(2);
+    let next = cinder.backup(volume.id, Of::Image(volume.image.spec()), Some(full.backup_id)).unwrap();
+    assert_eq!(stage.restored_by_cinder(&mut cinder, next, GIB), volume.content);
+    stage.import(&mut cinder, next).await;
+    assert_eq!(stage.restored_by_us(next, GIB).await, volume.content);
+    assert_eq!(stage.restored_by_us(full.backup_id, GIB).await, at_noon);
 }

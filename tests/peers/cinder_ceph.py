@@ -67,21 +67,21 @@ class Peer:
     def driver(self):
         return ceph.CephBackupDriver(self.context)
 
-    def add_volume(self, volume_id, gib, name='data', metadata=None):
+    def add_volume(self, volume_id, gib):
         """Enters a volume into the database."""
         db.volume_create(self.context, {
-            'id': volume_id, 'size': gib, 'status': 'backing-up', 'display_name': name, 'host': 'node1@rbd#rbd',
+            'id': volume_id, 'size': gib, 'status': 'backing-up', 'display_name': 'data', 'host': 'node1@rbd#rbd',
             'user_id': 'user', 'project_id': 'project', 'availability_zone': 'nova', 'attach_status': 'detached',
             'volume_type_id': volume_types.get_default_volume_type()['id'], 'use_quota': True,
-            'metadata': metadata or {}})
+            'metadata': {'color': 'blue'}})
 
-    def extend_volume(self, volume_id, gib):
-        """Says in the database how large a volume is now."""
-        db.volume_update(self.context, volume_id, {'size': gib})
+    def change_volume(self, volume_id, **values):
+        """Changes what the database says of a volume."""
+        db.volume_update(self.context, volume_id, values)
 
     def show_volume(self, volume_id):
         volume = objects.Volume.get_by_id(self.context, volume_id)
-        return {'name': volume.display_name, 'metadata': dict(volume.metadata)}
+        return {'display_name': volume.display_name, 'metadata': dict(volume.metadata)}
 
     def volume_meta(self, volume_id):
         """What a backup keeps about a volume."""

@@ -67,12 +67,6 @@ impl Ceph {
         content
     }
 
-    /// The names of all objects in a pool.
-    pub(crate) fn objects(&self, pool: &str) -> Vec<String> {
-        let objects = text(run(Command::new("rados").arg("-c").arg(&self.conf).args(["-p", pool, "ls"])));
-        objects.lines().map(ToOwned::to_owned).collect()
-    }
-
     fn rbd_command(&self, arguments: &[&str]) -> Command {
         let mut rbd = Command::new("rbd");
         rbd.arg("-c").arg(&self.conf).args(arguments);

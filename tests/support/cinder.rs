@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::ceph::Ceph;
 
-/// What Cinder names its backups by, where it is not the record of ours.
+/// What Cinder is to back up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Of<'a> {
     /// An RBD image, `pool/image`.
@@ -79,10 +79,7 @@ impl Cinder {
     /// Restores a backup onto the image of a volume that is in its database.
     pub(crate) fn restore(&mut self, id: BackupId, volume_id: VolumeId, spec: &str, new: bool) {
         let target = json!({ "image": spec });
-        self.ask(
-            "restore",
-            json!({ "backup_id": id, "volume_id": volume_id, "target": target, "new": new }),
-        );
+        self.ask("restore", json!({ "backup_id": id, "volume_id": volume_id, "target": target, "new": new }));
     }
 
     /// Deletes a backup.
