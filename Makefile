@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install build demo bench test check advisories fmt clean clean-demo
+.PHONY: help install build demo demo-ceph bench test check advisories fmt clean clean-demo
 
 help: ## List what there is to make
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -17,6 +17,9 @@ build: ## Build the release binary
 
 demo: ## Back up and restore a 1 GiB volume through a broker of its own, and compare
 	@dev/demo.sh
+
+demo-ceph: ## The same with an RBD volume and a pool of backups, on a Ceph of its own
+	@dev/demo-ceph.sh
 
 bench: ## Measure the figures that the documentation gives; needs 25 GB of disk and some minutes
 	@dev/bench.sh
@@ -43,5 +46,5 @@ fmt: ## Format the code
 clean: ## Remove everything that was built
 	cargo clean
 
-clean-demo: ## Remove what the last demo left to look at
+clean-demo: ## Remove what the demos left to look at
 	@dev/demo.sh clean

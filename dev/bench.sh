@@ -2,14 +2,17 @@
 # Measures the figures that the documentation gives, and prints them as the table that stands there.
 #   bench.sh sparse   a volume of 1 TiB that holds 64 MiB
 #   bench.sh full     a volume of 8 GiB, full of real files
+#   bench.sh ceph     RBD volumes on private Ceph clusters; bench-ceph.sh says what may follow
 # Needs about 25 GB of disk below the target folder, and removes what it made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+repository=$PWD
 export LC_ALL=C
 unset "${!BACKHAUL_@}"
 volume_id=3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88
 die() { echo "bench.sh: $*" >&2; exit 1; }
 
+if [[ ${1:-} == ceph ]]; then exec dev/bench-ceph.sh "${@:2}"; fi
 dev/install.sh bench
 cargo build --locked --release
 target=$(cargo metadata --locked --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
@@ -116,3 +119,7 @@ full) full ;;
   ;;
 esac
 printf '\nOn %s cores. "cores" is processor time over wall time, "memory" the peak of the process.\n' "$(nproc)"
+if (($# == 0)); then
+  cd "$repository"
+  dev/bench-ceph.sh
+fi

@@ -4,11 +4,16 @@
 //! then the acknowledgement. Whatever dies in between leads to the same job again, which finds how far it had come.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+#[cfg(feature = "ceph")]
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use rayon_core::ThreadPoolBuildError;
+#[cfg(feature = "ceph")]
+use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
@@ -17,15 +22,21 @@ use crate::broker::{self, Broker, Delivery, Properties};
 #[cfg(feature = "ceph")]
 use crate::ceph;
 use crate::config::{self, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
-use crate::engine::chunked::{Budget, Chunked, Settings};
+use crate::engine::chunked::{self, Budget, Chunked};
+#[cfg(feature = "ceph")]
+use crate::engine::rbd::{self, Rbd};
 use crate::engine::{Cpu, Engine, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
 use crate::job::{Command, Context, Job, JobId, StoreName};
 use crate::message::{self, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
+#[cfg(feature = "ceph")]
+use crate::store::Rados;
 use crate::store::{self, Posix};
 use crate::volume::FileRoots;
+#[cfg(feature = "ceph")]
+use crate::volume::class_of;
 
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
@@ -44,6 +55,15 @@ pub enum Error {
         /// Why.
         source: store::Error,
     },
+    /// The pool of a store cannot be opened.
+    #[cfg(feature = "ceph")]
+    #[error("store.{name} cannot be used")]
+    Pool {
+        /// The store.
+        name: StoreName,
+        /// Why.
+        source: io::Error,
+    },
     /// The broker's settings cannot be used.
     #[error("the broker cannot be used")]
     Broker(#[from] broker::Error),
@@ -52,15 +72,78 @@ pub enum Error {
     Threads(usize, #[source] ThreadPoolBuildError),
 }
 
-/// The stores of the configuration, opened, each with an engine on it. They share CPU threads and memory.
-#[derive(Debug, Clone)]
+impl Error {
+    /// What it means for a job.
+    fn class(&self) -> Class {
+        match self {
+            #[cfg(feature = "ceph")]
+            Self::Pool { source, .. } => class_of(source.kind()),
+            _ => Class::Permanent,
+        }
+    }
+}
+
+/// The stores of the configuration, each with an engine on it. They share CPU threads and memory.
+#[derive(Debug)]
 pub struct Stores {
-    engines: BTreeMap<StoreName, Engine>,
+    stores: BTreeMap<StoreName, Store>,
     default: Option<StoreName>,
 }
 
+/// A store of the configuration.
+#[derive(Debug)]
+enum Store {
+    Open(Engine),
+    /// It is opened when it is needed first.
+    #[cfg(feature = "ceph")]
+    Pool(Box<PoolStore>),
+}
+
+impl Store {
+    async fn engine(&self) -> Result<&Engine, Error> {
+        match self {
+            Self::Open(engine) => Ok(engine),
+            #[cfg(feature = "ceph")]
+            Self::Pool(store) => store.engine().await,
+        }
+    }
+}
+
+/// A store in a cluster, which may be away.
+///
+/// That must not keep a worker from the jobs of its other stores, so it starts all the same, and jobs of this one are put
+/// off until the cluster is back. And a command that works on a folder connects to no cluster at all.
+#[cfg(feature = "ceph")]
+#[derive(Debug)]
+struct PoolStore {
+    name: StoreName,
+    settings: rbd::Settings,
+    volumes: Volumes,
+    cpu: Cpu,
+    budget: Budget,
+    engine: OnceCell<Engine>,
+}
+
+#[cfg(feature = "ceph")]
+impl PoolStore {
+    /// The engine, once the cluster answers.
+    async fn engine(&self) -> Result<&Engine, Error> {
+        let open = || async {
+            let (clusters, settings) = (self.volumes.clusters.clone(), self.settings.clone());
+            let connect = move || clusters.connect(settings.cluster.as_deref())?.pool(&settings.pool);
+            let pool = tokio::task::spawn_blocking(connect).await?.map_err(ceph::Error::into_io)?;
+            let (settings, cpu, budget) = (self.settings.clone(), self.cpu.clone(), self.budget.clone());
+            let store = Arc::new(Rados::new(pool));
+            let rbd = Rbd::new(store, self.volumes.clusters.clone(), settings, cpu, budget);
+            Ok(Engine::new(rbd, self.volumes.clone()))
+        };
+        let failed = |source| Error::Pool { name: self.name.clone(), source };
+        self.engine.get_or_try_init(open).await.map_err(failed)
+    }
+}
+
 impl Stores {
-    /// Opens all stores.
+    /// Opens all stores but those in clusters, which are opened when they are needed.
     pub fn open(config: &Config) -> Result<Self, Error> {
         let (default, _) = match config.store(None) {
             Ok((name, store)) => (Some(name.clone()), Some(store)),
@@ -76,19 +159,53 @@ impl Stores {
             #[cfg(feature = "ceph")]
             clusters: clusters(config),
         };
-        let mut engines = BTreeMap::new();
+        let mut stores = BTreeMap::new();
         for (name, store) in &config.stores {
-            let StoreKind::Posix { path, chunking } = &store.kind;
-            let opened = Posix::open(path).map_err(|source| Error::Store { name: name.clone(), source })?;
-            let settings = Settings {
-                compression: chunking.compression,
-                object_bytes: chunking.object_bytes as usize,
-                sha_block_bytes: chunking.sha_block_bytes as usize,
+            let (cpu, budget, volumes) = (cpu.clone(), budget.clone(), volumes.clone());
+            let store = match &store.kind {
+                StoreKind::Posix { path, chunking } => {
+                    let opened =
+                        Posix::open(path).map_err(|source| Error::Store { name: name.clone(), source })?;
+                    let settings = chunked::Settings {
+                        compression: chunking.compression,
+                        object_bytes: chunking.object_bytes as usize,
+                        sha_block_bytes: chunking.sha_block_bytes as usize,
+                        unchanged_check_per_mille: 1,
+                        source_snapshots_max: 1,
+                    };
+                    let chunked = Chunked::new(Arc::new(opened), settings, cpu, budget);
+                    Store::Open(Engine::new(chunked, volumes))
+                }
+                #[cfg(feature = "ceph")]
+                StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {
+                    let settings = rbd::Settings {
+                        cluster: cluster.clone(),
+                        pool: pool.to_string(),
+                        source_snapshots_max: *source_snapshots_max,
+                        journaling: *journaling,
+                        stripes: *stripes,
+                        checkpoint_bytes: rbd::CHECKPOINT_BYTES,
+                    };
+                    let (name, engine) = (name.clone(), OnceCell::new());
+                    Store::Pool(Box::new(PoolStore { name, settings, volumes, cpu, budget, engine }))
+                }
             };
-            let chunked = Chunked::new(Arc::new(opened), settings, cpu.clone(), budget.clone());
-            engines.insert(name.clone(), Engine::new(chunked, volumes.clone()));
+            stores.insert(name.clone(), store);
         }
-        Ok(Self { engines, default })
+        Ok(Self { stores, default })
+    }
+
+    /// Opens what is not open yet, so that a worker whose keyring or pool is wrong does not begin. That a cluster is away
+    /// is no error.
+    async fn reach_clusters(&self) -> Result<(), Error> {
+        let openings = self.stores.values().map(Store::engine);
+        for error in join_all(openings).await.into_iter().filter_map(Result::err) {
+            match error.class() {
+                Class::Transient => warn!(error = %Causes(&error), "store not reached; its jobs are put off"),
+                _ => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Names the default store in a job that names none, so that all who hear of the job know where it works.
@@ -96,12 +213,13 @@ impl Stores {
         job.store = job.store.take().or_else(|| self.default.clone());
     }
 
-    /// The engine on the store of that name, or on the default one; the problem says what there is instead.
-    pub fn engine(&self, name: Option<&StoreName>) -> Result<&Engine, Problem> {
-        if let Some(engine) = name.or(self.default.as_ref()).and_then(|name| self.engines.get(name)) {
-            return Ok(engine);
+    /// The engine on the store of that name, or on the default one. The problem says what there is instead, or why the
+    /// store cannot be used now.
+    pub async fn engine(&self, name: Option<&StoreName>) -> Result<&Engine, Problem> {
+        if let Some(store) = name.or(self.default.as_ref()).and_then(|name| self.stores.get(name)) {
+            return store.engine().await.map_err(|error| Problem::new(error.class(), &error));
         }
-        let known: Vec<&str> = self.engines.keys().map(StoreName::as_str).collect();
+        let known: Vec<&str> = self.stores.keys().map(StoreName::as_str).collect();
         let message = match name {
             Some(name) => format!("this worker has no store {name}: it has {}", known.join(", ")),
             None => format!("no store is the default: name one of {}", known.join(", ")),
@@ -116,7 +234,7 @@ fn clusters(config: &Config) -> ceph::Clusters {
     let access = |cluster: &config::Ceph| ceph::Access {
         conf: cluster.conf.clone(),
         user: cluster.user.clone(),
-        operation_seconds_max: 60,
+        operation_seconds_max: cluster.operation_seconds_max,
     };
     ceph::Clusters::new(config.ceph.iter().map(|(name, cluster)| (name.clone(), access(cluster))).collect())
 }
@@ -159,6 +277,7 @@ pub struct Shutdown {
 /// Works until it is told to end.
 pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     let stores = Stores::open(config)?;
+    stores.reach_clusters().await?;
     let settings = broker_settings(config, "worker")?;
     let message_bytes_max = settings.message_bytes_max;
     let broker = Broker::start(settings)?;
@@ -288,10 +407,10 @@ impl Worker {
         let attempts = Attempts { current: delivery.properties.attempt, max: self.attempts_max };
         let sink = Native::new(self.broker.clone(), self.source.clone(), delivery.properties.clone());
         let report = Report::new(&sink, job);
-        let engine = self.stores.engine(job.store.as_ref());
+        let engine = self.stores.engine(job.store.as_ref()).await;
         let ended = match &engine {
             Ok(engine) => runner::run(&ctx, engine, job, attempts, self.progress_every, &report).await,
-            Err(problem) => runner::refuse(job, problem.clone(), &report).await,
+            Err(problem) => runner::refuse(job, problem.clone(), attempts, &report).await,
         };
 
         let adopted = self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);

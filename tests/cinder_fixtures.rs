@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use backhaul::cinder::export_record;
+use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::chunked::{Budget, Chunked, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{
@@ -50,6 +50,8 @@ impl CinderChain {
             compression: word.parse().unwrap(),
             object_bytes: 5 * BLOCK_BYTES,
             sha_block_bytes: BLOCK_BYTES,
+            unchanged_check_per_mille: 1,
+            source_snapshots_max: 1,
         };
         let chunked = Chunked::new(store, settings, Cpu::start(2).unwrap(), Budget::new(64 << 20));
         let roots = FileRoots::new(&[folder.path().canonicalize().unwrap()]);
@@ -63,7 +65,7 @@ impl CinderChain {
 
     /// The record of a backup as it stands in Cinder's export.
     fn exported(&self, point: usize) -> Record {
-        export_record::import(self.points[point].record.to_string().as_bytes()).unwrap()
+        export_record::import(self.points[point].record.to_string().as_bytes(), &Form::Files).unwrap()
     }
 
     /// Takes all backups of the chain in.

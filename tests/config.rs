@@ -1,6 +1,7 @@
 //! The configuration: what is refused and how it is told, what overrides what, and that the documents agree.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use backhaul::config::{Config, Queue, SETTINGS, Store, StoreKind};
@@ -36,6 +37,9 @@ fn load(file: Option<&Path>, environment: &[(&str, &str)]) -> Result<Config, Str
 const STORE: &str = "[store.local]\nkind = \"posix\"\npath = \"/b\"\n";
 const TWO_STORES: &str =
     "[store.a]\nkind = \"posix\"\npath = \"/a\"\n[store.b]\nkind = \"posix\"\npath = \"/b\"\n";
+
+#[cfg(feature = "ceph")]
+const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 
 /// `FILE` in an expectation stands for the path of the file.
 #[rstest]
@@ -75,6 +79,9 @@ const TWO_STORES: &str =
 #[case::odd_object(&format!("{STORE}object_bytes = 100000"), &[], &["store.local.object_bytes (FILE): found 100000", "store.local.sha_block_bytes (default)", "32768, such as 98304"])]
 #[case::object_below_block(&format!("{STORE}object_bytes = 512"), &[], &["store.local.object_bytes (FILE): ", "such as 32768"])]
 #[case::huge_object(&format!("{STORE}object_bytes = 2147483648"), &[], &["store.local.object_bytes (FILE): found 2147483648; write a whole number from 512 to 2147483647"])]
+#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, object_bytes, sha_block_bytes"])]
+#[case::rbd_setting_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__STRIPE_COUNT", "4")], &["store.local.stripe_count (environment variable BACKHAUL_STORE__LOCAL__STRIPE_COUNT): it is unknown to a store of kind \"posix\""])]
+#[case::no_seconds("[ceph.main]\noperation_seconds_max = 0", &[], &["ceph.main.operation_seconds_max (FILE): found 0; write a whole number from 1 to 3600"])]
 #[case::memory(&format!("{STORE}[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (default), 52428800", "at least 205520896", "at most 16777216"])]
 #[case::memory_by_object(&format!("{STORE}object_bytes = 1073741824"), &[], &["worker.memory_bytes_max (default): ", "store.local.object_bytes (FILE)"])]
 #[case::two_defaults("[store.a]\nkind=\"posix\"\npath=\"/a\"\ndefault=true\n[store.b]\nkind=\"posix\"\npath=\"/b\"\ndefault=true", &[], &["store.b.default (FILE): store.a is the default already"])]
@@ -101,6 +108,56 @@ fn a_bad_setting_is_named_with_its_origin(
     assert!(!error.contains("hush"), "a password is in: {error}");
 }
 
+#[cfg(feature = "ceph")]
+#[rstest]
+#[case::no_pool("[ceph.main]\n[store.x]\nkind = \"rbd\"", &["store.x.pool (FILE): it is missing; write the pool for backups, such as pool = \"backups\""])]
+#[case::a_path(&RBD.replace("pool =", "path ="), &["store.x.path (FILE): it is unknown to a store of kind \"rbd\", which has default, cluster, pool, source_snapshots_max, journaling, stripe_unit_bytes, stripe_count"])]
+#[case::compression(&format!("{RBD}compression = \"zstd\""), &["store.x.compression (FILE): it is unknown to a store of kind \"rbd\""])]
+#[case::no_cluster(&RBD.replace("[ceph.main]\n", ""), &["store.x.cluster (default): there is no cluster; write a section such as [ceph.main] with conf and user"])]
+#[case::no_such_cluster(&format!("{RBD}cluster = \"other\"\n[ceph.b]"), &["store.x.cluster (FILE): found \"other\", and there is no [ceph.other]; write one of: b, main"])]
+#[case::which_cluster(&format!("{RBD}[ceph.b]"), &["store.x.cluster (default): it is missing, and there are several clusters; write one of: b, main"])]
+#[case::a_pool_with_a_slash(&RBD.replace("\"p\"", "\"p/q\""), &["store.x.pool (FILE): found \"p/q\"; write the name of a pool, such as \"backups\""])]
+#[case::a_pool_of_cephs(&RBD.replace("\"p\"", "\".mgr\""), &["store.x.pool (FILE): found \".mgr\"; write the name of a pool"])]
+#[case::snapshots(&format!("{RBD}source_snapshots_max = -1"), &["store.x.source_snapshots_max (FILE): found -1; write a whole number from 0 to 65535"])]
+#[case::journaling(&format!("{RBD}journaling = 7"), &["store.x.journaling (FILE): found 7; write a boolean"])]
+#[case::odd_stripe(&format!("{RBD}stripe_unit_bytes = 65537\nstripe_count = 4"), &["store.x.stripe_unit_bytes (FILE): found 65537; write a power of two, such as 131072"])]
+#[case::stripe_without_count(&format!("{RBD}stripe_unit_bytes = 65536"), &["store.x.stripe_unit_bytes (FILE): it is of no use alone; write stripe_count too"])]
+#[case::count_without_stripe(&format!("{RBD}stripe_count = 4"), &["store.x.stripe_count (FILE): it is of no use alone; write stripe_unit_bytes too"])]
+fn a_bad_setting_of_a_store_of_images_is_named(#[case] toml: &str, #[case] expected: &[&str]) {
+    a_bad_setting_is_named_with_its_origin(toml, &[], expected);
+}
+
+#[cfg(feature = "ceph")]
+#[test]
+fn a_store_of_images_has_its_settings() {
+    let kind = |toml: &str| TempConfig::of(toml).load(&[]).unwrap().stores.into_values().next().unwrap().kind;
+
+    let StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } = kind(RBD) else {
+        panic!("another kind");
+    };
+    assert_eq!(
+        (cluster, pool.as_str(), source_snapshots_max, journaling, stripes),
+        (None, "p", 0, false, None)
+    );
+
+    let more = "cluster = \"main\"\nsource_snapshots_max = 3\njournaling = true\nstripe_unit_bytes = 65536\n\
+                stripe_count = 4\n";
+    let StoreKind::Rbd { cluster, source_snapshots_max, journaling, stripes, .. } =
+        kind(&format!("{RBD}{more}[ceph.b]\n"))
+    else {
+        panic!("another kind");
+    };
+    assert_eq!((cluster.as_deref(), source_snapshots_max), (Some("main"), 3));
+    assert_eq!((journaling, stripes), (true, Some((65536, 4))));
+}
+
+#[cfg(not(feature = "ceph"))]
+#[test]
+fn a_store_of_images_is_refused_by_a_program_without_ceph() {
+    let error = TempConfig::of("[store.x]\nkind = \"rbd\"\npool = \"p\"").load(&[]).unwrap_err();
+    assert!(error.contains("store.x.kind (") && error.contains("built without Ceph"), "{error}");
+}
+
 #[test]
 fn what_is_not_set_has_its_default() {
     let config =
@@ -119,8 +176,12 @@ fn what_is_not_set_has_its_default() {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     assert_eq!(worker.name, host.trim());
     assert_eq!(config.ceph["main"].conf, Path::new("/etc/ceph/ceph.conf"));
-    assert_eq!(config.ceph["main"].user, "admin");
-    let StoreKind::Posix { chunking, .. } = &config.store(None).unwrap().1.kind;
+    assert_eq!((config.ceph["main"].user.as_str(), config.ceph["main"].operation_seconds_max), ("admin", 60));
+    let chunking = match &config.store(None).unwrap().1.kind {
+        StoreKind::Posix { chunking, .. } => chunking,
+        #[cfg(feature = "ceph")]
+        other => panic!("{other:?}"),
+    };
     assert_eq!(chunking.compression, Compression::Zstd);
     assert_eq!((chunking.object_bytes, chunking.sha_block_bytes), (52_428_800, 32_768));
 }
@@ -223,8 +284,11 @@ fn a_password_is_not_shown() {
 }
 
 fn store_path(store: &Store) -> &Path {
-    let StoreKind::Posix { path, .. } = &store.kind;
-    path
+    match &store.kind {
+        StoreKind::Posix { path, .. } => path,
+        #[cfg(feature = "ceph")]
+        other => panic!("{other:?}"),
+    }
 }
 
 /// The rows of the tables in the documents: setting, environment and default.
@@ -263,16 +327,27 @@ fn every_setting_is_listed_and_every_listed_one_exists() {
 
 #[test]
 fn the_documented_defaults_are_the_defaults() {
-    let required =
-        "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\nceph.NAME = {}\n";
-    let mut explicit = required.replace("ceph.NAME = {}\n", "");
+    let documents = include_str!("../docs/configuration.md");
+    let of_images = documents.split_once("### `kind = \"rbd\"`").unwrap().1;
+    let required = "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\n";
+    let of_ceph = "store.images.kind = \"rbd\"\nstore.images.pool = \"p\"\n";
+    let required = if cfg!(feature = "ceph") { format!("{required}{of_ceph}") } else { required.into() };
+    let mut explicit = required.clone();
     for [setting, _, default] in documented() {
         if let Some(value) = default.strip_prefix('`').and_then(|text| text.strip_suffix('`')) {
-            explicit += &format!("{setting} = {value}\n");
+            let is_of_images = of_images.contains(&format!("| `{setting}` |"));
+            match (is_of_images, cfg!(feature = "ceph")) {
+                (true, true) => {
+                    explicit += &format!("{} = {value}\n", setting.replace("store.NAME", "store.images"));
+                }
+                (true, false) => {}
+                (false, _) => explicit += &format!("{setting} = {value}\n"),
+            }
         }
     }
     assert!(explicit.lines().count() > 15, "{explicit}");
-    let (implicit, explicit) = (TempConfig::of(required), TempConfig::of(&explicit));
+    let (implicit, explicit) =
+        (TempConfig::of(&format!("{required}ceph.NAME = {{}}\n")), TempConfig::of(&explicit));
 
     let explicit = Config { file: None, ..explicit.load(&[]).unwrap() };
     assert_eq!(explicit, Config { file: None, ..implicit.load(&[]).unwrap() });
@@ -287,15 +362,28 @@ fn the_example_loads_also_with_all_that_is_commented_out() {
     let is_setting = |line: &str| {
         line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '))
     };
-    let mut settings = 0;
     let all: String = example
         .lines()
         .map(|line| match line.strip_prefix("# ").filter(|line| is_setting(line)) {
             Some(line) => format!("{line}\n"),
             None => format!("{line}\n"),
         })
-        .inspect(|line| settings += usize::from(line.contains(" = ")))
         .collect();
-    assert_eq!(settings, SETTINGS.len());
-    TempConfig::of(&all.replace("amqp://", "amqps://")).load(&[]).unwrap();
+    let mut section = "";
+    let mut settings = BTreeSet::new();
+    for line in all.lines() {
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_end_matches(']');
+        } else if let Some((key, _)) = line.split_once(" = ") {
+            let section = match section.split_once('.') {
+                Some((kind @ ("store" | "ceph"), _)) => format!("{kind}.NAME"),
+                _ => section.into(),
+            };
+            settings.insert(format!("{section}.{key}"));
+        }
+    }
+    assert_eq!(settings, SETTINGS.iter().map(ToString::to_string).collect());
+    if cfg!(feature = "ceph") {
+        TempConfig::of(&all.replace("amqp://", "amqps://")).load(&[]).unwrap();
+    }
 }

@@ -30,7 +30,13 @@ use support::volume::{Fill, Volume, junk};
 const BLOCK_BYTES: usize = 512;
 
 fn settings(compression: Compression) -> Settings {
-    Settings { compression, object_bytes: 4 * BLOCK_BYTES, sha_block_bytes: BLOCK_BYTES }
+    Settings {
+        compression,
+        object_bytes: 4 * BLOCK_BYTES,
+        sha_block_bytes: BLOCK_BYTES,
+        unchanged_check_per_mille: 1,
+        source_snapshots_max: 1,
+    }
 }
 
 /// One backup of a chain, and the bytes that it must give back.
@@ -607,8 +613,13 @@ fn folder_of_again() -> Option<PathBuf> {
 fn engine_in(folder: &Path) -> Engine {
     let store = Arc::new(Posix::open(&folder.join("store")).unwrap());
     let cpu = Cpu::start(1).unwrap();
-    let settings =
-        Settings { compression: Compression::None, object_bytes: 64 << 10, sha_block_bytes: 4 << 10 };
+    let settings = Settings {
+        compression: Compression::None,
+        object_bytes: 64 << 10,
+        sha_block_bytes: 4 << 10,
+        unchanged_check_per_mille: 1,
+        source_snapshots_max: 1,
+    };
     let chunked = Chunked::new(store, settings, cpu, Budget::new(MEMORY_BYTES));
     Engine::new(chunked, Volumes { file_roots: FileRoots::new(&[folder.to_owned()]), ..Volumes::default() })
 }

@@ -1,7 +1,7 @@
 //! Cinder's export records: taken in, given back, and refused where they cannot be used.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use backhaul::cinder::export_record::{self, ExportRecord};
+use backhaul::cinder::export_record::{self, Error, ExportRecord, Form};
 use backhaul::error::Causes;
 use backhaul::job::{Counts, Record, RecordState};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
@@ -10,6 +10,19 @@ use rstest::rstest;
 use serde_json::{Map, Value, json};
 
 const POSIX: &str = "cinder.backup.drivers.posix.PosixBackupDriver";
+const CEPH: &str = "cinder.backup.drivers.ceph.CephBackupDriver";
+
+/// A store of the kind that the record is of, or would be.
+fn form_for(service: &str) -> Form {
+    match service.contains("ceph") {
+        true => Form::Images { pool: "backups".parse().unwrap() },
+        false => Form::Files,
+    }
+}
+
+fn import(service: &str, fields: &Value) -> Result<Record, Error> {
+    export_record::import(&exported(service, fields), &form_for(service))
+}
 
 /// The fields of a backup as Cinder 29 exports them.
 fn fields() -> Value {
@@ -53,6 +66,24 @@ fn fields_with(changes: Value) -> Value {
     fields
 }
 
+/// The fields of a backup of an RBD volume as Cinder 29 exports them.
+fn image_fields() -> Value {
+    fields_with(json!({
+        "service": CEPH,
+        "service_metadata": "{\"base\": \"volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f.backup.\
+                             5c214283-0223-4880-be46-c35800e47cfb\"}",
+        "container": "backups2",
+        "object_count": 0,
+        "snapshot_id": null,
+    }))
+}
+
+fn image_fields_with(changes: Value) -> Value {
+    let mut fields = image_fields();
+    fields.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    fields
+}
+
 fn exported(service: &str, fields: &Value) -> Vec<u8> {
     let url = BASE64_STANDARD.encode(fields.to_string());
     json!({ "backup_service": service, "backup_url": url }).to_string().into_bytes()
@@ -70,6 +101,8 @@ fn own_record() -> Record {
         volume_id: "f8b4904a-1d0e-404b-98d9-745e42c0b42f".parse().unwrap(),
         state: RecordState::Available,
         parent_id: Some("60a51657-cb82-4205-a137-0846b1dad5ec".parse().unwrap()),
+        writer: String::new(),
+        checkpoint: None,
         job_id: Some("0d9ec0a5-2e4f-4f0c-8a0e-3f4d9f0f2b11".parse().unwrap()),
         service: POSIX.into(),
         service_metadata: "prefix".into(),
@@ -92,8 +125,12 @@ fn own_record() -> Record {
 #[test]
 fn an_export_gives_back_what_an_import_took() {
     let unknown = json!({"a_field_of_a_later_cinder": [1, {"x": null}], "driver_info": {"y": 1}});
-    for fields in [fields(), fields_with(unknown)] {
-        let record = export_record::import(&exported(POSIX, &fields)).unwrap();
+    let without_base =
+        json!({"service_metadata": null, "snapshot_id": "60a51657-cb82-4205-a137-0846b1dad5ec"});
+    let of_posix = [fields(), fields_with(unknown.clone())].map(|fields| (POSIX, fields));
+    let of_ceph = [image_fields(), image_fields_with(unknown), image_fields_with(without_base)];
+    for (service, fields) in of_posix.into_iter().chain(of_ceph.map(|fields| (CEPH, fields))) {
+        let record = import(service, &fields).unwrap();
 
         assert_eq!(Value::Object(fields_of(&export_record::export(&record))), fields);
     }
@@ -101,7 +138,7 @@ fn an_export_gives_back_what_an_import_took() {
 
 #[test]
 fn a_record_of_cinder_becomes_one_of_ours() {
-    let record = export_record::import(&exported(POSIX, &fields())).unwrap();
+    let record = import(POSIX, &fields()).unwrap();
 
     assert_eq!(record.backup_id.to_string(), "5c214283-0223-4880-be46-c35800e47cfb");
     assert_eq!(record.volume_id.to_string(), "f8b4904a-1d0e-404b-98d9-745e42c0b42f");
@@ -143,28 +180,89 @@ fn backups_that_are_files_are_taken_in(
     let driver = if with_class { class } else { class.split('.').next().unwrap() };
     let service = format!("cinder.backup.drivers.{driver}");
 
-    let record =
-        export_record::import(&exported(&service, &fields_with(json!({ "service": service })))).unwrap();
+    let record = import(&service, &fields_with(json!({ "service": service }))).unwrap();
 
     assert_eq!(record.service, service);
 }
 
 #[rstest]
+#[case::with_class(CEPH)]
+#[case::module_only("cinder.backup.drivers.ceph")]
+fn backups_that_are_images_are_taken_in(#[case] service: &str) {
+    let fields = image_fields_with(json!({ "service": service }));
+    let record = import(service, &fields).unwrap();
+
+    assert_eq!(record.service, service);
+    assert_eq!(record.service_metadata, fields["service_metadata"].as_str().unwrap());
+    assert_eq!(record.container.as_str(), "backups2");
+
+    let nothing =
+        image_fields_with(json!({ "service": service, "service_metadata": null, "container": null }));
+    let record = import(service, &nothing).unwrap();
+
+    assert_eq!((record.service_metadata.as_str(), record.container.as_str()), ("", "backups"));
+}
+
+#[rstest]
+#[case::not_json("volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f.backup.base")]
+#[case::nothing("")]
+#[case::no_base("{}")]
+#[case::no_text(r#"{"base": null}"#)]
+#[case::the_volume(r#"{"base": "volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f"}"#)]
+#[case::another_volume(r#"{"base": "volume-5c214283-0223-4880-be46-c35800e47cfb.backup.base"}"#)]
+#[case::no_id(r#"{"base": "volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f.backup.x"}"#)]
+#[case::snapshot(r#"{"base": "volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f.backup.base@a"}"#)]
+#[case::another_pool(r#"{"base": "p/volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f.backup.base"}"#)]
+fn an_image_that_is_none_of_the_volumes_backups_is_refused(#[case] service_metadata: &str) {
+    let fields = image_fields_with(json!({ "service_metadata": service_metadata }));
+
+    let error = import(CEPH, &fields).unwrap_err();
+
+    let text = error.to_string();
+    assert!(text.contains(&format!("{service_metadata:?} cannot be used")), "{text}");
+    assert!(text.contains(r#"{"base": "volume-f8b4904a-1d0e-404b-98d9-745e42c0b42f.backup.ID"}"#), "{text}");
+}
+
+#[rstest]
+#[case::up("..")]
+#[case::of_ceph(".mgr")]
+#[case::nothing("")]
+fn a_pool_that_cannot_be_one_is_refused(#[case] container: &str) {
+    let error = import(CEPH, &image_fields_with(json!({ "container": container }))).unwrap_err();
+
+    assert!(Causes(&error).to_string().contains("is no container name"), "{error}");
+}
+
+#[rstest]
+#[case::images_into_files(CEPH, image_fields(), POSIX, "as files")]
+#[case::files_into_images(POSIX, fields(), CEPH, "as RBD images")]
+fn a_backup_is_not_taken_into_a_store_of_another_kind(
+    #[case] service: &str,
+    #[case] fields: Value,
+    #[case] into: &str,
+    #[case] says: &str,
+) {
+    let error = export_record::import(&exported(service, &fields), &form_for(into)).unwrap_err();
+
+    let text = error.to_string();
+    assert!(text.contains(&format!("{service:?} cannot be taken into this store")), "{text}");
+    assert!(text.contains(says) && text.contains("--store"), "{text}");
+}
+
+#[rstest]
 #[case::swift("cinder.backup.drivers.swift.SwiftBackupDriver")]
 #[case::s3("cinder.backup.drivers.s3.S3BackupDriver")]
-#[case::ceph("cinder.backup.drivers.ceph.CephBackupDriver")]
-#[case::ceph_module("cinder.backup.drivers.ceph")]
+#[case::another_class("cinder.backup.drivers.ceph.PosixBackupDriver")]
 #[case::mixed("cinder.backup.drivers.posix.NFSBackupDriver")]
 #[case::longer("cinder.backup.drivers.posix.PosixBackupDriver.x")]
 #[case::elsewhere("posix")]
 #[case::nothing("")]
 fn backups_of_other_drivers_are_refused_with_the_names_of_those_that_are_not(#[case] service: &str) {
-    let error =
-        export_record::import(&exported(service, &fields_with(json!({ "service": service })))).unwrap_err();
+    let error = import(service, &fields_with(json!({ "service": service }))).unwrap_err();
 
     let text = error.to_string();
     assert!(text.contains(&format!("{service:?}")), "{text}");
-    assert!(text.contains("cinder.backup.drivers.posix.PosixBackupDriver"), "{text}");
+    assert!(text.contains(POSIX) && text.contains(CEPH), "{text}");
 }
 
 #[rstest]
@@ -190,7 +288,7 @@ fn backups_of_other_drivers_are_refused_with_the_names_of_those_that_are_not(#[c
 #[case::status("status", json!("error"), "only one that was available")]
 #[case::service("service", json!("cinder.backup.drivers.nfs"), "but the backup in it is of")]
 fn a_field_that_cannot_be_used_is_named(#[case] field: &str, #[case] value: Value, #[case] says: &str) {
-    let error = export_record::import(&exported(POSIX, &fields_with(json!({ field: value })))).unwrap_err();
+    let error = import(POSIX, &fields_with(json!({ field: value }))).unwrap_err();
 
     let text = Causes(&error).to_string();
     assert!(text.contains(says), "{text}");
@@ -214,7 +312,7 @@ fn a_field_that_cinder_needs_must_be_there(
     let mut fields = fields();
     fields.as_object_mut().unwrap().remove(field);
 
-    let error = export_record::import(&exported(POSIX, &fields)).unwrap_err();
+    let error = import(POSIX, &fields).unwrap_err();
 
     assert_eq!(error.to_string(), format!("the export record has no {field}"));
 }
@@ -228,7 +326,7 @@ fn a_field_that_cinder_needs_must_be_there(
 #[case::no_text(r#"{"backup_service": "cinder.backup.drivers.posix", "backup_url": "/////w=="}"#, "as JSON")]
 #[case::no_object(r#"{"backup_service": "cinder.backup.drivers.posix", "backup_url": "W10="}"#, "as JSON")]
 fn a_text_that_is_no_export_record_is_refused(#[case] text: &str, #[case] says: &str) {
-    let error = export_record::import(text.as_bytes()).unwrap_err();
+    let error = export_record::import(text.as_bytes(), &Form::Files).unwrap_err();
 
     let text = Causes(&error).to_string();
     assert!(text.contains(says), "{text}");
@@ -238,7 +336,7 @@ fn a_text_that_is_no_export_record_is_refused(#[case] text: &str, #[case] says: 
 fn a_text_longer_than_any_record_is_refused_before_it_is_looked_at() {
     let fields = fields_with(json!({ "metadata": {"k": "v".repeat(1 << 20)} }));
 
-    let error = export_record::import(&exported(POSIX, &fields)).unwrap_err();
+    let error = import(POSIX, &fields).unwrap_err();
 
     assert!(error.to_string().contains("none has more than 1048576"), "{error}");
 }
@@ -262,23 +360,28 @@ fn any_json() -> impl Strategy<Value = Value> {
 proptest! {
     #[test]
     fn no_bytes_make_an_import_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        export_record::import(&bytes).ok();
+        export_record::import(&bytes, &Form::Files).ok();
         let export =
             ExportRecord { backup_service: POSIX.into(), backup_url: BASE64_STANDARD.encode(&bytes) };
-        export_record::decode(export).ok();
+        export_record::decode(export, &Form::Files).ok();
     }
 
     /// Whatever stands in a field: it is refused, or comes back as it was.
     #[test]
-    fn no_field_is_lost_or_makes_an_import_panic(which in 0usize..29, value in any_json()) {
+    fn no_field_is_lost_or_makes_an_import_panic(which in 0usize..29, value in any_json(), of_image: bool) {
         let name = fields().as_object().unwrap().keys().nth(which).unwrap().clone();
-        let fields = fields_with(json!({ name.as_str(): value }));
+        let change = json!({ name.as_str(): value });
+        let (service, fields) =
+            if of_image { (CEPH, image_fields_with(change)) } else { (POSIX, fields_with(change)) };
 
-        if let Ok(record) = export_record::import(&exported(POSIX, &fields)) {
+        if let Ok(record) = import(service, &fields) {
             let mut expected = fields;
             // Null says the same as the value that is written for it.
-            for (name, value) in [("service", POSIX), ("status", "available")] {
+            for (name, value) in [("service", service), ("status", "available")] {
                 expected[name] = json!(value);
+            }
+            if expected["container"].is_null() {
+                expected["container"] = json!("backups");
             }
             prop_assert_eq!(Value::Object(fields_of(&export_record::export(&record))), expected);
         }

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use backhaul::ceph::{Cluster, Diff, Features, Image, Mode, NewImage, Pool};
+use backhaul::ceph::{Cluster, Diff, Features, Image, MapChange, Mode, NewImage, Pool};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use uuid::Uuid;
@@ -199,20 +199,47 @@ fn an_object_is_made_once_and_replaced_whole() {
 }
 
 #[test]
-fn keys_are_listed_in_order_however_many_there_are() {
+fn a_map_is_listed_in_order_however_much_it_has() {
     let pool = pool();
-    let name = format!("keys-{}", Uuid::new_v4());
-    assert_eq!(pool.keys(&name, "").unwrap(), Vec::<String>::new());
-    pool.remove_key(&name, "x").unwrap();
-    let mut expected: Vec<String> = (0..1100).map(|index| format!("a{index}")).collect();
-    for key in expected.iter().map(String::as_str).chain(["b"]) {
-        pool.set_key(&name, key).unwrap();
+    let name = format!("map-{}", Uuid::new_v4());
+    assert_eq!(pool.map_entries(&name, "").unwrap(), []);
+    assert_eq!(pool.map_value(&name, "a").unwrap(), None);
+    let mut expected: Vec<(String, Vec<u8>)> =
+        (0..1100).map(|index| (format!("a{index}"), format!("{index}").into_bytes())).collect();
+    let mut changes: Vec<_> = expected.iter().map(|(key, value)| MapChange::Set(key, value)).collect();
+    changes.push(MapChange::Set("b", b""));
+    for some in changes.chunks(500) {
+        assert!(pool.change_map(&name, some).unwrap());
     }
     expected.sort();
-    assert_eq!(pool.keys(&name, "a").unwrap(), expected);
-    assert_eq!(pool.keys(&name, "b").unwrap(), ["b"]);
-    pool.remove_key(&name, "b").unwrap();
-    assert_eq!(pool.keys(&name, "b").unwrap(), Vec::<String>::new());
+    assert_eq!(pool.map_entries(&name, "a").unwrap(), expected);
+    assert_eq!(pool.map_entries(&name, "b").unwrap(), [("b".to_string(), vec![])]);
+    assert_eq!(pool.map_value(&name, "a7").unwrap().as_deref(), Some(&b"7"[..]));
+    assert_eq!(pool.map_value(&name, "b").unwrap().as_deref(), Some(&b""[..]));
+    assert_eq!(pool.map_value(&name, "a").unwrap(), None);
+    pool.remove_object(&name).unwrap();
+}
+
+#[test]
+fn a_map_is_changed_if_it_is_as_expected_or_not_at_all() {
+    use MapChange::{Expect, Remove, Set};
+    let pool = pool();
+    let name = format!("map-{}", Uuid::new_v4());
+    for first in [Expect("a", b""), Remove("a")] {
+        let error = pool.change_map(&name, &[first, Set("a", b"1")]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    }
+
+    assert!(pool.change_map(&name, &[Set("a", b"1"), Set("b", b"2"), Remove("c")]).unwrap());
+    assert!(!pool.change_map(&name, &[Set("b", b"3"), Expect("a", b""), Set("a", b"4")]).unwrap());
+    assert!(!pool.change_map(&name, &[Expect("b", b"2"), Expect("a", b"2"), Remove("b")]).unwrap());
+    let entries = || pool.map_entries(&name, "").unwrap();
+    assert_eq!(entries(), [("a".to_string(), b"1".to_vec()), ("b".to_string(), b"2".to_vec())]);
+
+    let moved = [Expect("a", b"1"), Expect("c", b""), Remove("a"), Set("c", b"1")];
+    assert!(pool.change_map(&name, &moved).unwrap());
+    assert!(!pool.change_map(&name, &moved).unwrap());
+    assert_eq!(entries(), [("b".to_string(), b"2".to_vec()), ("c".to_string(), b"1".to_vec())]);
     pool.remove_object(&name).unwrap();
 }
 

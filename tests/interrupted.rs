@@ -23,8 +23,13 @@ use support::engine::{
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume};
 
-const SETTINGS: Settings =
-    Settings { compression: Compression::Zstd, object_bytes: 2048, sha_block_bytes: 512 };
+const SETTINGS: Settings = Settings {
+    compression: Compression::Zstd,
+    object_bytes: 2048,
+    sha_block_bytes: 512,
+    unchanged_check_per_mille: 1,
+    source_snapshots_max: 1,
+};
 
 /// A volume, perhaps with a first backup, in a store where every object is known.
 struct Scene {

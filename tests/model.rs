@@ -244,14 +244,25 @@ impl Model {
 
     fn engine(&self, compression: Compression, object_blocks: usize, memory: usize) -> Engine {
         let (object_bytes, sha_block_bytes) = (object_blocks * self.block_bytes, self.block_bytes);
-        let settings = Settings { compression, object_bytes, sha_block_bytes };
+        let settings = Settings {
+            compression,
+            object_bytes,
+            sha_block_bytes,
+            unchanged_check_per_mille: 1,
+            source_snapshots_max: 1,
+        };
         self.bench.engine_on(self.bench.store(), settings, memory)
     }
 
     /// An engine whose settings are none of those that anything was written with.
     fn reader(&self, memory: usize) -> Engine {
-        let settings =
-            Settings { compression: Compression::None, object_bytes: 1 << 20, sha_block_bytes: 1 << 10 };
+        let settings = Settings {
+            compression: Compression::None,
+            object_bytes: 1 << 20,
+            sha_block_bytes: 1 << 10,
+            unchanged_check_per_mille: 1,
+            source_snapshots_max: 1,
+        };
         self.bench.engine_on(self.bench.store(), settings, memory)
     }
 

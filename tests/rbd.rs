@@ -47,6 +47,7 @@ fn settings() -> Settings {
         source_snapshots_max: 0,
         journaling: false,
         stripes: None,
+        checkpoint_bytes: 8 * MIB,
     }
 }
 
@@ -654,7 +655,7 @@ async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point(
             let file = bench.file("object", bytes);
             bench.main.rados(&["-p", "backups", "put", &object(number), file.to_str().unwrap()]);
         };
-        let list = Folder::own("digests").object(&second.backup_id.to_string()).unwrap();
+        let list = Folder::own("digests").object(&second.object_digests[0].0).unwrap();
         let bytes = bench.store.get(&list).await.unwrap().collect(&list, 1 << 20).await.unwrap().to_vec();
         let mut others_whole = true;
         let expected = match case {
@@ -756,7 +757,7 @@ async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
-    let bench = Bench::new();
+    let bench = Bench::with(Settings { checkpoint_bytes: u64::MAX, ..settings() });
     let (volume_id, volume) = bench.volume(64 * MIB);
     let source = location("main", volume.spec());
     volume.write(&[(0, &noise(1, 64 << 20))]);
@@ -782,4 +783,44 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
     assert_eq!(bench.snapshots(volume.spec()).len(), 2);
     let image = base(&bench.engine.catalog().records().await.unwrap().records[0]);
     assert_eq!(bench.snapshots(&image), bench.snapshots(volume.spec()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    for parent in [Parent::None, Parent::Latest] {
+        let at_first = volume.read();
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        let ctx = Context::default();
+        let checkpoint = async {
+            loop {
+                let record = bench.engine.catalog().record(job.backup_id()).await.unwrap();
+                if let Some(checkpoint) = record.and_then(|record| record.checkpoint) {
+                    return checkpoint;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let checkpoint = tokio::select! {
+            result = bench.engine.run(&ctx, &job, bench.methods(&job)[0]) => panic!("{result:?}"),
+            checkpoint = checkpoint => checkpoint,
+        };
+        assert!(checkpoint.bytes_done >= 8 * MIB, "{checkpoint:?}");
+        // What is written now is not of the backup: the snapshot is that of the first attempt.
+        volume.write(&[(7 * MIB, &noise(2, 40 << 20))]);
+        let completion = bench.complete(&job).await;
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        assert!(bench.restored(job.backup_id()).await == at_first);
+        let record = bench.record(job.backup_id()).await;
+        assert!(record.object_digests.len() > 1 && record.checkpoint.is_none());
+        verify(&bench.engine, job.backup_id()).await.unwrap();
+    }
+    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+    for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
+        delete(&bench.engine, record.backup_id).await.unwrap();
+    }
+    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
 }

@@ -21,8 +21,13 @@ use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, verify};
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume};
 
-const SETTINGS: Settings =
-    Settings { compression: Compression::Zstd, object_bytes: 2048, sha_block_bytes: 512 };
+const SETTINGS: Settings = Settings {
+    compression: Compression::Zstd,
+    object_bytes: 2048,
+    sha_block_bytes: 512,
+    unchanged_check_per_mille: 1,
+    source_snapshots_max: 1,
+};
 const NEVER: Duration = Duration::from_secs(3600);
 
 /// Remembers what it is told; refuses the end of a job while it is deaf.

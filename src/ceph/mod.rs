@@ -9,7 +9,7 @@ mod rados;
 
 pub use clusters::{Access, Clusters};
 pub use image::{Diff, Extent, Features, Image, Mode, NewImage, Snapshot};
-pub use rados::{Cluster, Pool};
+pub use rados::{Cluster, MapChange, Pool};
 
 use std::ffi::{CString, NulError, c_int};
 use std::io;
@@ -83,6 +83,16 @@ impl Error {
             Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. } => {
                 error.kind()
             }
+        }
+    }
+}
+
+impl From<Error> for io::Error {
+    /// Leaves what the operating system would say; what was tried on what is for the caller to tell.
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Operation { error, .. } => error,
+            other => Self::new(other.kind(), other),
         }
     }
 }

@@ -4,16 +4,24 @@ use std::ffi::{CStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::{fmt, io, ptr};
+use std::{fmt, io, ptr, slice};
 
 use ::ceph::rados;
+use rustix::io::Errno;
 
 use super::{Error, c_string, check, os_error};
 
-/// Names that one request for the keys of an object's map returns, at most; the cluster may allow fewer.
-const KEYS_MAX: u64 = 1000;
+/// What one request for the map of an object returns, at most; the cluster may allow less.
+const ENTRIES_MAX: u64 = 1000;
+/// How a value is to compare with an expected one; source: `LIBRADOS_CMPXATTR_OP_EQ` in `librados.h`.
+const COMPARE_EQUAL: u8 = 1;
 /// How an operation is told that an object must not exist; source: `LIBRADOS_CREATE_EXCLUSIVE` in `librados.h`.
 const CREATE_EXCLUSIVE: c_int = 1;
+
+unsafe extern "C" {
+    /// In `librados.h` since Ceph 15, but not in the crate.
+    fn rados_set_pool_full_try(io: rados::rados_ioctx_t);
+}
 
 /// A connection to a cluster. Clones share it; it ends with the last of them and of what was made with them.
 #[derive(Clone)]
@@ -51,6 +59,8 @@ impl Cluster {
             (c"rados_osd_op_timeout", seconds.as_c_str()),
             // Everything is read and written once, so a cache only costs memory and copies.
             (c"rbd_cache", c"false"),
+            // Nor need bytes be copied to be sent: ours do not change, and a write ends after librbd has let go of them.
+            (c"rbd_disable_zero_copy_writes", c"false"),
         ];
         for (option, value) in options {
             // SAFETY: the handle is valid, and both strings are for the call.
@@ -79,6 +89,9 @@ impl Cluster {
         // `Context` gives it back once.
         check(unsafe { rados::rados_ioctx_create(self.0.handle, c_name.as_ptr(), &mut handle) })
             .map_err(|code| Error::operation("open pool", name, code))?;
+        // A write to a pool that is full fails then, and a delete goes on; otherwise both would wait for room.
+        // SAFETY: the context was made above, and nobody else has it yet.
+        unsafe { rados_set_pool_full_try(handle) };
         Ok(Pool(Arc::new(Context { handle, name: name.into(), cluster: self.clone() })))
     }
 }
@@ -209,95 +222,146 @@ impl Pool {
         }
     }
 
-    /// Adds a key without a value to the map of an object, which is made if it is not there.
-    pub fn set_key(&self, object: &str, key: &str) -> Result<(), Error> {
-        let (name, key) = (c_string(object)?, c_string(key)?);
+    /// Changes the map of an object, all at once or not at all; says whether it did, which is so unless one of the
+    /// expectations did not hold. An object that is not there is made by the first change, if that sets a key; otherwise
+    /// it fails with [`io::ErrorKind::NotFound`].
+    pub fn change_map(&self, object: &str, changes: &[MapChange<'_>]) -> Result<bool, Error> {
+        let name = c_string(object)?;
         let op = WriteOp::new();
-        let (keys, values, lengths) = ([key.as_ptr()], [c"".as_ptr()], [0]);
-        // SAFETY: the operation is valid, and copies keys and values; the three arrays have the one entry that is told.
-        unsafe {
-            rados::rados_write_op_omap_set(op.0, keys.as_ptr(), values.as_ptr(), lengths.as_ptr(), 1);
+        for change in changes {
+            let (MapChange::Expect(key, _) | MapChange::Set(key, _) | MapChange::Remove(key)) = change;
+            let key = c_string(key)?;
+            let keys = [key.as_ptr()];
+            // SAFETY: the operation is valid, and copies keys and values. The arrays have the one entry that is told,
+            // and the lengths are those of the values.
+            unsafe {
+                match change {
+                    MapChange::Expect(_, value) => rados::rados_write_op_omap_cmp(
+                        op.0,
+                        key.as_ptr(),
+                        COMPARE_EQUAL,
+                        value.as_ptr().cast(),
+                        value.len(),
+                        ptr::null_mut(),
+                    ),
+                    MapChange::Set(_, value) => rados::rados_write_op_omap_set(
+                        op.0,
+                        keys.as_ptr(),
+                        [value.as_ptr().cast()].as_ptr(),
+                        [value.len()].as_ptr(),
+                        1,
+                    ),
+                    MapChange::Remove(_) => rados::rados_write_op_omap_rm_keys(op.0, keys.as_ptr(), 1),
+                }
+            }
         }
-        op.operate(self, &name).map_err(self.failed("add a key to", object))
+        match op.operate(self, &name) {
+            Err(code) if code == -Errno::CANCELED.raw_os_error() => Ok(false),
+            result => result.map(|()| true).map_err(self.failed("change the map of", object)),
+        }
     }
 
-    /// Removes a key from the map of an object, if both are there.
-    pub fn remove_key(&self, object: &str, key: &str) -> Result<(), Error> {
-        let (name, key) = (c_string(object)?, c_string(key)?);
-        let op = WriteOp::new();
+    /// The value of a key of an object's map, if both are there.
+    pub fn map_value(&self, object: &str, key: &str) -> Result<Option<Vec<u8>>, Error> {
+        let key = c_string(key)?;
         let keys = [key.as_ptr()];
         // SAFETY: the operation is valid, and copies the key; the array has the one entry that is told.
-        unsafe { rados::rados_write_op_omap_rm_keys(op.0, keys.as_ptr(), 1) };
-        match op.operate(self, &name).map_err(self.failed("remove a key from", object)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
-        }
+        let mut found = self.read_map(object, |op, found, told| unsafe {
+            rados::rados_read_op_omap_get_vals_by_keys(op, keys.as_ptr(), 1, found, told);
+        })?;
+        Ok(found.pop().map(|(_, value)| value))
     }
 
-    /// The keys of an object's map that begin with `prefix`, in order; none where there is no such object.
-    pub fn keys(&self, object: &str, prefix: &str) -> Result<Vec<String>, Error> {
-        let (name, c_prefix) = (c_string(object)?, c_string(prefix)?);
-        let mut keys: Vec<String> = Vec::new();
+    /// What an object's map has under keys that begin with `prefix`, in order; nothing where there is no such object.
+    pub fn map_entries(&self, object: &str, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        let prefix = c_string(prefix)?;
+        let mut entries: Vec<(String, Vec<u8>)> = Vec::new();
         loop {
-            let after = c_string(keys.last().map_or("", String::as_str))?;
-            let count = keys.len();
-            let mut found: rados::rados_omap_iter_t = ptr::null_mut();
-            let mut told = 0;
-            // SAFETY: the operation is made, filled, operated and released here; all that it points to outlives it.
-            let code = unsafe {
-                let op = rados::rados_create_read_op();
+            let after = c_string(entries.last().map_or("", |(key, _)| key))?;
+            // SAFETY: the operation is valid, and copies both strings.
+            let mut found = self.read_map(object, |op, found, told| unsafe {
                 rados::rados_read_op_omap_get_vals(
                     op,
                     after.as_ptr(),
-                    c_prefix.as_ptr(),
-                    KEYS_MAX,
-                    &mut found,
-                    &mut told,
+                    prefix.as_ptr(),
+                    ENTRIES_MAX,
+                    found,
+                    told,
                 );
-                let code = rados::rados_read_op_operate(op, self.0.handle, name.as_ptr(), 0);
-                rados::rados_release_read_op(op);
-                code
-            };
-            // SAFETY: the operation above made the iterator, and filled it if it succeeded; it is ended here, once.
-            let next = unsafe { if code < 0 { end_keys(found, code) } else { take_keys(found, &mut keys) } };
-            match next.and(check(told)).map_err(self.failed("read the keys of", object)) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(keys),
-                Err(error) => return Err(error),
-                // The cluster may return fewer than asked for, and only none means that there are none.
-                Ok(_) if keys.len() == count => return Ok(keys),
-                Ok(_) => {}
+            })?;
+            // The cluster may return fewer than asked for, and only none means that there are none.
+            if found.is_empty() {
+                return Ok(entries);
             }
+            entries.append(&mut found);
+        }
+    }
+
+    /// Reads from an object's map what `ask` puts into the operation; nothing where there is no such object.
+    fn read_map(
+        &self,
+        object: &str,
+        ask: impl FnOnce(rados::rados_read_op_t, &mut rados::rados_omap_iter_t, &mut c_int),
+    ) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        let name = c_string(object)?;
+        let mut found: rados::rados_omap_iter_t = ptr::null_mut();
+        let mut told = 0;
+        // SAFETY: the operation is made, filled, operated and released here; all that it points to outlives it.
+        let code = unsafe {
+            let op = rados::rados_create_read_op();
+            ask(op, &mut found, &mut told);
+            let code = rados::rados_read_op_operate(op, self.0.handle, name.as_ptr(), 0);
+            rados::rados_release_read_op(op);
+            code
+        };
+        // SAFETY: the operation has made the iterator, and filled it if it succeeded. It is ended here, once.
+        let entries = unsafe {
+            let entries = if code < 0 { Err(code) } else { take_entries(found) };
+            rados::rados_omap_get_end(found);
+            entries
+        };
+        match entries
+            .and_then(|entries| check(told).map(|_| entries))
+            .map_err(self.failed("read the map of", object))
+        {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            result => result,
         }
     }
 }
 
-/// Moves the keys out of an iterator and ends it.
+/// One of the changes to an object's map that are made together.
+#[derive(Debug, Clone, Copy)]
+pub enum MapChange<'a> {
+    /// Changes nothing unless the key has this value before; an empty one stands for a key that is not there as well.
+    Expect(&'a str, &'a [u8]),
+    /// Gives a key a value, whether it is there or not.
+    Set(&'a str, &'a [u8]),
+    /// Removes a key, if it is there.
+    Remove(&'a str),
+}
+
+/// Copies the entries out of an iterator.
 ///
 /// # Safety
-/// The iterator must come from a read operation that succeeded, and must not be used after this.
-unsafe fn take_keys(found: rados::rados_omap_iter_t, keys: &mut Vec<String>) -> Result<c_int, c_int> {
+/// The iterator must come from a read operation that succeeded.
+unsafe fn take_entries(found: rados::rados_omap_iter_t) -> Result<Vec<(String, Vec<u8>)>, c_int> {
+    let mut entries = Vec::new();
     loop {
         let (mut key, mut value, mut length): (*mut c_char, *mut c_char, usize) =
             (ptr::null_mut(), ptr::null_mut(), 0);
         // SAFETY: the iterator is valid, says the caller; the pointers are to locals.
-        let code = unsafe { rados::rados_omap_get_next(found, &mut key, &mut value, &mut length) };
-        if code < 0 || key.is_null() {
-            // SAFETY: as above, and for the last time.
-            return unsafe { end_keys(found, code) };
+        check(unsafe { rados::rados_omap_get_next(found, &mut key, &mut value, &mut length) })?;
+        if key.is_null() {
+            return Ok(entries);
         }
         // SAFETY: the key is a string that lives until the iterator is ended.
-        keys.push(unsafe { CStr::from_ptr(key) }.to_string_lossy().into_owned());
+        let key = unsafe { CStr::from_ptr(key) }.to_string_lossy().into_owned();
+        // SAFETY: so does the value, which has this length; one without bytes may have no place either.
+        let value =
+            if length == 0 { &[] } else { unsafe { slice::from_raw_parts(value.cast::<u8>(), length) } };
+        entries.push((key, value.to_vec()));
     }
-}
-
-/// Ends an iterator over keys.
-///
-/// # Safety
-/// The iterator must come from a read operation, and must not be used after this.
-unsafe fn end_keys(found: rados::rados_omap_iter_t, code: c_int) -> Result<c_int, c_int> {
-    // SAFETY: the iterator is valid, says the caller.
-    unsafe { rados::rados_omap_get_end(found) };
-    check(code)
 }
 
 /// Writes that are done together or not at all.

@@ -3,12 +3,14 @@
 //! It names the driver that wrote the backup, and holds, as base64 of JSON, every field of the backup's row in
 //! Cinder's database. Of the data it says where it lies; whether it is there is for the engine to find out.
 
+use std::fmt;
+
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::job::{Container, Counts, InvalidId, InvalidName, Record, RecordState};
+use crate::job::{BackupId, Container, Counts, InvalidId, InvalidName, Record, RecordState, VolumeId};
 
 /// An export record is never longer. Cinder's columns allow a few kB; a record of ours must stay below 4 MiB.
 const EXPORT_BYTES_MAX: usize = 1 << 20;
@@ -17,11 +19,12 @@ const PREFIX_BYTES_MAX: usize = 180;
 /// Cinder counts volumes in GiB.
 const GIB: u64 = 1 << 30;
 
-/// Where Cinder's drivers lie, and those of them whose backups are folders of files: module and class. Old rows name
-/// the module only.
+/// Where Cinder's drivers lie, and those of them whose backups are folders of files or RBD images: module and class. Old
+/// rows name the module only.
 const DRIVERS: &str = "cinder.backup.drivers.";
 const FILE_DRIVERS: [(&str, &str); 3] =
     [("posix", "PosixBackupDriver"), ("nfs", "NFSBackupDriver"), ("glusterfs", "GlusterfsBackupDriver")];
+const IMAGE_DRIVERS: [(&str, &str); 1] = [("ceph", "CephBackupDriver")];
 
 /// What Cinder refuses to import a backup without. The others have a value that stands for their absence.
 const NEEDED_BY_CINDER: [&str; 7] =
@@ -34,6 +37,33 @@ pub struct ExportRecord {
     pub backup_service: String,
     /// Base64 of the JSON of all fields of the backup.
     pub backup_url: String,
+}
+
+/// What the store that a backup is taken into keeps backups as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Form {
+    /// Files in folders.
+    Files,
+    /// RBD images.
+    Images {
+        /// The pool of those that name no container.
+        pool: Container,
+    },
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Files => "files",
+            Self::Images { .. } => "RBD images",
+        })
+    }
+}
+
+/// What Cinder's Ceph driver keeps of a backup of an RBD volume.
+#[derive(Deserialize)]
+struct Base {
+    base: String,
 }
 
 /// Why a text is no record of a backup that can be taken in.
@@ -50,14 +80,25 @@ pub enum Error {
     /// Not the two texts that make an export record.
     #[error("this is no export record of Cinder, which is a JSON object with backup_service and backup_url")]
     NotAnExport(#[source] serde_json::Error),
-    /// Written by a driver whose backups are not files.
+    /// Written by a driver that nobody here knows.
     #[error(
         "backups of {service:?} cannot be taken in: this version reads those of {DRIVERS}posix.PosixBackupDriver, \
-         {DRIVERS}nfs.NFSBackupDriver and {DRIVERS}glusterfs.GlusterfsBackupDriver"
+         {DRIVERS}nfs.NFSBackupDriver, {DRIVERS}glusterfs.GlusterfsBackupDriver and {DRIVERS}ceph.CephBackupDriver"
     )]
     ForeignDriver {
         /// What the record names.
         service: String,
+    },
+    /// Written by a driver for stores of another kind.
+    #[error(
+        "backups of {service:?} cannot be taken into this store, which keeps them as {form}: name the store that they \
+         are in with --store"
+    )]
+    OtherStore {
+        /// What the record names.
+        service: String,
+        /// What the store keeps backups as, for people.
+        form: String,
     },
     /// `backup_url` is damaged.
     #[error("the backup_url of the export record is not base64: was all of it copied?")]
@@ -102,6 +143,17 @@ pub enum Error {
         /// What the record says.
         prefix: String,
     },
+    /// The image is none of backups of this volume.
+    #[error(
+        "the export record's service_metadata {text:?} cannot be used: it must be null, or \
+         {{\"base\": \"volume-{volume_id}.backup.ID\"}} with base or the id of a backup as ID"
+    )]
+    UnsafeImage {
+        /// What the record says.
+        text: String,
+        /// The volume.
+        volume_id: VolumeId,
+    },
     /// The time of the backup is no time.
     #[error("the export record's created_at {text:?} is no time such as 2026-11-21T11:58:49Z")]
     InvalidTime {
@@ -119,13 +171,13 @@ pub fn export(record: &Record) -> String {
     format!("{:#}", json!({ "backup_service": backup_service, "backup_url": backup_url }))
 }
 
-/// Reads an export record. The volume's exact size, which Cinder does not keep there, is left 0: the engine finds it
-/// where the objects are.
-pub fn import(text: &[u8]) -> Result<Record, Error> {
+/// Reads an export record of a backup that lies in a store of this form. The volume's exact size, which Cinder does not
+/// keep there, is left 0: the engine finds it where the data is.
+pub fn import(text: &[u8], form: &Form) -> Result<Record, Error> {
     if text.len() > EXPORT_BYTES_MAX {
         return Err(Error::TooLarge { bytes: text.len() });
     }
-    decode(serde_json::from_slice(text).map_err(Error::NotAnExport)?)
+    decode(serde_json::from_slice(text).map_err(Error::NotAnExport)?, form)
 }
 
 /// Makes the export record of a backup that is whole.
@@ -136,7 +188,8 @@ pub fn encode(record: &Record) -> ExportRecord {
         "volume_id": record.volume_id,
         "parent_id": record.parent_id,
         "service": record.service,
-        "service_metadata": record.service_metadata,
+        // Cinder keeps none of some images.
+        "service_metadata": Some(&record.service_metadata).filter(|text| !text.is_empty()),
         "container": record.container,
         "display_name": record.name,
         "display_description": record.description,
@@ -178,10 +231,14 @@ pub fn encode(record: &Record) -> ExportRecord {
 }
 
 /// Makes the record of a backup out of its export record, as [`import`] does.
-pub fn decode(export: ExportRecord) -> Result<Record, Error> {
+pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
     let ExportRecord { backup_service: service, backup_url } = export;
-    if !is_file_driver(&service) {
-        return Err(Error::ForeignDriver { service });
+    let (files, images) = (is_of(&FILE_DRIVERS, &service), is_of(&IMAGE_DRIVERS, &service));
+    match form {
+        Form::Files if files => {}
+        Form::Images { .. } if images => {}
+        _ if files || images => return Err(Error::OtherStore { service, form: form.to_string() }),
+        _ => return Err(Error::ForeignDriver { service }),
     }
     let json = BASE64_STANDARD.decode(backup_url).map_err(Error::NotBase64)?;
     let mut fields = Fields(serde_json::from_slice(&json).map_err(Error::NotJson)?);
@@ -197,15 +254,27 @@ pub fn decode(export: ExportRecord) -> Result<Record, Error> {
         _ => {}
     }
     let created_at = fields.needed("created_at")?;
+    let volume_id = fields.needed("volume_id")?.parse()?;
+    let (service_metadata, container) = match form {
+        Form::Files => {
+            (safe_prefix(fields.needed("service_metadata")?)?, fields.needed("container")?.parse()?)
+        }
+        Form::Images { pool } => (
+            safe_base(fields.take("service_metadata")?, volume_id)?,
+            fields.take("container")?.map_or_else(|| Ok(pool.clone()), |container| container.parse())?,
+        ),
+    };
     Ok(Record {
         backup_id: fields.needed("id")?.parse()?,
-        volume_id: fields.needed("volume_id")?.parse()?,
+        volume_id,
         state: RecordState::Available,
         parent_id: fields.take("parent_id")?.map(|id| id.parse()).transpose()?,
         job_id: None,
+        writer: String::new(),
+        checkpoint: None,
         service,
-        service_metadata: safe_prefix(fields.needed("service_metadata")?)?,
-        container: fields.needed("container")?.parse::<Container>()?,
+        service_metadata,
+        container,
         name: fields.take("display_name")?,
         description: fields.take("display_description")?,
         project_id: fields.take("project_id")?,
@@ -223,9 +292,9 @@ pub fn decode(export: ExportRecord) -> Result<Record, Error> {
     })
 }
 
-fn is_file_driver(service: &str) -> bool {
+fn is_of(drivers: &[(&str, &str)], service: &str) -> bool {
     service.strip_prefix(DRIVERS).is_some_and(|driver| {
-        FILE_DRIVERS.iter().any(|(module, class)| match driver.split_once('.') {
+        drivers.iter().any(|(module, class)| match driver.split_once('.') {
             Some(parts) => parts == (*module, *class),
             None => driver == *module,
         })
@@ -239,6 +308,22 @@ fn safe_prefix(prefix: String) -> Result<String, Error> {
         return Err(Error::UnsafePrefix { prefix: prefix.chars().take(PREFIX_BYTES_MAX).collect() });
     }
     Ok(prefix)
+}
+
+/// Takes what says which image a backup is in; nothing, which an empty text stands for, where Cinder has kept nothing.
+/// An image that is none of this volume's backups is refused, since a delete may remove it.
+fn safe_base(text: Option<String>, volume_id: VolumeId) -> Result<String, Error> {
+    let Some(text) = text else { return Ok(String::new()) };
+    let prefix = format!("volume-{volume_id}.backup.");
+    let safe = serde_json::from_str::<Base>(&text).is_ok_and(|Base { base }| {
+        let first = base.strip_prefix(&prefix);
+        first.is_some_and(|first| first == "base" || first.parse::<BackupId>().is_ok())
+    });
+    if safe {
+        Ok(text)
+    } else {
+        Err(Error::UnsafeImage { text: text.chars().take(200).collect(), volume_id })
+    }
 }
 
 /// The fields of a backup that have not been looked at yet.

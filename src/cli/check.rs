@@ -8,10 +8,18 @@ use uuid::Uuid;
 use super::{Error, FAILED, render, say};
 use crate::broker::Broker;
 #[cfg(feature = "ceph")]
-use crate::ceph::Cluster;
+use crate::ceph::{self, Cluster, Features, NewImage};
 use crate::config::{self, Config, StoreKind};
+#[cfg(feature = "ceph")]
+use crate::job::Container;
+#[cfg(feature = "ceph")]
+use crate::store::Rados;
 use crate::store::{self, Folder, ObjectStore, Posix};
 use crate::worker;
+
+/// Nobody who runs a check waits longer for a cluster.
+#[cfg(feature = "ceph")]
+const CEPH_SECONDS_MAX: u32 = 10;
 
 /// Checks all that the configuration names. Leaves nothing behind.
 pub(super) async fn check(config: &Config) -> Result<u8, Error> {
@@ -20,10 +28,20 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
     report.line("configuration", Ok(origin));
     report.line("broker", broker(config).await);
     for (name, store) in &config.stores {
-        let StoreKind::Posix { path, .. } = &store.kind;
-        let checked =
-            posix(path).await.map(|()| format!("{} can be written, read and listed", path.display()));
-        report.line(&format!("store {name}"), checked.map_err(|error| render::error(&error)));
+        let checked = match &store.kind {
+            StoreKind::Posix { path, .. } => posix(path).await,
+            #[cfg(feature = "ceph")]
+            StoreKind::Rbd { cluster, pool, journaling, stripes, .. } => {
+                let mut cluster_settings = config.ceph.iter();
+                let named = |(name, _): &(&String, _)| cluster.as_ref().is_none_or(|wanted| wanted == *name);
+                match cluster_settings.find(named) {
+                    Some((_, settings)) => images(settings, pool, *journaling, *stripes).await,
+                    // Not reached: the configuration was refused for it.
+                    None => Err("its cluster is not in the configuration".into()),
+                }
+            }
+        };
+        report.line(&format!("store {name}"), checked);
     }
     if let Err(error) = config.store(None) {
         report.line("default store", Err(render::error(&error)));
@@ -72,16 +90,10 @@ async fn broker(config: &Config) -> Result<String, String> {
 
 #[cfg(feature = "ceph")]
 async fn ceph(settings: &config::Ceph) -> Result<String, String> {
-    const SECONDS_MAX: u32 = 10;
-    let config::Ceph { conf, user } = settings.clone();
-    let reached = format!("the cluster of {} answers client.{user}", conf.display());
-    let connected =
-        tokio::task::spawn_blocking(move || Cluster::connect(&conf, &user, SECONDS_MAX).map(drop)).await;
-    match connected {
-        Ok(Ok(())) => Ok(reached),
-        Ok(Err(error)) => Err(render::error(&error)),
-        Err(error) => Err(render::error(&error)),
-    }
+    let reached = format!("the cluster of {} answers client.{}", settings.conf.display(), settings.user);
+    let settings = settings.clone();
+    blocking(move || connect(&settings)).await?;
+    Ok(reached)
 }
 
 #[cfg(not(feature = "ceph"))]
@@ -89,18 +101,75 @@ async fn ceph(_: &config::Ceph) -> Result<String, String> {
     Err("this program was built without Ceph: build it with the feature ceph, or remove the section".into())
 }
 
-async fn posix(path: &std::path::Path) -> store::Result<()> {
-    let store = Posix::open(path)?;
-    let folder = Folder::own("check");
-    let unsafe_name = |_| store::Error::new("name", "the object of a check", store::Reason::Missing);
-    let object = folder.object(&Uuid::new_v4().to_string()).map_err(unsafe_name)?;
-    store.put(&object, Bytes::from_static(b"backhaul")).await?;
-    let read = async {
-        store.get(&object).await?.collect(&object, 8).await?;
-        store.list(&folder, &object.name).await
+#[cfg(feature = "ceph")]
+fn connect(settings: &config::Ceph) -> Result<Cluster, ceph::Error> {
+    let seconds_max = settings.operation_seconds_max.min(CEPH_SECONDS_MAX);
+    Cluster::connect(&settings.conf, &settings.user, seconds_max)
+}
+
+/// Checks a store of RBD images: its records are objects, its backups images.
+#[cfg(feature = "ceph")]
+async fn images(
+    settings: &config::Ceph,
+    pool: &Container,
+    journaling: bool,
+    stripes: Option<(u64, u64)>,
+) -> Result<String, String> {
+    let (settings, pool_name) = (settings.clone(), pool.to_string());
+    let pool = blocking(move || connect(&settings)?.pool(&pool_name)).await?;
+    objects(&Rados::new(pool.clone())).await?;
+    let usable = format!("pool {} can be written, read and listed, and images be made in it", pool.name());
+    let mut features = Features::USUAL;
+    if journaling {
+        features = features | Features::JOURNALING;
+    }
+    if stripes.is_some() {
+        features = features | Features::STRIPING;
+    }
+    let new = NewImage { bytes: 1 << 20, features, stripes };
+    blocking(move || {
+        let name = format!("backhaul-check-{}", Uuid::new_v4());
+        pool.create_image(&name, &new)?;
+        pool.remove_image(&name)
+    })
+    .await?;
+    Ok(usable)
+}
+
+/// Runs what blocks where it may.
+#[cfg(feature = "ceph")]
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ceph::Error> + Send + 'static,
+) -> Result<T, String> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(render::error(&error)),
+        Err(error) => Err(render::error(&error)),
+    }
+}
+
+async fn posix(path: &std::path::Path) -> Result<String, String> {
+    let store = Posix::open(path).map_err(|error| render::error(&error))?;
+    objects(&store).await?;
+    Ok(format!("{} can be written, read and listed", path.display()))
+}
+
+/// Writes an object, reads, lists and removes it.
+async fn objects(store: &impl ObjectStore) -> Result<(), String> {
+    let tried = async {
+        let folder = Folder::own("check");
+        let unsafe_name = |_| store::Error::new("name", "the object of a check", store::Reason::Missing);
+        let object = folder.object(&Uuid::new_v4().to_string()).map_err(unsafe_name)?;
+        store.put(&object, Bytes::from_static(b"backhaul")).await?;
+        let read = async {
+            store.get(&object).await?.collect(&object, 8).await?;
+            store.list(&folder, &object.name).await
+        }
+        .await;
+        store.delete(&object).await?;
+        store.tidy(&folder, &object.name).await?;
+        read.map(drop)
     }
     .await;
-    store.delete(&object).await?;
-    store.tidy(&folder, &object.name).await?;
-    read.map(drop)
+    tried.map_err(|error: store::Error| render::error(&error))
 }

@@ -124,7 +124,7 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let (mut job, _) = job(args)?;
     let stores = Stores::open(config)?;
     stores.name_default(&mut job);
-    let engine = stores.engine(job.store.as_ref()).map_err(Error::Problem)?;
+    let engine = stores.engine(job.store.as_ref()).await.map_err(Error::Problem)?;
     let terminal = Terminal { bar: Bar::new(job.operation()), last: Mutex::default() };
     let report = Report::new(&terminal, &job);
     let ctx = Context::default();

@@ -5,8 +5,8 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::{Error, FAILED, print_json, render, say};
-use crate::cinder::export_record;
-use crate::config::Config;
+use crate::cinder::export_record::{self, Form};
+use crate::config::{Config, StoreKind};
 use crate::engine;
 use crate::job::{BackupId, StoreName, VolumeId};
 use crate::worker::Stores;
@@ -19,7 +19,7 @@ pub(super) async fn list(
     json: bool,
 ) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
+    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
     let engine::Listing { mut records, damaged } = engine.catalog().records().await?;
     records.retain(|record| volume_id.is_none_or(|id| record.volume_id == id));
     if json {
@@ -41,7 +41,7 @@ pub(super) async fn show(
     json: bool,
 ) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
+    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
     let record = engine.catalog().record(id).await?.ok_or(engine::Error::UnknownBackup(id))?;
     if json {
         print_json(&record)?;
@@ -54,7 +54,7 @@ pub(super) async fn show(
 /// Prints Cinder's export record of a backup.
 pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreName>) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
+    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
     say(export_record::export(&engine.catalog().available(id).await?));
     Ok(0)
 }
@@ -62,7 +62,7 @@ pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreNam
 /// Takes in a backup by Cinder's export record.
 pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName>) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).map_err(Error::Problem)?;
+    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
     let text = if path == Path::new("-") {
         let mut text = Vec::new();
         io::stdin()
@@ -72,7 +72,12 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
     } else {
         fs::read(path).map_err(|error| Error::Io("read the file with the record", error))?
     };
-    let record = engine.import(export_record::import(&text)?).await?;
+    let form = match &config.store(store.as_ref())?.1.kind {
+        StoreKind::Posix { .. } => Form::Files,
+        #[cfg(feature = "ceph")]
+        StoreKind::Rbd { pool, .. } => Form::Images { pool: pool.clone() },
+    };
+    let record = engine.import(export_record::import(&text, &form)?).await?;
     let (id, volume_id) = (record.backup_id, record.volume_id);
     say(format_args!(
         "backup {id} of volume {volume_id} is taken in; `backhaul run verify --backup-id {id}` checks it"

@@ -89,7 +89,8 @@ pub fn show(record: &Record) -> String {
         ["read", "skipped", "stored"].into_iter().for_each(|what| line(what, UNKNOWN));
     }
     line("container", record.container.as_str());
-    line("object prefix", &record.service_metadata);
+    let place = if record.image_id.is_some() { "image" } else { "object prefix" };
+    line(place, &record.service_metadata);
     line("driver", &record.service);
     if let Some(digest) = &record.digest {
         line("digest", digest);
@@ -266,6 +267,8 @@ mod tests {
             volume_id: VOLUME.parse().unwrap(),
             state: RecordState::Available,
             parent_id: None,
+            writer: String::new(),
+            checkpoint: None,
             job_id: Some(JOB.parse().unwrap()),
             service: "cinder.backup.drivers.posix.PosixBackupDriver".into(),
             service_metadata: "volume_3f2b_20260102140322_backup_8c1d".into(),

@@ -8,6 +8,7 @@ use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
+use super::value::KINDS;
 use super::{SETTINGS, Sections};
 
 /// Where the file is looked for, when nobody says.
@@ -141,14 +142,21 @@ impl Layers {
 
     /// Reads all sections.
     pub(super) fn sections(&self) -> Result<Sections, ConfigError> {
-        // A store of a kind that there is not yet is refused as such, not for its kind's settings.
+        // A store of a kind that there is not, or not yet, is refused as such, not for its kind's settings.
         if let Ok(Value::Dict(_, stores)) = self.figment.find_value("store") {
             for (name, section) in &stores {
                 let kind = section.find_ref("kind").and_then(Value::as_str);
-                if let Some(kind @ ("s3" | "swift" | "gcs" | "rbd")) = kind {
-                    let problem = format!("this version has no {kind} stores yet; write \"posix\"");
-                    return Err(self.refuse(&format!("store.{name}.kind"), problem));
-                }
+                let problem = match kind {
+                    Some(kind @ ("s3" | "swift" | "gcs")) => {
+                        format!("this version has no {kind} stores yet; write {KINDS}")
+                    }
+                    Some("rbd") if cfg!(not(feature = "ceph")) => {
+                        "this program was built without Ceph: build it with the feature ceph, or remove the section"
+                            .into()
+                    }
+                    _ => continue,
+                };
+                return Err(self.refuse(&format!("store.{name}.kind"), problem));
             }
         }
         self.figment.extract_lossy().map_err(|error| self.explain(error))
@@ -157,6 +165,22 @@ impl Layers {
     /// Refuses the value of `setting`.
     pub(super) fn refuse(&self, setting: &str, problem: String) -> ConfigError {
         ConfigError::Setting { setting: setting.into(), origin: self.origin(setting), problem }
+    }
+
+    /// Whether anybody has written `setting`.
+    pub(super) fn has(&self, setting: &str) -> bool {
+        self.figment.find_value(setting).is_ok()
+    }
+
+    /// Tells that `setting` must be written.
+    pub(super) fn missing(&self, setting: &str) -> ConfigError {
+        let origin = self.file.as_ref().map_or(NO_FILE.into(), |file| file.display().to_string());
+        let key = setting.rsplit('.').next().unwrap_or(setting);
+        ConfigError::Setting {
+            setting: setting.into(),
+            origin,
+            problem: format!("it is missing; write {}", example(key)),
+        }
     }
 
     /// Where `setting` came from.
@@ -169,14 +193,10 @@ impl Layers {
 
     /// Tells an error of reading the sections in the words of the configuration.
     fn explain(&self, error: figment::Error) -> ConfigError {
-        let mut setting = error.path.join(".");
-        let mut origin = error.metadata.map_or("default".into(), |metadata| metadata.name.into_owned());
+        let setting = error.path.join(".");
+        let origin = error.metadata.map_or("default".into(), |metadata| metadata.name.into_owned());
         let problem = match error.kind {
-            Kind::MissingField(field) => {
-                setting = format!("{setting}.{field}");
-                origin = self.file.as_ref().map_or(NO_FILE.into(), |file| file.display().to_string());
-                format!("it is missing; write {}", example(&field))
-            }
+            Kind::MissingField(field) => return self.missing(&format!("{setting}.{field}")),
             Kind::UnknownField(field, known) => unknown(&field, known),
             Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
                 format!("found {}; write {expected}", shown(&found))
@@ -191,7 +211,9 @@ impl Layers {
 fn example(setting: &str) -> &'static str {
     match setting {
         "url" => "the URL of the broker, such as url = \"amqp://user:password@host:5672/%2f\"",
+        "kind" if cfg!(feature = "ceph") => "kind = \"posix\" or kind = \"rbd\"",
         "kind" => "kind = \"posix\"",
+        "pool" => "the pool for backups, such as pool = \"backups\"",
         _ => "the path of the folder, such as path = \"/var/backups/backhaul\"",
     }
 }

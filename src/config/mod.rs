@@ -16,13 +16,13 @@ use layers::Layers;
 pub use value::Queue;
 
 use value::{
-    broker_url, ceph_user, compression, core_count, host_name, name, number, path, paths, posix, prefix,
-    queue, some_path, whole,
+    Kind, broker_url, ceph_user, cluster, compression, core_count, host_name, kind, name, number, path,
+    paths, pool, prefix, queue, some_path, whole,
 };
 
 use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
-use crate::job::StoreName;
+use crate::job::{Container, StoreName};
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
 pub const MEMORY_BYTES_BASE: u64 = 96 << 20;
@@ -49,13 +49,26 @@ pub const SETTINGS: &[&str] = &[
     "worker.progress_seconds",
     "ceph.NAME.conf",
     "ceph.NAME.user",
+    "ceph.NAME.operation_seconds_max",
     "store.NAME.kind",
     "store.NAME.default",
     "store.NAME.path",
     "store.NAME.compression",
     "store.NAME.object_bytes",
     "store.NAME.sha_block_bytes",
+    "store.NAME.cluster",
+    "store.NAME.pool",
+    "store.NAME.source_snapshots_max",
+    "store.NAME.journaling",
+    "store.NAME.stripe_unit_bytes",
+    "store.NAME.stripe_count",
 ];
+
+/// What only stores that are folders have.
+const OF_POSIX: [&str; 4] = ["path", "compression", "object_bytes", "sha_block_bytes"];
+/// What only stores of RBD images have.
+const OF_RBD: [&str; 6] =
+    ["cluster", "pool", "source_snapshots_max", "journaling", "stripe_unit_bytes", "stripe_count"];
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -160,6 +173,9 @@ pub struct Ceph {
     /// The Ceph user, without the leading `client.`.
     #[serde(default = "admin", deserialize_with = "ceph_user")]
     pub user: String,
+    /// How long anything that is asked of the cluster may take.
+    #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    pub operation_seconds_max: u32,
 }
 
 /// `[store.NAME]`: a place for backups.
@@ -180,6 +196,20 @@ pub enum StoreKind {
         path: PathBuf,
         /// How volumes are cut up for it.
         chunking: Chunking,
+    },
+    /// RBD images in a pool.
+    #[cfg(feature = "ceph")]
+    Rbd {
+        /// The cluster's name, of which there is a `[ceph.NAME]`; the only one if absent.
+        cluster: Option<String>,
+        /// The pool for backups that name no other.
+        pool: Container,
+        /// How many snapshots of backups a volume may keep; 0 for any number.
+        source_snapshots_max: u32,
+        /// Whether images keep a journal of all writes.
+        journaling: bool,
+        /// The size and the number of stripes; those of whole objects if absent.
+        stripes: Option<(u64, u64)>,
     },
 }
 
@@ -224,7 +254,11 @@ impl Config {
         for cluster in ceph.values_mut() {
             cluster.conf = folder.join(&cluster.conf);
         }
-        let stores = store.into_iter().map(|(name, section)| (name, section.store(folder))).collect();
+        let mut stores = BTreeMap::new();
+        for (name, section) in store {
+            let store = section.store(&name, folder, &layers)?;
+            stores.insert(name, store);
+        }
         Ok(Self { file: layers.file().map(Into::into), broker, worker, ceph, stores })
     }
 
@@ -274,29 +308,64 @@ struct Sections {
     store: BTreeMap<StoreName, StoreSection>,
 }
 
-/// A `[store.NAME]` section as it is written.
+/// A `[store.NAME]` section as it is written, with the settings of all kinds.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section: [store.NAME]")]
+// Without Ceph the settings of such stores are known, but nobody needs them.
+#[cfg_attr(not(feature = "ceph"), expect(dead_code))]
 struct StoreSection {
-    #[serde(rename = "kind", deserialize_with = "posix")]
-    _kind: (),
+    #[serde(deserialize_with = "kind")]
+    kind: Kind,
     #[serde(default)]
     default: bool,
-    #[serde(deserialize_with = "path")]
-    path: PathBuf,
+    #[serde(default, deserialize_with = "some_path")]
+    path: Option<PathBuf>,
     #[serde(default, deserialize_with = "compression")]
     compression: Compression,
     #[serde(default = "object_bytes", deserialize_with = "whole::<_, _, 512, 2_147_483_647>")]
     object_bytes: u64,
     #[serde(default = "sha_block_bytes", deserialize_with = "whole::<_, _, 512, 67_108_864>")]
     sha_block_bytes: u64,
+    #[serde(default, deserialize_with = "cluster")]
+    cluster: Option<String>,
+    #[serde(default, deserialize_with = "pool")]
+    pool: Option<Container>,
+    #[serde(default, deserialize_with = "whole::<_, _, 0, 65_535>")]
+    source_snapshots_max: u32,
+    #[serde(default)]
+    journaling: bool,
+    #[serde(default, deserialize_with = "whole::<_, _, 0, 33_554_432>")]
+    stripe_unit_bytes: u64,
+    #[serde(default, deserialize_with = "whole::<_, _, 0, 65_535>")]
+    stripe_count: u64,
 }
 
 impl StoreSection {
-    fn store(self, folder: &Path) -> Store {
-        let Self { _kind: (), default, path, compression, object_bytes, sha_block_bytes } = self;
-        let chunking = Chunking { compression, object_bytes, sha_block_bytes };
-        Store { default, kind: StoreKind::Posix { path: folder.join(path), chunking } }
+    /// Takes the settings of the store's kind.
+    fn store(self, name: &StoreName, folder: &Path, layers: &Layers) -> Result<Store, ConfigError> {
+        let missing = |key: &str| layers.missing(&format!("store.{name}.{key}"));
+        let kind = match self.kind {
+            Kind::Posix => StoreKind::Posix {
+                path: folder.join(self.path.ok_or_else(|| missing("path"))?),
+                chunking: Chunking {
+                    compression: self.compression,
+                    object_bytes: self.object_bytes,
+                    sha_block_bytes: self.sha_block_bytes,
+                },
+            },
+            #[cfg(feature = "ceph")]
+            Kind::Rbd => StoreKind::Rbd {
+                cluster: self.cluster,
+                pool: self.pool.ok_or_else(|| missing("pool"))?,
+                source_snapshots_max: self.source_snapshots_max,
+                journaling: self.journaling,
+                stripes: match (self.stripe_unit_bytes, self.stripe_count) {
+                    (0, 0) => None,
+                    stripes => Some(stripes),
+                },
+            },
+        };
+        Ok(Store { default: self.default, kind })
     }
 }
 
@@ -319,36 +388,8 @@ fn check(sections: &Sections, layers: &Layers) -> Result<(), ConfigError> {
         }
     }
 
-    let memory = sections.worker.memory_bytes_max;
     for (name, section) in &sections.store {
-        let (object, block) = (section.object_bytes, section.sha_block_bytes);
-        let setting = |key: &str| format!("store.{name}.{key}");
-        if block % 512 != 0 {
-            let problem =
-                format!("found {block}; write a multiple of 512, such as {}", block.next_multiple_of(512));
-            return Err(layers.refuse(&setting("sha_block_bytes"), problem));
-        }
-        if object % block != 0 {
-            let (key, origin) = (setting("sha_block_bytes"), layers.origin(&setting("sha_block_bytes")));
-            let near = (object / block * block).max(block);
-            let problem = format!(
-                "found {object}; write a multiple of {key} ({origin}), which is {block}, such as {near}"
-            );
-            return Err(layers.refuse(&setting("object_bytes"), problem));
-        }
-        let needed = 2 * object + MEMORY_BYTES_BASE;
-        if memory < needed {
-            let (key, origin) = (setting("object_bytes"), layers.origin(&setting("object_bytes")));
-            let mut problem = format!(
-                "found {memory}; two objects of {key} ({origin}), {object} each, must fit in it beside {MEMORY_BYTES_BASE} \
-                 bytes for the rest; write at least {needed}"
-            );
-            let fits = (memory - MEMORY_BYTES_BASE) / 2 / block * block;
-            if fits > 0 {
-                problem += &format!(", or an object_bytes of at most {fits}");
-            }
-            return Err(layers.refuse("worker.memory_bytes_max", problem));
-        }
+        check_store(name, section, sections, layers)?;
     }
 
     let mut defaults = sections.store.iter().filter(|(_, section)| section.default).map(|(name, _)| name);
@@ -357,6 +398,110 @@ fn check(sections: &Sections, layers: &Layers) -> Result<(), ConfigError> {
         return Err(layers.refuse(&format!("store.{two}.default"), problem));
     }
     Ok(())
+}
+
+/// Checks what no setting of a store can tell alone.
+fn check_store(
+    name: &StoreName,
+    section: &StoreSection,
+    sections: &Sections,
+    layers: &Layers,
+) -> Result<(), ConfigError> {
+    let setting = |key: &str| format!("store.{name}.{key}");
+    let (known, foreign): (&[&str], &[&str]) = match section.kind {
+        Kind::Posix => (&OF_POSIX, &OF_RBD),
+        #[cfg(feature = "ceph")]
+        Kind::Rbd => (&OF_RBD, &OF_POSIX),
+    };
+    if let Some(key) = foreign.iter().find(|key| layers.has(&setting(key))) {
+        let (kind, known) = (section.kind, known.join(", "));
+        let problem = format!("it is unknown to a store of kind \"{kind}\", which has default, {known}");
+        return Err(layers.refuse(&setting(key), problem));
+    }
+    match section.kind {
+        Kind::Posix => check_chunking(section, setting, sections.worker.memory_bytes_max, layers),
+        #[cfg(feature = "ceph")]
+        Kind::Rbd => check_images(section, setting, &sections.ceph, layers),
+    }
+}
+
+/// Checks how volumes are to be cut up.
+fn check_chunking(
+    section: &StoreSection,
+    setting: impl Fn(&str) -> String,
+    memory: u64,
+    layers: &Layers,
+) -> Result<(), ConfigError> {
+    let (object, block) = (section.object_bytes, section.sha_block_bytes);
+    if block % 512 != 0 {
+        let problem =
+            format!("found {block}; write a multiple of 512, such as {}", block.next_multiple_of(512));
+        return Err(layers.refuse(&setting("sha_block_bytes"), problem));
+    }
+    if object % block != 0 {
+        let (key, origin) = (setting("sha_block_bytes"), layers.origin(&setting("sha_block_bytes")));
+        let near = (object / block * block).max(block);
+        let problem =
+            format!("found {object}; write a multiple of {key} ({origin}), which is {block}, such as {near}");
+        return Err(layers.refuse(&setting("object_bytes"), problem));
+    }
+    let needed = 2 * object + MEMORY_BYTES_BASE;
+    if memory < needed {
+        let (key, origin) = (setting("object_bytes"), layers.origin(&setting("object_bytes")));
+        let mut problem = format!(
+            "found {memory}; two objects of {key} ({origin}), {object} each, must fit in it beside {MEMORY_BYTES_BASE} \
+             bytes for the rest; write at least {needed}"
+        );
+        let fits = (memory - MEMORY_BYTES_BASE) / 2 / block * block;
+        if fits > 0 {
+            problem += &format!(", or an object_bytes of at most {fits}");
+        }
+        return Err(layers.refuse("worker.memory_bytes_max", problem));
+    }
+    Ok(())
+}
+
+/// Checks where images are to be, and how they are to be made.
+#[cfg(feature = "ceph")]
+fn check_images(
+    section: &StoreSection,
+    setting: impl Fn(&str) -> String,
+    clusters: &BTreeMap<String, Ceph>,
+    layers: &Layers,
+) -> Result<(), ConfigError> {
+    let names = || clusters.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+    let problem = match &section.cluster {
+        _ if clusters.is_empty() => {
+            Some("there is no cluster; write a section such as [ceph.main] with conf and user".into())
+        }
+        Some(name) if !clusters.contains_key(name) => {
+            Some(format!("found {name:?}, and there is no [ceph.{name}]; write one of: {}", names()))
+        }
+        None if clusters.len() > 1 => {
+            Some(format!("it is missing, and there are several clusters; write one of: {}", names()))
+        }
+        _ => None,
+    };
+    if let Some(problem) = problem {
+        return Err(layers.refuse(&setting("cluster"), problem));
+    }
+    let unit = section.stripe_unit_bytes;
+    if unit != 0 && !unit.is_power_of_two() {
+        let problem = format!("found {unit}; write a power of two, such as {}", unit.next_power_of_two());
+        return Err(layers.refuse(&setting("stripe_unit_bytes"), problem));
+    }
+    let half = match (unit, section.stripe_count) {
+        (1.., 0) => Some(("stripe_unit_bytes", "stripe_count")),
+        (0, 1..) => Some(("stripe_count", "stripe_unit_bytes")),
+        _ => None,
+    };
+    match half {
+        Some((alone, other)) => {
+            let problem = format!("it is of no use alone; write {other} too");
+            Err(layers.refuse(&setting(alone), problem))
+        }
+        None => Ok(()),
+    }
 }
 
 fn broker_prefix() -> String {

@@ -12,6 +12,7 @@ use url::Url;
 
 use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
+use crate::job::Container;
 
 /// The kind of the job queues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -137,9 +138,49 @@ pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue,
     })
 }
 
-/// Reads the kind of a store, of which there is one so far.
-pub(super) fn posix<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
-    text_that(deserializer, "\"posix\"", |text| (text == "posix").then_some(()))
+/// The kinds of stores, as an error tells what may be written.
+pub(super) const KINDS: &str = if cfg!(feature = "ceph") { "\"posix\" or \"rbd\"" } else { "\"posix\"" };
+
+/// The kind of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Posix,
+    #[cfg(feature = "ceph")]
+    Rbd,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Posix => "posix",
+            #[cfg(feature = "ceph")]
+            Self::Rbd => "rbd",
+        })
+    }
+}
+
+/// Reads the kind of a store.
+pub(super) fn kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Kind, D::Error> {
+    text_that(deserializer, KINDS, |text| match text {
+        "posix" => Some(Kind::Posix),
+        #[cfg(feature = "ceph")]
+        "rbd" => Some(Kind::Rbd),
+        _ => None,
+    })
+}
+
+/// Reads the name of a cluster that may be absent.
+pub(super) fn cluster<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    text_that(deserializer, "the NAME of a section [ceph.NAME], in quotes", |text| Some(Some(text.into())))
+}
+
+/// Reads the name of a pool that may be absent.
+pub(super) fn pool<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Container>, D::Error> {
+    let expected = "the name of a pool, such as \"backups\": without '/', and no leading '.'";
+    text_that(deserializer, expected, |text| {
+        let container = text.parse().ok().filter(|_| !text.contains('/'));
+        container.map(Some)
+    })
 }
 
 /// Reads a path.

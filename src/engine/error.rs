@@ -25,8 +25,9 @@ pub enum Error {
     #[error("the volume cannot be used")]
     Volume(#[from] volume::Error),
 
-    /// This version does not know that kind of volume.
-    #[error("{location} cannot be used: this version backs up and restores file: volumes only")]
+    /// Volumes of that kind need Ceph.
+    #[cfg(not(feature = "ceph"))]
+    #[error("{location} cannot be used: this program was built without Ceph, for file: volumes only")]
     UnsupportedVolume {
         /// The source or target.
         location: String,
@@ -131,6 +132,21 @@ pub enum Error {
         parent_id: BackupId,
         /// Why, for people.
         why: String,
+    },
+
+    /// A block has changed that nobody said had changed.
+    #[error(
+        "the block at byte {offset} of {image} differs from the parent {parent_id}, and Ceph says that it has not changed \
+         since: what it knows of changes in this image is wrong, so other backups of it that were made incrementally may \
+         lack some too. Look at it with `rbd object-map check`, and run `rbd object-map rebuild` on it and its snapshots"
+    )]
+    UnseenChange {
+        /// The parent.
+        parent_id: BackupId,
+        /// The image.
+        image: String,
+        /// Where the block begins.
+        offset: u64,
     },
 
     /// Ceph would not say what has changed.
@@ -301,7 +317,7 @@ impl Error {
                 _ => Class::Unsuitable,
             },
             Self::ImageInUse { .. } => Class::Transient,
-            Self::ParentUnsuitable { .. } => Class::Unsuitable,
+            Self::ParentUnsuitable { .. } | Self::UnseenChange { .. } => Class::Unsuitable,
             Self::NoParent(_) | Self::VolumeResized { .. } | Self::BlockSizeChanged { .. } => {
                 Class::Unsuitable
             }

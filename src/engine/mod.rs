@@ -19,7 +19,11 @@ pub use source::Source;
 pub use volumes::Volumes;
 
 use jiff::Timestamp;
+#[cfg(feature = "ceph")]
+use tracing::warn;
 
+#[cfg(feature = "ceph")]
+use crate::error::Causes;
 use crate::error::Problem;
 use crate::job::{
     BackupId, BackupWork, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
@@ -146,37 +150,14 @@ impl Engine {
         };
         let source = self.volumes.source(&work.source).await?;
 
-        let mut record = match &self.format {
-            Format::Chunked(chunked) => {
-                chunked.begin(job_id, work, parent.as_ref(), source.bytes(), method)?
+        let resumed = self.resumed(earlier.as_ref(), parent.as_ref(), &source, method).await?;
+        let mut record = match resumed {
+            Some(resumed) => {
+                self.catalog.save(&resumed).await?;
+                resumed
             }
-            #[cfg(feature = "ceph")]
-            Format::Rbd(rbd) => rbd.begin(job_id, work, parent.as_ref(), source.bytes(), method)?,
+            None => self.begin(job_id, work, parent.as_ref(), &source, method, earlier).await?,
         };
-        if let Some(earlier) = &earlier {
-            // A later time than that of an attempt that died is what tells the two apart.
-            let after = earlier.created_at + jiff::SignedDuration::from_secs(1);
-            record.created_at = record.created_at.max(after);
-        }
-        self.name(&mut record);
-        #[cfg(feature = "ceph")]
-        let mut record = rbd::with_source_snapshot(record, &source).await?;
-        match earlier {
-            // What an attempt that died has left; its names are not ours, so that it can do no harm if it still lives.
-            Some(earlier) => {
-                self.catalog.save(&record).await?;
-                self.remove(&earlier, &Context::default()).await?;
-            }
-            None => match self.catalog.create(&record).await {
-                Err(Error::BackupExists(id)) => {
-                    let current = self.catalog.record(id).await?;
-                    // Another worker may have begun the same job since we looked.
-                    let same_job = current.is_some_and(|current| current.job_id == Some(job_id));
-                    return Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) });
-                }
-                result => result?,
-            },
-        }
         // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
         if let Some(parent) = &parent {
             self.parent(parent.backup_id, work.volume_id).await?;
@@ -185,7 +166,7 @@ impl Engine {
         let copied = self.copy(ctx, &mut record, work, parent.as_ref(), source).await;
         let current = self.catalog.record(work.backup_id).await?;
         let ours = |current: &Record| {
-            current.state == RecordState::Creating(job_id) && current.created_at == record.created_at
+            current.state == RecordState::Creating(job_id) && current.writer == record.writer
         };
         if !current.as_ref().is_some_and(ours) {
             drop(copied);
@@ -202,8 +183,90 @@ impl Engine {
             Unfinished::Rbd(unfinished) => unfinished.finish().await?,
         }
         record.state = RecordState::Available;
+        record.checkpoint = None;
         self.catalog.save(&record).await?;
+        #[cfg(feature = "ceph")]
+        if let Err(error) = self.trim(&record).await {
+            warn!(error = %Causes(&error), "snapshots of older backups stay on the volume");
+        }
         Ok(receipt(&record))
+    }
+
+    /// The record of an attempt that died, if this one can go on where that one stopped.
+    #[cfg_attr(not(feature = "ceph"), allow(unused_variables, clippy::unused_async))]
+    async fn resumed(
+        &self,
+        earlier: Option<&Record>,
+        parent: Option<&Record>,
+        source: &Source,
+        method: Method,
+    ) -> Result<Option<Record>, Error> {
+        match (&self.format, earlier, source) {
+            #[cfg(feature = "ceph")]
+            (Format::Rbd(rbd), Some(earlier), Source::Rbd(origin)) => {
+                rbd.resume(earlier, parent, origin, method).await
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Makes the record that a backup begins with, and removes what an attempt that died has left.
+    async fn begin(
+        &self,
+        job_id: JobId,
+        work: &BackupWork,
+        parent: Option<&Record>,
+        source: &Source,
+        method: Method,
+        earlier: Option<Record>,
+    ) -> Result<Record, Error> {
+        let mut record = match &self.format {
+            Format::Chunked(chunked) => chunked.begin(job_id, work, parent, source.bytes(), method)?,
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.begin(job_id, work, parent, source.bytes(), method)?,
+        };
+        if let Some(earlier) = &earlier {
+            // Names have the time in them, in seconds; an attempt that died must not have the same ones.
+            let after = earlier.created_at + jiff::SignedDuration::from_secs(1);
+            record.created_at = record.created_at.max(after);
+        }
+        self.name(&mut record);
+        #[cfg(feature = "ceph")]
+        let record = rbd::with_source_snapshot(record, source).await?;
+        match earlier {
+            // What an attempt that died has left; its names are not ours, so that it can do no harm if it still lives.
+            Some(earlier) => {
+                self.catalog.save(&record).await?;
+                self.remove(&earlier, &Context::default()).await?;
+            }
+            None => match self.catalog.create(&record).await {
+                Err(Error::BackupExists(id)) => {
+                    let current = self.catalog.record(id).await?;
+                    // Another worker may have begun the same job since we looked.
+                    let same_job = current.is_some_and(|current| current.job_id == Some(job_id));
+                    return Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) });
+                }
+                result => result?,
+            },
+        }
+        Ok(record)
+    }
+
+    /// Removes the snapshots that were taken for older backups from a volume, so that not too many stay. Those of other
+    /// stores, and of backups that are being made, are not ours to remove.
+    #[cfg(feature = "ceph")]
+    async fn trim(&self, record: &Record) -> Result<(), Error> {
+        let (Format::Chunked(chunked), Some(newest)) = (&self.format, &record.source) else { return Ok(()) };
+        let count_max = chunked.source_snapshots_max();
+        if count_max == 0 {
+            return Ok(());
+        }
+        let newest_first = self.catalog.records().await?.records.into_iter().rev();
+        let taken = newest_first
+            .filter(|other| other.volume_id == record.volume_id && other.state == RecordState::Available)
+            .filter_map(|other| other.source)
+            .filter(|taken| taken.image_id == newest.image_id);
+        self.volumes.remove_snapshots(&newest.image, taken.skip(count_max as usize).collect()).await
     }
 
     async fn copy(
@@ -217,7 +280,7 @@ impl Engine {
         let volume_meta = work.volume_meta.as_deref();
         Ok(match &self.format {
             Format::Chunked(chunked) => {
-                let source = source.open(record).await?;
+                let source = source.open(record, parent).await?;
                 Unfinished::Chunked(chunked.backup(ctx, record, volume_meta, parent, source).await?)
             }
             #[cfg(feature = "ceph")]
@@ -246,7 +309,9 @@ impl Engine {
             }
         }
         #[cfg(feature = "ceph")]
-        self.volumes.remove_snapshot(record).await?;
+        if let Some(taken) = &record.source {
+            self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await?;
+        }
         Ok(())
     }
 

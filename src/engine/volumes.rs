@@ -11,7 +11,7 @@ use super::source::Source;
 use crate::ceph::Clusters;
 use crate::job::Location;
 #[cfg(feature = "ceph")]
-use crate::job::Record;
+use crate::job::{RbdImage, SourceSnapshot};
 use crate::volume::{FileRoots, FileSource, FileTarget, VolumeTarget};
 #[cfg(feature = "ceph")]
 use crate::volume::{RbdTarget, rbd};
@@ -78,12 +78,11 @@ impl Volumes {
         .await?
     }
 
-    /// Removes the snapshot that was taken of a volume for a backup, if it is there.
+    /// Removes snapshots that were taken of an image for backups, as far as they are there.
     #[cfg(feature = "ceph")]
-    pub async fn remove_snapshot(&self, record: &Record) -> Result<(), Error> {
-        let Some(snapshot) = record.source.clone() else { return Ok(()) };
-        let clusters = self.clusters.clone();
-        Ok(blocking(move || rbd::remove_snapshot(&clusters, &snapshot)).await??)
+    pub async fn remove_snapshots(&self, image: &RbdImage, taken: Vec<SourceSnapshot>) -> Result<(), Error> {
+        let (clusters, image) = (self.clusters.clone(), image.clone());
+        Ok(blocking(move || rbd::remove_snapshots(&clusters, &image, &taken)).await??)
     }
 }
 

@@ -17,7 +17,7 @@ pub use event::{Event, Happening};
 pub use ids::{BackupId, InvalidId, JobId, VolumeId};
 pub use location::{InvalidLocation, Location, RbdImage};
 pub use names::{Container, InvalidName, StoreName};
-pub use record::{Record, RecordState, SourceSnapshot};
+pub use record::{Checkpoint, Record, RecordState, SourceSnapshot};
 
 use std::fmt;
 

@@ -33,6 +33,12 @@ pub struct Record {
     pub parent_id: Option<BackupId>,
     /// The job that made it; none for a backup that was taken in from Cinder.
     pub job_id: Option<JobId>,
+    /// Tells the attempt that writes it from any other attempt of the same job.
+    #[serde(default)]
+    pub writer: String,
+    /// How far that attempt is known to be, if another one may go on from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<Checkpoint>,
     /// The driver that wrote it, in Cinder's words, such as `cinder.backup.drivers.posix.PosixBackupDriver`.
     pub service: String,
     /// What Cinder's driver needs to find the data: for the chunked drivers the prefix of all its objects.
@@ -79,4 +85,13 @@ pub struct SourceSnapshot {
     pub image_id: String,
     /// The id of the snapshot, once it was taken.
     pub snapshot_id: Option<u64>,
+}
+
+/// How far a backup is known to be: all before it is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// How much of the volume, from its beginning.
+    pub bytes_done: u64,
+    /// What was moved for that.
+    pub counts: Counts,
 }

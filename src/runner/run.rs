@@ -50,7 +50,8 @@ pub async fn run(
             return tell(report, completion).await;
         }
         Ok(None) => {}
-        Err(error) => return without_store(&error, job, attempts, report).await,
+        // The store cannot say how the job stands.
+        Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
     }
     report.tell(Happening::Accepted).await;
 
@@ -107,15 +108,18 @@ pub async fn run(
         // A delete is not over while its record stands. Everything else is what it is: if this is delivered again, it
         // is found done.
         if completion.operation == Operation::Delete {
-            return without_store(&error, job, attempts, report).await;
+            return refuse(job, Problem::new(error.class(), &error), attempts, report).await;
         }
         warn!(error = %Causes(&error), "how the job ended could not be kept");
     }
     tell(report, completion).await
 }
 
-/// Ends a job that cannot even be begun.
-pub async fn refuse(job: &Job, problem: Problem, report: &Report<'_>) -> Ended {
+/// Ends a job that cannot even be begun, or puts it off where the problem may pass.
+pub async fn refuse(job: &Job, problem: Problem, attempts: Attempts, report: &Report<'_>) -> Ended {
+    if problem.class == Class::Transient && attempts.current < attempts.max {
+        return Ended::Later(problem);
+    }
     let completion = Completion {
         job_id: job.id,
         operation: job.operation(),
@@ -148,15 +152,6 @@ async fn attempt(
         result = engine.run(ctx, job, method) => result,
         never = progress => never,
     }
-}
-
-/// The store cannot say how the job stands, or keep how it ended.
-async fn without_store(error: &engine::Error, job: &Job, attempts: Attempts, report: &Report<'_>) -> Ended {
-    let problem = Problem::new(error.class(), error);
-    if error.class() == Class::Transient && attempts.current < attempts.max {
-        return Ended::Later(problem);
-    }
-    refuse(job, problem, report).await
 }
 
 fn take_in(account: &mut Account, receipt: Receipt) {

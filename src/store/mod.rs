@@ -5,16 +5,21 @@
 mod memory;
 mod name;
 mod posix;
+#[cfg(feature = "ceph")]
+mod rados;
 
 pub use memory::Memory;
 pub use name::{Folder, InvalidObjectName, ObjectName};
 pub use posix::Posix;
+#[cfg(feature = "ceph")]
+pub use rados::Rados;
 
 use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use crate::error::Class;
@@ -179,11 +184,12 @@ impl Error {
             | Kind::ConnectionRefused
             | Kind::HostUnreachable
             | Kind::NetworkUnreachable => Reason::Passing(Arc::new(error)),
-            // A disk that fails once may do so no more; a broken one fails the later tries as well.
-            _ if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
-                Reason::Passing(Arc::new(error))
-            }
-            _ => Reason::Other(Arc::new(error)),
+            _ => match error.raw_os_error().map(Errno::from_raw_os_error) {
+                // A disk that fails once may do so no more; a broken one fails the later tries as well. A Ceph cluster
+                // that has shut this client out does so for an hour.
+                Some(Errno::IO | Errno::SHUTDOWN) => Reason::Passing(Arc::new(error)),
+                _ => Reason::Other(Arc::new(error)),
+            },
         };
         Self::new(action, object, reason)
     }

@@ -26,6 +26,28 @@ pub trait VolumeSource: Send + Sync {
 
     /// Fills `buffer` with the bytes from `offset` on; fails with `UnexpectedEof` when the volume ends before.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Does many reads, all at once where that is quicker. An error comes with the offset of the read that failed.
+    fn read_all(&self, reads: Vec<Read<'_>>) -> Result<(), (u64, io::Error)> {
+        reads
+            .into_iter()
+            .try_for_each(|read| self.read_at(read.buffer, read.offset).map_err(|error| (read.offset, error)))
+    }
+
+    /// The parts of `range`, in order, that may have changed since the backup that the new one builds on; all else is
+    /// as it was. None when nobody knows.
+    fn changed(&self, _range: Range<u64>) -> io::Result<Option<Vec<Range<u64>>>> {
+        Ok(None)
+    }
+}
+
+/// A part of a volume that is to be read.
+#[derive(Debug)]
+pub struct Read<'a> {
+    /// Where it begins.
+    pub offset: u64,
+    /// Where its bytes go, as many as there is room for.
+    pub buffer: &'a mut [u8],
 }
 
 /// A volume to write. May be written from several threads at once, each its own ranges.

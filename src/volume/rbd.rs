@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::future;
 use tokio::runtime::Handle;
 
-use super::{Before, Error, VolumeSource, VolumeTarget};
+use super::{Before, Error, Read, VolumeSource, VolumeTarget};
 use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool};
 use crate::job::{RbdImage, SourceSnapshot};
 
@@ -66,11 +66,39 @@ impl RbdOrigin {
         Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
     }
 
-    /// Takes the snapshot, if one is to be taken, and opens it. Blocks; needs a runtime around it.
+    /// The name of the snapshot of an earlier backup of a volume of `bytes`, if `volume`, which is of this image, can be
+    /// compared with it; otherwise why not. Blocks.
+    pub fn comparable(
+        &self,
+        volume: &RbdSource,
+        earlier: Option<&SourceSnapshot>,
+        bytes: u64,
+    ) -> Result<String, Incomparable> {
+        let image = || self.head.path().to_owned();
+        let (true, Some(earlier)) = (self.is_head(), earlier) else { return Err(Incomparable::Unknown) };
+        if self.head.id()? != earlier.image_id {
+            return Err(Incomparable::OtherImage { image: image() });
+        }
+        let name = earlier.image.snapshot.as_deref();
+        let found = self.head.snapshots()?.into_iter().find(|found| Some(&*found.name) == name);
+        let Some(found) = found else { return Err(Incomparable::Gone { image: image() }) };
+        if Some(found.id) != earlier.snapshot_id || found.bytes != bytes {
+            return Err(Incomparable::OtherSnapshot { image: image() });
+        }
+        if self.head.maps_invalid()? || volume.image.maps_invalid()? {
+            return Err(Incomparable::InvalidMap { image: image() });
+        }
+        Ok(found.name)
+    }
+
+    /// Takes the snapshot, if one is to be taken that is not yet, and opens it. Blocks; needs a runtime around it.
     pub fn freeze(&self, snapshot: Option<&SourceSnapshot>) -> Result<RbdSource, Error> {
-        match snapshot.and_then(|snapshot| snapshot.image.snapshot.as_deref()) {
-            Some(name) => {
-                self.head.create_snapshot(name)?;
+        match snapshot.and_then(|snapshot| Some((snapshot.image.snapshot.as_deref()?, snapshot.snapshot_id)))
+        {
+            Some((name, id)) => {
+                if id.is_none() {
+                    self.head.create_snapshot(name)?;
+                }
                 let taken = self.head.snapshots()?.into_iter().find(|snapshot| snapshot.name == name);
                 let mut source = RbdSource::open(&self.pool, &self.location.image, Some(name))?;
                 source.snapshot_id = taken.map(|snapshot| snapshot.id);
@@ -87,6 +115,8 @@ pub struct RbdSource {
     image: Arc<Image>,
     bytes: u64,
     snapshot_id: Option<u64>,
+    /// The snapshot that it is compared with.
+    earlier: Option<String>,
     runtime: Handle,
     data: Mutex<Window>,
 }
@@ -110,9 +140,15 @@ impl RbdSource {
             image: Arc::new(image),
             bytes,
             snapshot_id: None,
+            earlier: None,
             runtime: Handle::current(),
             data: Mutex::default(),
         })
+    }
+
+    /// The same, to be compared with an earlier snapshot of the image, which [`RbdOrigin::comparable`] has found.
+    pub fn compared_with(self, earlier: String) -> Self {
+        Self { earlier: Some(earlier), ..self }
     }
 
     /// The image.
@@ -156,24 +192,87 @@ impl VolumeSource for RbdSource {
         buffer.copy_from_slice(&bytes.map_err(ceph::Error::into_io)?);
         Ok(())
     }
+
+    fn read_all(&self, reads: Vec<Read<'_>>) -> Result<(), (u64, io::Error)> {
+        let reads = reads.into_iter().map(async |read| {
+            let bytes = self.image.read(read.offset, read.buffer.len()).await;
+            read.buffer.copy_from_slice(&bytes.map_err(|error| (read.offset, error.into_io()))?);
+            Ok(())
+        });
+        self.runtime.block_on(future::try_join_all(reads)).map(drop)
+    }
+
+    fn changed(&self, range: Range<u64>) -> io::Result<Option<Vec<Range<u64>>>> {
+        let Some(earlier) = &self.earlier else { return Ok(None) };
+        let changed = changed(&self.image, earlier, range).map_err(ceph::Error::into_io)?;
+        Ok(Some(changed.into_iter().map(|extent| extent.offset..extent.end()).collect()))
+    }
 }
 
-/// Removes a snapshot that was taken of an image, if both are still there.
-pub fn remove_snapshot(clusters: &Clusters, taken: &SourceSnapshot) -> Result<(), ceph::Error> {
+/// Why nobody knows what has changed in an image since an earlier backup.
+#[derive(Debug, thiserror::Error)]
+pub enum Incomparable {
+    /// The earlier backup was not made of a snapshot that is known, or the new one is of a snapshot that was named.
+    #[error("one of the two was not made of a snapshot that was taken for it")]
+    Unknown,
+    /// There is another image of that name now.
+    #[error("{image} is another image than the one that it was made of")]
+    OtherImage {
+        /// Which.
+        image: String,
+    },
+    /// The snapshot of the earlier backup is gone.
+    #[error("its snapshot on {image} is gone")]
+    Gone {
+        /// The image.
+        image: String,
+    },
+    /// There is another snapshot of that name now.
+    #[error("its snapshot on {image} is another one of that name")]
+    OtherSnapshot {
+        /// The image.
+        image: String,
+    },
+    /// Ceph itself does not trust what it knows of the image.
+    #[error("Ceph says that the object map of {image} is invalid: `rbd object-map rebuild` makes a new one")]
+    InvalidMap {
+        /// Which.
+        image: String,
+    },
+    /// A Ceph cluster failed.
+    #[error("the cluster failed: {0}")]
+    Ceph(#[from] ceph::Error),
+}
+
+/// Removes snapshots that were taken of an image for backups, as far as they and the image are still there.
+pub fn remove_snapshots(
+    clusters: &Clusters,
+    image: &RbdImage,
+    taken: &[SourceSnapshot],
+) -> Result<(), ceph::Error> {
+    if taken.is_empty() {
+        return Ok(());
+    }
     let gone = |error: &ceph::Error| error.kind() == io::ErrorKind::NotFound;
-    let pool = match clusters.connect(taken.image.cluster.as_deref())?.pool(&taken.image.pool) {
+    let pool = match clusters.connect(image.cluster.as_deref())?.pool(&image.pool) {
         Err(error) if gone(&error) => return Ok(()),
         pool => pool?,
     };
-    let image = match pool.open_image(&taken.image.image, None, Mode::Write) {
+    let image = match pool.open_image(&image.image, None, Mode::Write) {
         Err(error) if gone(&error) => return Ok(()),
         image => image?,
     };
-    // An image of the same name that was made later is another one.
-    if let Some(name) =
-        taken.image.snapshot.as_deref().filter(|_| image.id().is_ok_and(|id| id == taken.image_id))
-    {
-        ceph::while_busy(|| image.remove_snapshot(name))?;
+    let image_id = image.id()?;
+    for found in image.snapshots()? {
+        // Images and snapshots of the same name that were made later are other ones.
+        let ours = taken.iter().any(|taken| {
+            taken.image_id == image_id
+                && taken.image.snapshot.as_ref() == Some(&found.name)
+                && taken.snapshot_id.is_none_or(|id| id == found.id)
+        });
+        if ours {
+            ceph::while_busy(|| image.remove_snapshot(&found.name))?;
+        }
     }
     Ok(())
 }

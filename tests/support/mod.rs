@@ -8,6 +8,7 @@ pub(crate) mod cinder;
 pub(crate) mod content;
 pub(crate) mod engine;
 pub(crate) mod faulty;
+pub(crate) mod link;
 pub(crate) mod rabbit;
 pub(crate) mod stack;
 pub(crate) mod volume;

@@ -64,7 +64,7 @@ pub(crate) fn junk(path: &Path, bytes: usize, seed: u64) -> Vec<u8> {
 }
 
 /// Fills with bytes that do not pack, by xorshift.
-fn noise(bytes: &mut [u8], seed: u64) {
+pub(crate) fn noise(bytes: &mut [u8], seed: u64) {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     for byte in bytes {
         state ^= state << 13;

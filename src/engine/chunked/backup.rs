@@ -20,18 +20,23 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
+use super::changes::{Known, Survey, to_read};
 use super::digest::{BlockDigester, Digest, ListDigest, Md5, md5};
 use super::lists::DigestList;
 use super::memory::Reserved;
 use super::metadata::{self, ObjectEntry};
 use super::stored::Checksum;
-use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, checksums, sha256_file};
-use crate::job::{Context, Counts, Record};
+use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, check_size, checksums, sha256_file};
+use crate::job::{Context, Counts, RbdImage, Record};
 use crate::store::{self, ObjectName, ObjectStore, ObjectWriter};
-use crate::volume::VolumeSource;
+use crate::volume::{Read, VolumeSource};
 
-/// Bytes that are read from a volume in one call, at most; a cancelled job stops between two of them.
+/// Bytes that are read from a volume at once, at most.
 const READ_BYTES_MAX: usize = 4 << 20;
+/// Bytes that are read side by side, at most, where the volume can do so; a cancelled job stops between two such calls.
+const READS_BYTES_MAX: usize = 32 << 20;
+/// Reads that are done side by side, at most.
+const READS_MAX: usize = 64;
 /// Chunks that are read before a stage asks for them; the memory budget may allow fewer.
 const CHUNKS_AHEAD_MAX: usize = 2;
 /// Text that is gathered before it is written to a list.
@@ -61,7 +66,7 @@ impl Chunked {
     ) -> Result<Unfinished, Error> {
         ctx.progress.begin(record.volume_bytes);
         let parent_list = match parent {
-            Some(parent) => Some(self.parent_list(parent).await?),
+            Some(parent) => Some((parent, self.parent_list(parent, record.volume_bytes).await?)),
             None => None,
         };
         let names = Names::of(record)?;
@@ -70,11 +75,16 @@ impl Chunked {
         // A put that is under way when another one fails must not bring its object in after the clean-up.
         puts.close();
         puts.wait().await;
+        if let (Err(Error::UnseenChange { .. }), Some(parent)) = (&result, parent) {
+            // Damaged digests would differ from the volume as well.
+            self.check_lists(parent).await?;
+        }
         result
     }
 
-    /// The digests of the parent, if they are of blocks of our size.
-    async fn parent_list(&self, parent: &Record) -> Result<DigestList, Error> {
+    /// The digests of the parent, if they are of blocks of our size, and of a volume of this size.
+    async fn parent_list(&self, parent: &Record, volume_bytes: u64) -> Result<DigestList, Error> {
+        check_size(parent, volume_bytes)?;
         let mut list = self.digest_list(parent).await?;
         let block_bytes = self.settings.sha_block_bytes as u64;
         let parent_block_bytes = list.block_bytes().await?;
@@ -91,7 +101,7 @@ impl Chunked {
         record: &mut Record,
         names: &Names,
         volume_meta: Option<&str>,
-        parent_list: Option<DigestList>,
+        parent: Option<(&Record, DigestList)>,
         source: Arc<dyn VolumeSource>,
         puts: &TaskTracker,
     ) -> Result<Unfinished, Error> {
@@ -101,6 +111,7 @@ impl Chunked {
 
         let chunks = self.read_ahead(ctx, source);
         let block_bytes = self.settings.sha_block_bytes;
+        let (parent, parent_list) = parent.unzip();
         let chunks = stream::try_unfold((chunks, parent_list), move |(mut chunks, mut parent)| async move {
             let Some(chunk) = chunks.recv().await.transpose()? else {
                 // All of the parent's digests are needed to know that the list is whole.
@@ -118,7 +129,11 @@ impl Chunked {
         let digested = chunks
             .map_ok(|(chunk, before)| {
                 let (cpu, digester) = (self.cpu.clone(), digester.clone());
-                async move { Ok(cpu.run(move || Digested::of(chunk, before, &digester)).await?) }.boxed()
+                async move {
+                    let digested = cpu.run(move || Digested::of(chunk, before, &digester)).await?;
+                    digested.map_err(|offset| unseen_change(parent, offset))
+                }
+                .boxed()
             })
             .try_buffered(in_flight);
         let mut number = 0;
@@ -182,9 +197,11 @@ impl Chunked {
         let (engine, ctx, runtime) = (self.clone(), ctx.clone(), Handle::current());
         tokio::task::spawn_blocking(move || {
             let mut offset = 0;
+            let mut survey = Survey::new(source.as_ref(), &engine.settings);
             while offset < source.bytes() {
                 let length = (source.bytes() - offset).min(engine.settings.object_bytes as u64) as usize;
-                let chunk = engine.read_chunk(&ctx, source.as_ref(), offset, length, &runtime);
+                let known = survey.known(offset, length);
+                let chunk = engine.read_chunk(&ctx, source.as_ref(), offset, length, known, &runtime);
                 let failed = chunk.is_err();
                 // Without a receiver the backup is over.
                 if sender.blocking_send(chunk).is_err() || failed {
@@ -202,39 +219,47 @@ impl Chunked {
         source: &dyn VolumeSource,
         offset: u64,
         length: usize,
+        known: Vec<Known>,
         runtime: &Handle,
     ) -> Result<Chunk, Error> {
         ctx.check()?;
-        let end = offset + length as u64;
         let failed = |at, error: io::Error| match error.kind() {
             io::ErrorKind::UnexpectedEof => Error::SourceShrank { offset: at, volume_bytes: source.bytes() },
             _ => Error::ReadVolume { offset: at, source: error },
         };
-        let Some(mut data) = source.next_data(offset, end).map_err(|e| failed(offset, e))? else {
-            return Ok(Chunk { offset, length, content: Content::Hole });
-        };
+        let mut ranges = Vec::new();
+        for wanted in to_read(&known, length, self.settings.sha_block_bytes) {
+            let (mut at, end) = (offset + wanted.start as u64, offset + wanted.end as u64);
+            while let Some(data) = source.next_data(at, end).map_err(|e| failed(at, e))? {
+                at = data.end;
+                ranges.push((data.start - offset) as usize..(data.end - offset) as usize);
+            }
+        }
+        if ranges.is_empty() {
+            return Ok(Chunk { offset, length, known, content: Content::Hole });
+        }
         // What it is packed into needs as much room again, at most, and must never be waited for while this is held.
         let packed_bytes = if self.settings.compression == Compression::None { 0 } else { length };
         let mut reserved = runtime.block_on(self.memory.reserve(length + packed_bytes));
         let packed = reserved.split(packed_bytes);
         let mut bytes = vec![0; length];
-        let mut ranges = Vec::new();
-        loop {
-            let mut at = data.start;
-            while at < data.end {
-                ctx.check()?;
-                let piece_end = data.end.min(at + READ_BYTES_MAX as u64);
-                let piece = &mut bytes[(at - offset) as usize..(piece_end - offset) as usize];
-                source.read_at(piece, at).map_err(|e| failed(at, e))?;
-                at = piece_end;
-            }
-            ranges.push((data.start - offset) as usize..(data.end - offset) as usize);
-            match source.next_data(data.end, end).map_err(|e| failed(data.end, e))? {
-                Some(next) => data = next,
-                None => break,
-            }
+        let mut reads = reads(&mut bytes, &ranges, offset).into_iter().peekable();
+        while reads.peek().is_some() {
+            ctx.check()?;
+            let mut bytes_left = READS_BYTES_MAX;
+            let batch = std::iter::from_fn(|| {
+                let read = reads.next_if(|read| read.buffer.len() <= bytes_left)?;
+                bytes_left -= read.buffer.len();
+                Some(read)
+            });
+            source.read_all(batch.take(READS_MAX).collect()).map_err(|(at, error)| failed(at, error))?;
         }
-        Ok(Chunk { offset, length, content: Content::Data { bytes: reserved.hold(bytes), ranges, packed } })
+        Ok(Chunk {
+            offset,
+            length,
+            known,
+            content: Content::Data { bytes: reserved.hold(bytes), ranges, packed },
+        })
     }
 
     /// Packs and puts the objects of one chunk.
@@ -275,19 +300,51 @@ impl Chunked {
     }
 }
 
+/// Says that nobody can be believed about what has changed since the parent.
+fn unseen_change(parent: Option<&Record>, offset: u64) -> Error {
+    match parent.and_then(|parent| Some((parent.backup_id, parent.source.clone()?))) {
+        Some((parent_id, taken)) => {
+            let image = RbdImage { snapshot: None, ..taken.image }.to_string();
+            Error::UnseenChange { parent_id, image, offset }
+        }
+        // Not reached: only with a snapshot of the parent anything is known of changes.
+        None => Error::Lost(super::Lost),
+    }
+}
+
+/// Cuts the ranges of a chunk at `offset` that are to be read into single reads.
+fn reads<'a>(bytes: &'a mut [u8], ranges: &[Range<usize>], offset: u64) -> Vec<Read<'a>> {
+    let mut reads = Vec::new();
+    let (mut rest, mut at) = (bytes, 0);
+    for range in ranges {
+        let (_, behind) = rest.split_at_mut(range.start - at);
+        let (buffers, behind) = behind.split_at_mut(range.len());
+        let starts = range.clone().step_by(READ_BYTES_MAX);
+        reads.extend(
+            starts
+                .zip(buffers.chunks_mut(READ_BYTES_MAX))
+                .map(|(start, buffer)| Read { offset: offset + start as u64, buffer }),
+        );
+        (rest, at) = (behind, range.end);
+    }
+    reads
+}
+
 /// A part of the volume that one read of Cinder's driver would take.
 struct Chunk {
     offset: u64,
     length: usize,
+    /// What was known of its blocks before; empty if nothing was.
+    known: Vec<Known>,
     content: Content,
 }
 
 enum Content {
-    /// Nothing but holes.
+    /// Nothing but holes, and blocks that were not read.
     Hole,
     Data {
         bytes: Bytes,
-        /// Which of the bytes were read; the others are in holes.
+        /// Which of the bytes were read; the others are in holes, or in blocks that were not read.
         ranges: Vec<Range<usize>>,
         /// Memory for what the bytes are packed into.
         packed: Reserved,
@@ -308,8 +365,9 @@ struct Digested {
 }
 
 impl Digested {
-    /// Digests the blocks of a chunk, and finds the runs that differ from what they were `before`.
-    fn of(chunk: Chunk, before: Option<Vec<Digest>>, digester: &BlockDigester) -> Self {
+    /// Digests the blocks of a chunk, and finds the runs that differ from what they were `before`. Fails with the
+    /// offset of a block that differs and should not.
+    fn of(chunk: Chunk, before: Option<Vec<Digest>>, digester: &BlockDigester) -> Result<Self, u64> {
         let block_bytes = digester.block_bytes();
         let mut counts = Counts::default();
         let mut digests = Vec::with_capacity(chunk.length.div_ceil(block_bytes));
@@ -317,6 +375,15 @@ impl Digested {
         let mut in_segment = false;
         for start in (0..chunk.length).step_by(block_bytes) {
             let block = start..chunk.length.min(start + block_bytes);
+            // Cinder's parent may have fewer blocks than it should; what it does not have is new.
+            let before = before.as_ref().and_then(|before| before.get(digests.len()));
+            let known = chunk.known.get(digests.len()).copied().unwrap_or(Known::Nothing);
+            if known == Known::Unchanged {
+                digests.push(*before.ok_or(chunk.offset + start as u64)?);
+                counts.bytes_unchanged += block.len() as u64;
+                in_segment = false;
+                continue;
+            }
             let (digest, zero) = match &chunk.content {
                 Content::Hole => (digester.digest_of_zeros(block.len()), true),
                 Content::Data { bytes, .. } => digester.digest(&bytes[block.clone()]),
@@ -327,8 +394,10 @@ impl Digested {
             if zero {
                 counts.bytes_zero += read;
             }
-            // Cinder's parent may have fewer blocks than it should; what it does not have is new.
-            let unchanged = before.as_ref().is_some_and(|before| before.get(digests.len()) == Some(&digest));
+            let unchanged = before == Some(&digest);
+            if known == Known::Checked && !unchanged {
+                return Err(chunk.offset + start as u64);
+            }
             digests.push(digest);
             match segments.last_mut() {
                 _ if unchanged => counts.bytes_unchanged += block.len() as u64,
@@ -340,7 +409,7 @@ impl Digested {
             }
             in_segment = !unchanged;
         }
-        Self { chunk, digests, segments, counts }
+        Ok(Self { chunk, digests, segments, counts })
     }
 }
 

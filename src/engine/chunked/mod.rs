@@ -6,6 +6,7 @@
 //! metadata object, which is written last and deleted first.
 
 mod backup;
+mod changes;
 mod checksums;
 mod compression;
 pub mod digest;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, TryStreamExt};
 use jiff::Timestamp;
+use uuid::Uuid;
 
 use super::cpu::{Cpu, Lost, blocking};
 use super::error::Error;
@@ -50,6 +52,12 @@ pub struct Settings {
     pub object_bytes: usize,
     /// The size of the blocks that are digested and compared.
     pub sha_block_bytes: usize,
+    /// How many of 1,000 blocks that have not changed, as the volume says, are read all the same to see whether that is
+    /// so; there is a least number of them.
+    pub unchanged_check_per_mille: u32,
+    /// How many snapshots of backups a volume may keep; 0 for any number. Only that of the newest one is of use, but for
+    /// a backup whose parent was named.
+    pub source_snapshots_max: u32,
 }
 
 /// The chunked engine on one store.
@@ -72,6 +80,11 @@ impl Chunked {
         self.store.clone()
     }
 
+    /// How many snapshots of backups a volume may keep; 0 for any number.
+    pub fn source_snapshots_max(&self) -> u32 {
+        self.settings.source_snapshots_max
+    }
+
     /// Makes the record that a backup begins with. Fails where this parent cannot be built on.
     pub fn begin(
         &self,
@@ -81,11 +94,8 @@ impl Chunked {
         volume_bytes: u64,
         method: Method,
     ) -> Result<Record, Error> {
-        if let Some(parent) = parent
-            && parent.volume_bytes != volume_bytes
-        {
-            let (parent_id, parent_bytes) = (parent.backup_id, parent.volume_bytes);
-            return Err(Error::VolumeResized { parent_id, parent_bytes, volume_bytes });
+        if let Some(parent) = parent {
+            check_size(parent, volume_bytes)?;
         }
         let container = match &work.container {
             Some(container) => container.clone(),
@@ -100,6 +110,8 @@ impl Chunked {
             state: RecordState::Creating(job_id),
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
+            writer: Uuid::new_v4().to_string(),
+            checkpoint: None,
             // Cinder gives a backup to the driver that it names, with the whole chain.
             service: parent.map_or(POSIX_SERVICE, |parent| &parent.service).into(),
             service_metadata: String::new(),
@@ -259,6 +271,15 @@ impl Names {
 
 fn damaged(object: &ObjectName, why: impl ToString) -> Error {
     Error::Damaged { object: object.to_string(), why: why.to_string() }
+}
+
+/// Makes sure that the volume has the size that it had at the time of the parent.
+fn check_size(parent: &Record, volume_bytes: u64) -> Result<(), Error> {
+    if parent.volume_bytes == volume_bytes {
+        return Ok(());
+    }
+    let (parent_id, parent_bytes) = (parent.backup_id, parent.volume_bytes);
+    Err(Error::VolumeResized { parent_id, parent_bytes, volume_bytes })
 }
 
 fn check_version(object: &ObjectName, version: &str) -> Result<(), Error> {

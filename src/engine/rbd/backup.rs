@@ -5,22 +5,24 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use tracing::warn;
+use tracing::{info, warn};
+use uuid::Uuid;
 
 use super::digests::DigestWriter;
 use super::pieces::{BLOCK_BYTES, pieces};
 use super::transfer::{From, Task, To, Transfer};
-use super::{Rbd, digest, is_differential, names, snapshot_of};
+use super::{Rbd, digest, is_differential, names, open, snapshot_of};
 use crate::ceph::{Extent, Features, Image, Mode, NewImage, Pool};
+use crate::engine::Catalog;
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::engine::source::Source;
-use crate::job::{Context, Counts, Method, Mode as Share, Record};
+use crate::job::{Checkpoint, Context, Counts, Method, Mode as Share, Record};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{RbdSource, VolumeSource};
 
 /// The key under which an image says which job writes it.
-pub(super) const JOB_KEY: &str = "backhaul.job";
+const JOB_KEY: &str = "backhaul.job";
 
 /// A backup that is whole but for the snapshot that makes it visible.
 pub struct Unfinished {
@@ -69,6 +71,7 @@ struct Plan {
     snapshot: Option<Arc<RbdSource>>,
     /// Where it goes; its head may have been written since the parent.
     image: Arc<Image>,
+    image_id: String,
     /// The snapshot of the parent on either image; none of a full backup.
     parent: Option<ParentSnapshot>,
     differential: bool,
@@ -103,31 +106,26 @@ impl Rbd {
             blocking(move || engine.prepare(&ctx, &record, parent.as_ref(), source, method)).await??
         };
         record.volume_bytes = plan.volume_bytes;
+        record.image_id = Some(plan.image_id.clone());
         ctx.progress.begin(record.volume_bytes);
         if let (Some(snapshot), Some(source)) = (&plan.snapshot, &mut record.source) {
             source.snapshot_id = snapshot.snapshot_id();
         }
 
-        let digests = DigestWriter::create(&*self.store, record.backup_id).await?;
         let plan = Arc::new(plan);
-        let list = self.copy(ctx, plan.clone(), digests).await?;
+        self.copy(ctx, record, plan.clone()).await?;
         plan.image.flush().await?;
         record.counts = ctx.progress.read().counts;
-        record.digest = Some(digest(&list.1));
-        record.object_digests = vec![list];
-
-        let (engine, image, wanted) = (self.clone(), plan.image.clone(), record.clone());
-        let volume_meta = volume_meta.map(ToOwned::to_owned);
-        record.image_id = Some(
-            blocking(move || {
-                if let Some(metadata) = volume_meta {
-                    let pool = engine.pool(&engine.connect()?, &wanted)?;
-                    pool.create_object(&names::metadata_object(wanted.backup_id), metadata.as_bytes())?;
-                }
-                Ok::<_, Error>(image.id()?)
-            })
-            .await??,
-        );
+        record.digest = Some(digest(&record.object_digests));
+        if let Some(metadata) = volume_meta.map(ToOwned::to_owned) {
+            let (engine, wanted) = (self.clone(), record.clone());
+            let written = blocking(move || {
+                let pool = engine.pool(&engine.connect()?, &wanted)?;
+                pool.create_object(&names::metadata_object(wanted.backup_id), metadata.as_bytes())?;
+                Ok::<_, Error>(())
+            });
+            written.await??;
+        }
         Ok(Unfinished {
             image: plan.image.clone(),
             snapshot: names::snapshot(record),
@@ -169,10 +167,13 @@ impl Rbd {
             Some(snapshot) => From::Image(snapshot.image().clone()),
             None => From::Volume(volume.clone()),
         };
-        let image = match &parent {
-            None => self.new_image(&pool, record, volume_bytes)?,
-            Some(_) => {
+        let image = match (&parent, record.checkpoint) {
+            (None, None) => self.new_image(&pool, record, volume_bytes)?,
+            (_, checkpoint) => {
                 let image = pool.open_image(&names::image(record), None, Mode::Write)?;
+                if checkpoint.is_some() {
+                    shut_out(&image, record)?;
+                }
                 self.lock(&image, record)?;
                 if image.bytes()? != volume_bytes {
                     image.resize(volume_bytes)?;
@@ -180,8 +181,17 @@ impl Rbd {
                 image
             }
         };
-        let differential = is_differential(method);
-        Ok(Plan { from, volume, snapshot, image: Arc::new(image), parent, differential, volume_bytes })
+        let (differential, image_id) = (is_differential(method), image.id()?);
+        Ok(Plan {
+            from,
+            volume,
+            snapshot,
+            image: Arc::new(image),
+            image_id,
+            parent,
+            differential,
+            volume_bytes,
+        })
     }
 
     fn new_image(&self, pool: &Pool, record: &Record, bytes: u64) -> Result<Image, Error> {
@@ -277,13 +287,47 @@ impl Rbd {
         Ok(ParentSnapshot { on_source: on_source.name, on_image: on_image.name, bytes: on_image.bytes })
     }
 
-    /// Copies what the plan says. Returns the name and the digest of the list of digests.
-    async fn copy(
+    /// The record of an attempt that died, for one that goes on where it stopped, if all that it needs is still there.
+    pub async fn resume(
         &self,
-        ctx: &Context,
-        plan: Arc<Plan>,
-        mut digests: DigestWriter,
-    ) -> Result<(String, String), Error> {
+        earlier: &Record,
+        parent: Option<&Record>,
+        origin: &RbdOrigin,
+        method: Method,
+    ) -> Result<Option<Record>, Error> {
+        let same_work = earlier.method == Some(method)
+            && earlier.checkpoint.is_some()
+            && earlier.parent_id == parent.map(|parent| parent.backup_id);
+        let Some(source) = earlier.source.clone().filter(|_| same_work) else { return Ok(None) };
+        let (engine, origin, mut record) = (self.clone(), origin.clone(), earlier.clone());
+        blocking(move || {
+            let head = origin.head();
+            let taken = head.snapshots()?.into_iter().any(|s| Some(s.id) == source.snapshot_id);
+            let pool = engine.pool(&engine.connect()?, &record)?;
+            let image = open(&pool, &names::image(&record), None)?;
+            let written =
+                image.map(|image| image.id()).transpose()?.is_some_and(|id| Some(id) == record.image_id);
+            if !taken || !written || head.id()? != source.image_id {
+                return Ok(None);
+            }
+            record.writer = Uuid::new_v4().to_string();
+            Ok(Some(record))
+        })
+        .await?
+    }
+
+    /// Copies what the plan says, from the record's checkpoint on, and keeps new ones. Completes the record with the
+    /// lists of digests.
+    async fn copy(&self, ctx: &Context, record: &mut Record, plan: Arc<Plan>) -> Result<(), Error> {
+        let begin = record.checkpoint.map_or(0, |checkpoint| checkpoint.bytes_done);
+        if let Some(checkpoint) = &record.checkpoint {
+            info!(bytes = begin, "going on where an attempt before this one stopped");
+            ctx.progress.add(&checkpoint.counts);
+            ctx.progress.done(begin);
+            // A list that the attempt before had finished when it died is made again.
+            self.remove_lists(record, &record.object_digests).await?;
+        }
+        let mut digests = DigestWriter::create(&*self.store, record).await?;
         let transfer = Transfer {
             ctx: ctx.clone(),
             cpu: self.cpu.clone(),
@@ -293,7 +337,7 @@ impl Rbd {
             name: plan.image.path().into(),
             digester: self.digester.clone(),
         };
-        let windows = (0..plan.volume_bytes).step_by(WINDOW_BYTES as usize);
+        let windows = (begin..plan.volume_bytes).step_by(WINDOW_BYTES as usize);
         let tasks = stream::iter(windows)
             .then(|start| {
                 let plan = plan.clone();
@@ -304,7 +348,7 @@ impl Rbd {
             })
             .try_flatten();
         let mut moved = std::pin::pin!(transfer.run(tasks));
-        let mut at = 0;
+        let (mut at, mut unsaved_bytes) = (begin, 0);
         while let Some(piece) = moved.try_next().await? {
             ctx.check()?;
             let start = piece.first_block * BLOCK_BYTES;
@@ -323,10 +367,43 @@ impl Rbd {
             }
             ctx.progress.add(&piece.counts);
             ctx.progress.done(end - start);
+            unsaved_bytes += piece.counts.bytes_read;
+            // Only of a snapshot is the rest later what it is now.
+            if unsaved_bytes >= self.settings.checkpoint_bytes && record.source.is_some() {
+                plan.image.flush().await?;
+                record.object_digests.push(digests.finish().await?);
+                let counts = ctx.progress.read().counts;
+                record.checkpoint = Some(Checkpoint { bytes_done: at, counts });
+                self.save_checkpoint(record).await?;
+                digests = DigestWriter::create(&*self.store, record).await?;
+                unsaved_bytes = 0;
+            }
         }
         plan.skipped(ctx, plan.volume_bytes - at);
-        digests.finish().await
+        record.object_digests.push(digests.finish().await?);
+        Ok(())
     }
+
+    async fn save_checkpoint(&self, record: &Record) -> Result<(), Error> {
+        let catalog = Catalog::new(self.store.clone());
+        match catalog.record(record.backup_id).await? {
+            Some(current) if current.writer == record.writer && current.state == record.state => {
+                catalog.save(record).await
+            }
+            Some(current) if current.state == record.state => Err(Error::TakenOver(record.backup_id)),
+            _ => Err(Error::DeletedMeanwhile(record.backup_id)),
+        }
+    }
+}
+
+/// Takes the image away from an attempt of the same job that may still live: the cluster is to refuse all that it
+/// still writes. Another job keeps it.
+pub(super) fn shut_out(image: &Image, record: &Record) -> Result<(), Error> {
+    let job = record.job_id.map(|id| id.to_string());
+    if job.is_some() && image.metadata(JOB_KEY)? == job {
+        image.break_lock()?;
+    }
+    Ok(())
 }
 
 impl Plan {

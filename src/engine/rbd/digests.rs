@@ -33,9 +33,14 @@ const HEAD: &[u8] = b"backhaul rbd digests 1 sha256 65536\n";
 /// The digest of one block, by its number.
 pub type Numbered = (u64, Digest);
 
-/// Where the digests of a backup lie.
-pub fn object(id: BackupId) -> Result<ObjectName, Error> {
-    Ok(Folder::own("digests").object(&id.to_string())?)
+/// Where the digests of all backups lie.
+pub fn folder() -> Folder {
+    Folder::own("digests")
+}
+
+/// What the names of all lists of a backup begin with. There is more than one when it was made in more than one go.
+pub fn prefix(id: BackupId) -> String {
+    format!("{id}.")
 }
 
 /// Writes the digests of a backup, in the order of the blocks.
@@ -48,9 +53,10 @@ pub struct DigestWriter {
 }
 
 impl DigestWriter {
-    /// Begins the object of a backup.
-    pub async fn create(store: &dyn ObjectStore, id: BackupId) -> Result<Self, Error> {
-        let object = object(id)?;
+    /// Begins another list of a backup, behind those that its record names. No other attempt has one of that name.
+    pub async fn create(store: &dyn ObjectStore, record: &Record) -> Result<Self, Error> {
+        let (prefix, number) = (prefix(record.backup_id), record.object_digests.len());
+        let object = folder().object(&format!("{prefix}{number}.{}", record.writer))?;
         let writer = store.create(&object).await?;
         Ok(Self { object, writer, buffer: HEAD.to_vec(), sha256: Sha256::new(), count: 0 })
     }
@@ -104,21 +110,22 @@ impl DigestReader {
     pub async fn open(store: &dyn ObjectStore, chain: &[Record]) -> Result<Self, Error> {
         let (mut layers, mut complete) = (Vec::new(), true);
         for record in chain {
-            let object = object(record.backup_id)?;
-            let Some((_, sha256)) = record.object_digests.iter().find(|(name, _)| *name == object.name)
-            else {
-                // What lies below it may be covered by it.
+            if record.object_digests.is_empty() {
+                // It may hide any block of those that it builds on.
                 complete = false;
                 break;
-            };
-            let pieces = match store.get(&object).await {
-                Err(error) if matches!(error.reason(), crate::store::Reason::Missing) => {
-                    let backup_id = record.backup_id;
-                    return Err(Error::MissingObject { object: object.to_string(), backup_id });
-                }
-                pieces => pieces?,
-            };
-            layers.push(Layer::new(object, HashedReader::new(pieces), sha256.clone()));
+            }
+            for (name, sha256) in &record.object_digests {
+                let object = folder().object(name)?;
+                let pieces = match store.get(&object).await {
+                    Err(error) if matches!(error.reason(), crate::store::Reason::Missing) => {
+                        let backup_id = record.backup_id;
+                        return Err(Error::MissingObject { object: object.to_string(), backup_id });
+                    }
+                    pieces => pieces?,
+                };
+                layers.push(Layer::new(object, HashedReader::new(pieces), sha256.clone()));
+            }
         }
         let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         let reader = tokio::task::spawn_blocking(move || merge(layers, &sender));

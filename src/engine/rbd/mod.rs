@@ -16,9 +16,10 @@ mod transfer;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use uuid::Uuid;
 
 use super::chunked::Budget;
-use super::chunked::digest::BlockDigester;
+use super::chunked::digest::{BlockDigester, sha256};
 use super::cpu::{Cpu, blocking};
 use super::error::Error;
 use super::source::Source;
@@ -43,7 +44,12 @@ pub struct Settings {
     pub journaling: bool,
     /// The size and the number of stripes; those of whole objects if absent.
     pub stripes: Option<(u64, u64)>,
+    /// How much of a volume is read before it is noted how far the backup is.
+    pub checkpoint_bytes: u64,
 }
+
+/// How far apart checkpoints are: far enough to cost little beside the work that they save.
+pub const CHECKPOINT_BYTES: u64 = 1 << 30;
 
 /// The RBD engine on one store.
 #[derive(Debug, Clone)]
@@ -100,6 +106,8 @@ impl Rbd {
             state: RecordState::Creating(job_id),
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
+            writer: Uuid::new_v4().to_string(),
+            checkpoint: None,
             service: SERVICE.into(),
             service_metadata: names::service_metadata(&base),
             container,
@@ -208,9 +216,10 @@ pub fn is_differential(method: Method) -> bool {
     method.strategy == Strategy::Rbd
 }
 
-/// The digest of a backup, as records and events show it.
-fn digest(list_sha256: &str) -> String {
-    format!("sha256-blocks:{list_sha256}")
+/// The digest of a backup, as records and events show it: over the digests of its lists, of which there is mostly one.
+fn digest(lists: &[(String, String)]) -> String {
+    let all: String = lists.iter().map(|(_, sha256)| sha256.as_str()).collect();
+    format!("sha256-blocks:{}", hex::encode(sha256(all.as_bytes())))
 }
 
 /// All images of backups begin alike, whoever made them.

@@ -143,15 +143,12 @@ mod tests {
             extent(BLOCK - 5..BLOCK + 5, true),
             extent(3 * BLOCK..3 * BLOCK + 1, true),
         ];
+        let last = 3 * BLOCK..3 * BLOCK + 1;
         assert_eq!(
             pieces(&extents, 3 * BLOCK + 7),
             [
                 Piece { range: 0..2 * BLOCK, wanted: vec![10..20, BLOCK - 5..BLOCK + 5], zero: false },
-                Piece {
-                    range: 3 * BLOCK..3 * BLOCK + 7,
-                    wanted: vec![3 * BLOCK..3 * BLOCK + 1],
-                    zero: false
-                },
+                Piece { range: 3 * BLOCK..3 * BLOCK + 7, wanted: Vec::from([last]), zero: false },
             ]
         );
     }

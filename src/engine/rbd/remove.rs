@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use tracing::warn;
 
-use super::backup::JOB_KEY;
+use super::backup::shut_out;
 use super::digests;
 use super::{Rbd, backups_on, is_made_by, names, snapshot_of};
 use crate::ceph::{Mode, Pool, while_busy};
@@ -22,9 +22,18 @@ impl Rbd {
             .iter()
             .any(|other| other.container == record.container && names::image(other) == names::image(record));
         blocking(move || engine.remove_images(&wanted, shared)).await??;
-        let list = digests::object(record.backup_id)?;
-        self.store.delete(&list).await?;
-        Ok(self.store.tidy(&list.folder, &list.name).await?)
+        self.remove_lists(record, &[]).await
+    }
+
+    /// Removes the lists of digests of a backup, but for those `kept`.
+    pub(super) async fn remove_lists(&self, record: &Record, kept: &[(String, String)]) -> Result<(), Error> {
+        let (folder, prefix) = (digests::folder(), digests::prefix(record.backup_id));
+        for list in self.store.list(&folder, &prefix).await? {
+            if !kept.iter().any(|(name, _)| *name == list.name) {
+                self.store.delete(&folder.object(&list.name)?).await?;
+            }
+        }
+        Ok(self.store.tidy(&folder, &prefix).await?)
     }
 
     fn remove_images(&self, record: &Record, shared: bool) -> Result<(), Error> {
@@ -40,11 +49,8 @@ impl Rbd {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             image => image?,
         };
-        if let RecordState::Creating(job) = &record.state
-            && image.metadata(JOB_KEY)?.is_some_and(|owner| owner == job.to_string())
-        {
-            // An attempt of this job that may still live: the cluster is to refuse all that it still writes.
-            image.break_lock()?;
+        if matches!(record.state, RecordState::Creating(_)) {
+            shut_out(&image, record)?;
         }
         let snapshot = snapshot_of(&image, record)?;
         if let Some(snapshot) = &snapshot {

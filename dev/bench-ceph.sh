@@ -1,0 +1,370 @@
+#!/usr/bin/env bash
+# Measures Backhaul on private Ceph clusters, beside what Cinder runs for the same work, and prints the tables that stand
+# in the documentation. Cinder's Ceph driver takes a snapshot and runs `rbd export-diff … - | rbd import-diff … -`.
+#   bench-ceph.sh [--gib N] [--runs N]   volumes of N GiB (4), medians of N runs (3)
+# Needs about 5 times the size of a volume on disk below the target folder, and removes what it made.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+repository=$PWD
+export LC_ALL=C
+unset "${!BACKHAUL_@}" CEPH_ARGS CEPH_CONF
+volume_id=3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88
+volume=volumes/volume-$volume_id
+mib=1048576
+die() { echo "bench-ceph.sh: $*" >&2; exit 1; }
+
+gib=4
+runs=3
+while (($#)); do
+  case $1 in
+  --gib) gib=${2:?} ;;
+  --runs) runs=${2:?} ;;
+  *) die "usage: bench-ceph.sh [--gib N] [--runs N]" ;;
+  esac
+  shift 2
+done
+bytes=$((gib * 1024 * mib))
+
+dev/install.sh bench
+cargo build --locked --release
+target=$(cargo metadata --locked --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+PATH=$target/release:$PATH
+work=$target/bench-ceph
+sockets=$(mktemp --directory) # the path of a socket must be short
+finish() {
+  stop_cluster
+  cd /
+  rm -rf "$work" "$sockets"
+}
+
+# Starts a cluster with these lines in its ceph.conf.
+start_cluster() {
+  "$repository/dev/ceph.sh" up "$work/ceph" "admin socket = $sockets/\$name" "$@" >ceph.log 2>&1 ||
+    { cat ceph.log >&2; die "no Ceph"; }
+  conf=$work/ceph/ceph.conf
+}
+
+stop_cluster() {
+  "$repository/dev/ceph.sh" down "$work/ceph" >/dev/null 2>&1 || true
+  rm -rf "$work/ceph"
+}
+
+rbd() { command rbd --conf "$conf" --id cinder "$@" 2>rbd.log || { cat rbd.log >&2; return 1; }; }
+
+# Adds up what clients have written to all OSDs, in bytes.
+written() {
+  local socket
+  for socket in "$sockets"/osd.*; do
+    ceph --admin-daemon "$socket" perf dump osd 2>/dev/null
+  done | jq --slurp 'map(.osd.op_w_in_bytes) | add'
+}
+
+# Waits until nobody works on what was done before: the OSDs remove what snapshots held in the background.
+settle() {
+  sync
+  while ceph --conf "$conf" pg stat 2>/dev/null | grep -q snaptrim; do sleep 0.2; done
+}
+
+# Reads lines of an offset and a length, and writes so many bytes there that are not zeros and that no other place has
+# and no other seed: to a file, or as one of rbd's differences to standard output.
+write_extents() {
+  perl -e '
+    my ($seed, $path) = @ARGV;
+    srand(1);
+    my $noise = join "", map { pack "L", int rand 2 ** 32 } 1 .. 16380;
+    if (defined $path) { open(STDOUT, "+<:raw", $path) or die "$path: $!" } else { print "rbd diff v1\n" }
+    while (<STDIN>) {
+      my ($offset, $length) = split;
+      if (defined $path) { seek(STDOUT, $offset, 0) } else { print pack "aQ<Q<", "w", $offset, $length }
+      for (my $at = 0; $at < $length; $at += 65536) {
+        my $left = $length - $at;
+        print substr pack("Q<Q<", $seed, $offset + $at) . $noise, 0, $left < 65536 ? $left : 65536;
+      }
+    }
+    print "e" if !defined $path' "$@"
+}
+
+# Writes the extents on standard input to an image.
+write_image() { write_extents "$2" | rbd import-diff --no-progress - "$1"; }
+
+# All of a range, in pieces.
+all() { seq 0 $((4 * mib)) $(($1 - 1)) | awk "{ print \$1, $((4 * mib)) }"; }
+
+# So many extents of a length, each somewhere in a part of its own of the first $3 bytes, at multiples of its length.
+scattered() {
+  awk -v count="$1" -v length_="$2" -v bytes="$3" -v seed="$4" 'BEGIN {
+    srand(seed)
+    part = int(bytes / count)
+    for (i = 0; i < count; i++) print int((i * part + rand() * (part - length_)) / length_) * length_, length_
+  }'
+}
+
+configure() {
+  cat >backhaul.toml <<END
+[worker]
+file_roots = ["$work"]
+
+[ceph.main]
+conf = "$conf"
+user = "cinder"
+
+[store.ceph]
+kind = "rbd"
+cluster = "main"
+pool = "backups"
+default = true
+
+[store.posix]
+kind = "posix"
+path = "$work/posix"
+END
+  mkdir -p posix
+}
+
+seconds_since() { awk -v began="$1" -v ended="$EPOCHREALTIME" 'BEGIN { printf "%.3f\n", ended - began }'; }
+median() { printf '%s\n' "$@" | sort -n | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
+
+# Runs a job of Backhaul in a process of its own.
+job() {
+  backhaul run "$@" --json >event.json 2>>backhaul.log ||
+    die "backhaul run $*: $(jq --compact-output .data.error event.json)"
+}
+
+of() { jq --raw-output ".data.$1" event.json; }
+
+# Each of these runs its work once, and keeps how long it took, and how much was written to Ceph.
+our_seconds=() their_seconds=() our_kib=0
+ours() {
+  local began before kib
+  settle
+  before=$(written)
+  began=$EPOCHREALTIME
+  command time --format %M --output=kib backhaul run "$@" --json >event.json 2>>backhaul.log ||
+    die "backhaul run $*: $(jq --compact-output .data.error event.json)"
+  our_seconds+=("$(seconds_since "$began")")
+  our_written=$(($(written) - before))
+  kib=$(<kib)
+  if ((kib > our_kib)); then our_kib=$kib; fi
+}
+
+theirs() {
+  local began before
+  settle
+  before=$(written)
+  began=$EPOCHREALTIME
+  "$@"
+  their_seconds+=("$(seconds_since "$began")")
+  their_written=$(($(written) - before))
+}
+
+line() { printf '| %-58s | %9s | %9s | %7s | %12s | %11s | %10s |\n' "$@"; }
+
+header() {
+  printf '\n%s\n\n' "$1"
+  line work 'Backhaul s' 'rbd s' 'times' 'Backhaul MiB' 'rbd MiB' 'memory MiB'
+  line '---' '---:' '---:' '---:' '---:' '---:' '---:'
+}
+
+# Prints the medians of what was run since the last row.
+row() {
+  local us them
+  us=$(median "${our_seconds[@]}")
+  them=$(median "${their_seconds[@]}")
+  line "$1" "$us" "$them" "$(awk "BEGIN { printf \"%.1f\", $them / $us }")" "$(in_mib "$our_written")" \
+    "$(in_mib "$their_written")" $((our_kib / 1024))
+  our_median=$us
+  our_seconds=() their_seconds=() our_kib=0
+}
+
+in_mib() { awk "BEGIN { printf \"%.1f\", $1 / $mib }"; }
+
+our_backup() {
+  ours backup --volume-id $volume_id --source "rbd:main/$1" "${@:2}"
+  our_backups+=("$(of backup_id)")
+  if [[ " $* " == *" --incremental "* && $(of parent_id) == null ]]; then die "not incremental: $(<event.json)"; fi
+}
+
+# What Cinder runs; it makes the image of the backups in its own process, which is not measured.
+differential() {
+  local image=$1 from=$2 snapshot=$3 to=$4
+  command rbd export-diff --id cinder --conf "$conf" --pool "${image%/*}" ${from:+--from-snap "$from"} \
+    "$image@$snapshot" - 2>rbd.log |
+    command rbd import-diff --id cinder --conf "$conf" --pool "${to%/*}" - "$to" 2>rbd-import.log ||
+    { cat rbd.log rbd-import.log >&2; die "rbd failed"; }
+}
+
+snapshot_and_differential() {
+  rbd snap create --no-progress "$1@$3"
+  differential "$@"
+}
+
+their_count=0 their_last=''
+their_backup() {
+  local from=''
+  if [[ ${2:-} == --incremental ]]; then from=$their_last; else rbd create --size 1M backups/theirs; fi
+  their_count=$((their_count + 1))
+  their_last=their-$their_count
+  theirs snapshot_and_differential "$1" "$from" "$their_last" backups/theirs
+}
+
+# Removes all backups of a volume, of both.
+our_backups=()
+remove_backups() {
+  local index
+  for ((index = ${#our_backups[@]} - 1; index >= 0; index--)); do
+    job delete --backup-id "${our_backups[index]}"
+  done
+  our_backups=()
+  rbd snap purge --no-progress backups/theirs
+  rbd rm --no-progress backups/theirs
+  rbd snap purge --no-progress "$1"
+}
+
+full_backups() {
+  local run
+  for ((run = 0; run < runs; run++)); do
+    if ((run)); then remove_backups "$1"; fi
+    our_backup "$1"
+    their_backup "$1"
+  done
+}
+
+# Writes a file beside the cluster's, past the page cache, and prints how fast that was.
+disk_mib_per_second() {
+  local began
+  dd if=/dev/urandom of=noise bs=4M count=64 status=none
+  began=$EPOCHREALTIME
+  for ((part = 0; part < 4; part++)); do
+    dd if=noise of=disk bs=4M seek=$((part * 64)) oflag=direct conv=notrunc,fsync status=none
+  done
+  seconds_since "$began" | awk '{ printf "%.0f\n", 1024 / $1 }'
+  rm noise disk
+}
+
+share_of_disk() {
+  awk "BEGIN { printf \"The full backup read and wrote %.0f MiB/s each; the disk alone writes %.0f MiB/s.\n\",
+    $bytes / $mib / $our_median, $1 }"
+}
+
+make_volume() {
+  rbd create --size "$2B" "$1"
+  all "$2" | write_image "$1" 1
+}
+
+one_cluster() {
+  local run disk
+  start_cluster "bluestore block size = $((5 * bytes + 4096 * mib))"
+  configure
+  disk=$(disk_mib_per_second)
+  make_volume $volume "$bytes"
+  header "One OSD on a disk; medians of $runs runs"
+
+  full_backups $volume
+  row "full, $gib GiB of data"
+  full_median=$our_median
+
+  for ((run = 0; run < runs; run++)); do
+    ours restore --backup-id "${our_backups[0]}" --target rbd:main/volumes/restored
+    if ((run == 0)); then
+      cmp <(rbd export --no-progress $volume -) <(rbd export --no-progress volumes/restored -) || die "it was restored wrongly"
+    fi
+    rbd rm --no-progress volumes/restored
+    rbd create --size 1M volumes/restored
+    theirs differential backups/theirs '' "$their_last" volumes/restored
+    rbd snap purge --no-progress volumes/restored
+    rbd rm --no-progress volumes/restored
+  done
+  row "restore of $gib GiB to a new volume"
+
+  for ((run = 0; run < runs; run++)); do
+    scattered $((bytes / 100 / (4 * mib))) $((4 * mib)) "$bytes" "$run" | write_image $volume $((run + 2))
+    our_backup $volume --incremental
+    their_backup $volume --incremental
+  done
+  row "incremental, 1 % of $gib GiB in pieces of 4 MiB"
+
+  for ((run = 0; run < runs; run++)); do
+    our_backup $volume --incremental
+    their_backup $volume --incremental
+  done
+  row "incremental, nothing changed"
+  remove_backups $volume
+
+  for ((run = 0; run < runs; run++)); do
+    rbd create --size "${bytes}B" volumes/scattered
+    echo "0 $((4 * mib))" | write_image volumes/scattered 1
+    job backup --volume-id $volume_id --source rbd:main/volumes/scattered
+    our_backups+=("$(of backup_id)")
+    rbd create --size 1M backups/theirs
+    their_last=base
+    snapshot_and_differential volumes/scattered '' base backups/theirs
+    scattered 2000 4096 "$bytes" "$run" | write_image volumes/scattered 2
+    our_backup volumes/scattered --incremental
+    their_backup volumes/scattered --incremental
+    remove_backups volumes/scattered
+    rbd rm --no-progress volumes/scattered
+  done
+  row "incremental, 2,000 scattered writes of 4 KiB to holes"
+
+  # Half of each object is zeros, which Ceph keeps as it keeps data.
+  perl -e 'my $noise = join "", map { pack "L", int rand 2 ** 32 } 1 .. 16384;
+    print $noise, "\0" x 65536 for 1 .. $ARGV[0] / 131072' "$bytes" |
+    rbd import --no-progress --sparse-size 4M - volumes/zeros
+  full_backups volumes/zeros
+  row "full, $gib GiB, half of it zeros that were written"
+  remove_backups volumes/zeros
+  rbd rm --no-progress volumes/zeros
+
+  rbd create --size 100G volumes/large
+  scattered 16 $((4 * mib)) $((102400 * mib)) 1 | write_image volumes/large 1
+  full_backups volumes/large
+  row "full, an image of 100 GiB with 64 MiB in it"
+  remove_backups volumes/large
+  rbd rm --no-progress volumes/large
+
+  our_median=$full_median
+  share_of_disk "$disk"
+  to_posix
+  stop_cluster
+}
+
+# A chain of chunks from the image, and one from a file with the same bytes.
+to_posix() {
+  local run changes file_id=00000000-0000-4000-8000-000000000001 in_place="file:$work/volume.img"
+  rbd export --no-progress $volume volume.img
+  job backup --store posix --volume-id $volume_id --source rbd:main/$volume
+  job backup --store posix --volume-id $file_id --source "$in_place"
+  for ((run = 0; run < runs; run++)); do
+    changes=$(scattered $((bytes / 100 / (4 * mib))) $((4 * mib)) "$bytes" $((run + 100)))
+    write_image $volume $((run + 100)) <<<"$changes"
+    write_extents $((run + 100)) volume.img <<<"$changes"
+    ours backup --store posix --volume-id $volume_id --source rbd:main/$volume --incremental
+    theirs job backup --store posix --volume-id $file_id --source "$in_place" --incremental
+  done
+  printf '\nTo the posix store: "rbd" is Backhaul from a file with the same bytes here, and what is written is as stored.\n\n'
+  row "incremental, 1 % of $gib GiB in pieces of 4 MiB"
+  rm -rf volume.img posix
+}
+
+# Only the full backup, on another cluster.
+full_on() {
+  start_cluster "${@:2}"
+  configure
+  make_volume $volume "$bytes"
+  header "$1"
+  full_backups $volume
+  row "full, $gib GiB of data"
+  remove_backups $volume
+  stop_cluster
+}
+
+rm -rf "$work"
+mkdir -p "$work"
+cd "$work"
+conf=$work/ceph/ceph.conf
+trap finish EXIT
+one_cluster
+CEPH_OSDS=2 full_on "Two OSDs on one disk" "bluestore block size = $((3 * bytes + 4096 * mib))"
+full_on "One OSD in memory" "osd objectstore = memstore" "memstore device bytes = $((4 * bytes))"
+printf '\nOn %s cores, which the cluster shares. "times" is how much quicker Backhaul is, MiB what clients wrote to Ceph,\n' "$(nproc)"
+echo 'and "memory" the peak of the process of Backhaul.'

@@ -1,0 +1,450 @@
+//! Objects in a RADOS pool: the records, outcomes and lists that go with images.
+//!
+//! The bytes of an object lie in parts, which are RADOS objects under names that are used once, for a random id is in
+//! them. The object is there when the map of its folder's index says so. That map is one RADOS object, and a change of
+//! it is made whole or not at all, whoever else is at work: this is what keeps two writers of one name apart, and it
+//! spares a listing the pool, which has millions of other objects. The map remembers parts that are to be removed, too,
+//! before there are any: those of a writer until it finishes, and those of an object that is replaced or deleted.
+//!
+//! ```text
+//! <folder>/.index                 map: <name>        its size, the size of its parts, its id
+//!                                      .<name>/.<id>  parts to remove: `writing`, `abandoned`, or what <name> had
+//! <folder>/<name>/.<id>.<number>  a part
+//! ```
+//!
+//! No part of a name begins with a dot, so none of these can be taken for another.
+
+use std::io::{self, ErrorKind};
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+use super::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Result};
+use crate::ceph::{MapChange, Pool};
+
+/// What a part has, but for the last one. RBD and the gateway for S3 cut what they store into pieces of this size, too.
+const PART_BYTES: usize = 4 << 20;
+/// How often something is tried that somebody else was faster with.
+const TRIES_MAX: u32 = 20;
+
+/// Parts that are still written, and may be finished.
+const WRITING: &[u8] = b"writing";
+/// Parts that nobody can finish any more.
+const ABANDONED: &[u8] = b"abandoned";
+
+/// Objects in a pool of a Ceph cluster.
+#[derive(Debug, Clone)]
+pub struct Rados {
+    pool: Pool,
+}
+
+impl Rados {
+    /// Keeps objects in `pool`, beside whatever else it has. The pool must be a replicated one: others have no maps.
+    pub fn new(pool: Pool) -> Self {
+        Self { pool }
+    }
+
+    /// Runs `work` on an object where it may block.
+    async fn at<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        object: &ObjectName,
+        work: impl FnOnce(Place) -> io::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let place = Place { pool: self.pool.clone(), object: object.clone() };
+        blocking(action, object, move || work(place)).await
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Rados {
+    async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        self.at("write", object, move |place| {
+            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::New)
+        })
+        .await
+    }
+
+    async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        self.at("write", object, move |place| {
+            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::Over)
+        })
+        .await
+    }
+
+    async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
+        let unfinished = self.at("create", object, Unfinished::begin).await?;
+        Ok(Box::new(Writer { object: object.clone(), buffer: BytesMut::new(), unfinished: Some(unfinished) }))
+    }
+
+    async fn get(&self, object: &ObjectName) -> Result<Pieces> {
+        let (place, contents, first) = self.at("read", object, Place::read).await?;
+        let (sender, pieces) = Pieces::channel();
+        tokio::task::spawn_blocking(move || {
+            let mut next = first.map(Ok);
+            let mut offset = 0;
+            while let Some(piece) = next {
+                let piece = piece.map_err(|error| Error::io("read", &place.object, error));
+                let length = piece.as_ref().map_or(0, Bytes::len) as u64;
+                // Nobody may be there to take it: the reader was dropped.
+                if sender.blocking_send(piece).is_err() || length == 0 {
+                    return;
+                }
+                offset += length;
+                next = place.piece(&contents, offset).transpose();
+            }
+        });
+        Ok(pieces)
+    }
+
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+        let (pool, index, prefix) = (self.pool.clone(), index(folder), prefix.to_owned());
+        blocking("list", folder.as_str(), move || {
+            let entries = pool.map_entries(&index, &prefix)?;
+            let objects = entries.into_iter().filter(|(key, _)| !key.starts_with('.'));
+            objects.map(|(name, entry)| Ok(Listed { name, bytes: Contents::parse(&entry)?.bytes })).collect()
+        })
+        .await
+    }
+
+    async fn delete(&self, object: &ObjectName) -> Result<()> {
+        self.at("delete", object, Place::delete).await
+    }
+
+    async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
+        let (pool, owned, key_prefix) = (self.pool.clone(), folder.clone(), format!(".{prefix}"));
+        blocking("tidy", folder.as_str(), move || remove_leftovers(&pool, &owned, &key_prefix, Writers::Stop))
+            .await
+    }
+}
+
+/// Runs `work` where it may block.
+async fn blocking<T: Send + 'static>(
+    action: &'static str,
+    object: impl ToString,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T> {
+    let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    result.map_err(|error| Error::io(action, object.to_string(), error))
+}
+
+fn index(folder: &Folder) -> String {
+    format!("{}/.index", folder.as_str())
+}
+
+/// What the index says of an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Contents {
+    bytes: u64,
+    part_bytes: u64,
+    id: Uuid,
+}
+
+impl Contents {
+    fn encode(&self) -> Vec<u8> {
+        format!("{} {} {}", self.bytes, self.part_bytes, self.id.simple()).into_bytes()
+    }
+
+    fn parse(entry: &[u8]) -> io::Result<Self> {
+        let fields = || {
+            let mut fields = std::str::from_utf8(entry).ok()?.split(' ');
+            let bytes = fields.next()?.parse().ok()?;
+            let part_bytes = fields.next()?.parse().ok().filter(|bytes| *bytes > 0)?;
+            Some(Self { bytes, part_bytes, id: fields.next()?.parse().ok()? })
+        };
+        fields()
+            .ok_or_else(|| damaged(format!("its entry in the index is {:?}", String::from_utf8_lossy(entry))))
+    }
+
+    fn part_count(&self) -> u64 {
+        self.bytes.div_ceil(self.part_bytes)
+    }
+}
+
+fn damaged(problem: String) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, problem)
+}
+
+/// An object's name in a pool. All that it does blocks.
+struct Place {
+    pool: Pool,
+    object: ObjectName,
+}
+
+impl Place {
+    fn index(&self) -> String {
+        index(&self.object.folder)
+    }
+
+    /// Its key in the index when it is there.
+    fn key(&self) -> &str {
+        &self.object.name
+    }
+
+    /// The key in the index of parts that are to be removed.
+    fn leftover_key(&self, id: Uuid) -> String {
+        format!("{}{}", self.leftover_prefix(), id.simple())
+    }
+
+    fn leftover_prefix(&self) -> String {
+        format!(".{}/.", self.object.name)
+    }
+
+    fn part(&self, id: Uuid, number: u64) -> String {
+        format!("{}/.{}.{number}", self.object, id.simple())
+    }
+
+    /// Makes changes to the index, unless it is not as they expect it to be.
+    fn change(&self, changes: &[MapChange<'_>]) -> io::Result<bool> {
+        Ok(self.pool.change_map(&self.index(), changes)?)
+    }
+
+    /// What the index has for the object. Nothing says that it is not there.
+    fn entry(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.pool.map_value(&self.index(), self.key())?)
+    }
+
+    /// Reads the first piece of the object, if it has any.
+    fn read(self) -> io::Result<(Self, Contents, Option<Bytes>)> {
+        let mut tries_left = TRIES_MAX;
+        loop {
+            let entry = self.entry()?.ok_or(ErrorKind::NotFound)?;
+            let contents = Contents::parse(&entry)?;
+            tries_left -= 1;
+            match self.piece(&contents, 0) {
+                // It was replaced between the two, which is no reason to bother anybody yet.
+                Err(error) if error.kind() == ErrorKind::StaleNetworkFileHandle && tries_left > 0 => {}
+                piece => return Ok((self, contents, piece?)),
+            }
+        }
+    }
+
+    /// Reads what an object has from `offset` on, up to the end of a part; nothing at its end.
+    fn piece(&self, contents: &Contents, offset: u64) -> io::Result<Option<Bytes>> {
+        let within = offset % contents.part_bytes;
+        let left = contents.bytes.saturating_sub(offset).min(contents.part_bytes - within);
+        let length = left.min(PIECE_BYTES as u64) as usize;
+        if length == 0 {
+            return Ok(None);
+        }
+        let number = offset / contents.part_bytes;
+        let part = self.part(contents.id, number);
+        let problem = match self.pool.read_object(&part, within, length) {
+            Ok(bytes) if bytes.len() == length => return Ok(Some(bytes.into())),
+            Ok(_) => "too short",
+            Err(error) if error.kind() == ErrorKind::NotFound => "missing",
+            Err(error) => return Err(error.into()),
+        };
+        if self.entry()?.as_deref() != Some(&contents.encode()) {
+            let error = "it was replaced or deleted while it was read";
+            return Err(io::Error::new(ErrorKind::StaleNetworkFileHandle, error));
+        }
+        Err(damaged(format!("part {} of {}, {part}, is {problem}", number + 1, contents.part_count())))
+    }
+
+    fn delete(self) -> io::Result<()> {
+        let mut tries_left = TRIES_MAX;
+        while let Some(entry) = self.entry()? {
+            // What cannot be read has nothing that could be removed, either.
+            let leftover = Contents::parse(&entry).map(|contents| self.leftover_key(contents.id));
+            let mut changes = vec![MapChange::Expect(self.key(), &entry), MapChange::Remove(self.key())];
+            changes.extend(leftover.iter().map(|key| MapChange::Set(key, &entry)));
+            if self.change(&changes)? {
+                break;
+            }
+            tries_left -= 1;
+            if tries_left == 0 {
+                return Err(overtaken());
+            }
+        }
+        self.remove_leftovers()
+    }
+
+    /// Removes what the object had before it was replaced or deleted, now or by somebody who did not come to this.
+    fn remove_leftovers(&self) -> io::Result<()> {
+        remove_leftovers(&self.pool, &self.object.folder, &self.leftover_prefix(), Writers::Leave)
+    }
+
+    /// Sees to it that parts cannot be finished any more; says whether that was not so already.
+    fn abandon(&self, id: Uuid) -> io::Result<bool> {
+        let key = self.leftover_key(id);
+        self.change(&[MapChange::Expect(&key, WRITING), MapChange::Set(&key, ABANDONED)])
+    }
+
+    /// Removes parts that nobody can read or finish, and then forgets them. At least `count_min` are looked for.
+    fn remove_parts(&self, id: Uuid, count_min: u64) -> io::Result<()> {
+        let mut count = count_min;
+        while self.pool.object_bytes(&self.part(id, count))?.is_some() {
+            count += 1;
+        }
+        // The first one last: should this end half way, the rest is found by counting from it.
+        for number in (0..count).rev() {
+            self.pool.remove_object(&self.part(id, number))?;
+        }
+        self.change(&[MapChange::Remove(&self.leftover_key(id))])?;
+        Ok(())
+    }
+}
+
+/// Somebody else is at work on the same object, again and again.
+fn overtaken() -> io::Error {
+    io::Error::new(ErrorKind::ResourceBusy, "others change it all the time")
+}
+
+/// What is done about parts that may still be finished.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Writers {
+    Leave,
+    Stop,
+}
+
+/// Removes the parts that the index of `folder` remembers under keys that begin with `key_prefix`.
+fn remove_leftovers(pool: &Pool, folder: &Folder, key_prefix: &str, writers: Writers) -> io::Result<()> {
+    for (key, entry) in pool.map_entries(&index(folder), key_prefix)? {
+        let names = key.strip_prefix('.').and_then(|key| key.rsplit_once("/."));
+        let Some((Ok(object), Ok(id))) = names.map(|(name, id)| (folder.object(name), id.parse())) else {
+            continue;
+        };
+        let place = Place { pool: pool.clone(), object };
+        // It may be finished just now.
+        if entry == WRITING && (writers == Writers::Leave || !place.abandon(id)?) {
+            continue;
+        }
+        place.remove_parts(id, Contents::parse(&entry).map_or(0, |contents| contents.part_count()))?;
+    }
+    Ok(())
+}
+
+/// Whether an object may take the place of another one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Publish {
+    New,
+    Over,
+}
+
+/// Parts that make no object yet. Dropping them removes them, and blocks.
+struct Unfinished {
+    place: Place,
+    id: Uuid,
+    bytes: u64,
+    part_count: u64,
+    /// Whether there is nothing to remove, or it is not known what there is.
+    left_alone: bool,
+}
+
+impl Unfinished {
+    fn begin(place: Place) -> io::Result<Self> {
+        let id = Uuid::new_v4();
+        place.change(&[MapChange::Set(&place.leftover_key(id), WRITING)])?;
+        Ok(Self { place, id, bytes: 0, part_count: 0, left_alone: false })
+    }
+
+    /// Writes the next part. None but the last may have less than [`PART_BYTES`].
+    fn write_part(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let part = self.place.part(self.id, self.part_count);
+        if let Err(error) = self.place.pool.create_object(&part, bytes) {
+            // It may come to be long after this, so it must not be forgotten now.
+            self.left_alone = error.kind() == ErrorKind::TimedOut;
+            return Err(error.into());
+        }
+        self.part_count += 1;
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Writes the whole of an object, or the end of it.
+    fn write_all(mut self, bytes: &[u8]) -> io::Result<Self> {
+        for part in bytes.chunks(PART_BYTES) {
+            self.write_part(part)?;
+        }
+        Ok(self)
+    }
+
+    fn publish(mut self, publish: Publish) -> io::Result<()> {
+        let leftover = self.place.leftover_key(self.id);
+        let contents = Contents { bytes: self.bytes, part_bytes: PART_BYTES as u64, id: self.id }.encode();
+        for _ in 0..TRIES_MAX {
+            let old = self.place.entry()?;
+            if old.is_some() && publish == Publish::New {
+                return Err(ErrorKind::AlreadyExists.into());
+            }
+            let old = old.unwrap_or_default();
+            let old_leftover = Contents::parse(&old).map(|contents| self.place.leftover_key(contents.id));
+            let mut changes = vec![
+                MapChange::Expect(&leftover, WRITING),
+                MapChange::Expect(self.place.key(), &old),
+                MapChange::Set(self.place.key(), &contents),
+                MapChange::Remove(&leftover),
+            ];
+            changes.extend(old_leftover.iter().map(|key| MapChange::Set(key, &old)));
+            if self.place.change(&changes)? {
+                self.left_alone = true;
+                return if old.is_empty() { Ok(()) } else { self.place.remove_leftovers() };
+            }
+            if self.place.pool.map_value(&self.place.index(), &leftover)?.as_deref() != Some(WRITING) {
+                let error = "what was written of it was tidied away by somebody else";
+                return Err(io::Error::new(ErrorKind::ResourceBusy, error));
+            }
+        }
+        Err(overtaken())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // What stays behind is not visible, and `tidy` removes it.
+        if !self.left_alone && self.place.abandon(self.id).is_ok_and(|abandoned| abandoned) {
+            self.place.remove_parts(self.id, self.part_count).ok();
+        }
+    }
+}
+
+struct Writer {
+    object: ObjectName,
+    buffer: BytesMut,
+    unfinished: Option<Unfinished>,
+}
+
+impl Writer {
+    async fn with_unfinished<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(Unfinished) -> io::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        // A write that failed took all of it along: what it left is unknown, so nothing may follow.
+        let unfinished = self.unfinished.take();
+        blocking("write", &self.object, move || match unfinished {
+            Some(unfinished) => work(unfinished),
+            None => Err(io::Error::other("an earlier write to it failed")),
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl ObjectWriter for Writer {
+    async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.buffer.extend_from_slice(&bytes);
+        let whole_parts_bytes = self.buffer.len() / PART_BYTES * PART_BYTES;
+        if whole_parts_bytes > 0 {
+            let parts = self.buffer.split_to(whole_parts_bytes);
+            self.unfinished =
+                Some(self.with_unfinished(move |unfinished| unfinished.write_all(&parts)).await?);
+        }
+        Ok(())
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<()> {
+        let rest = self.buffer.split();
+        self.with_unfinished(move |unfinished| unfinished.write_all(&rest)?.publish(Publish::New)).await
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if let (Some(unfinished), Ok(runtime)) = (self.unfinished.take(), Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(unfinished));
+        }
+    }
+}

@@ -1,0 +1,633 @@
+//! What every kind of store must do, case by case, on each of them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backhaul::store::{Folder, Listed, Memory, ObjectName, ObjectStore, Posix, Reason};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use rstest::rstest;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+const MIB: usize = 1 << 20;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Posix,
+    Memory,
+    #[cfg(feature = "ceph")]
+    Rados,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum How {
+    Put,
+    Finish,
+}
+
+/// A store, and names in it that nobody else uses.
+struct Bench {
+    store: Arc<dyn ObjectStore>,
+    folder: Folder,
+    prefix: String,
+    left: Left,
+}
+
+/// Where to look for what a store keeps out of sight.
+enum Left {
+    Files(TempDir),
+    Nothing,
+    #[cfg(feature = "ceph")]
+    Pool(backhaul::ceph::Pool),
+}
+
+impl Bench {
+    fn new(kind: Kind) -> Self {
+        let (store, left): (Arc<dyn ObjectStore>, Left) = match kind {
+            Kind::Posix => {
+                let root = TempDir::new().unwrap();
+                (Arc::new(Posix::open(root.path()).unwrap()), Left::Files(root))
+            }
+            Kind::Memory => (Arc::new(Memory::default()), Left::Nothing),
+            #[cfg(feature = "ceph")]
+            Kind::Rados => {
+                let pool = pool();
+                (Arc::new(backhaul::store::Rados::new(pool.clone())), Left::Pool(pool))
+            }
+        };
+        Self {
+            store,
+            folder: Folder::own("stores"),
+            prefix: format!("test-{}-", Uuid::new_v4().simple()),
+            left,
+        }
+    }
+
+    fn name(&self, name: &str) -> ObjectName {
+        self.folder.object(&format!("{}{name}", self.prefix)).unwrap()
+    }
+
+    async fn list(&self, prefix: &str) -> Vec<(String, u64)> {
+        let listed = self.store.list(&self.folder, &format!("{}{prefix}", self.prefix)).await.unwrap();
+        let short = |Listed { name, bytes }: Listed| (name[self.prefix.len()..].to_string(), bytes);
+        listed.into_iter().map(short).collect()
+    }
+
+    async fn read(&self, name: &ObjectName) -> Result<Bytes, Reason> {
+        let pieces = self.store.get(name).await.map_err(|error| error.reason().clone())?;
+        pieces.collect(name, 64 * MIB).await.map_err(|error| error.reason().clone())
+    }
+
+    /// What lies below the test's own prefix without being an object.
+    fn left(&self) -> BTreeSet<String> {
+        match &self.left {
+            Left::Files(root) => match std::fs::read_dir(root.path().join(self.folder.as_str())) {
+                Ok(entries) => entries
+                    .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                    .filter(|name| name.starts_with('.'))
+                    .collect(),
+                Err(_) => BTreeSet::new(),
+            },
+            Left::Nothing => BTreeSet::new(),
+            #[cfg(feature = "ceph")]
+            Left::Pool(pool) => {
+                let index = format!("{}/.index", self.folder.as_str());
+                let entries = pool.map_entries(&index, &format!(".{}", self.prefix)).unwrap();
+                entries.into_iter().map(|(key, _)| key).collect()
+            }
+        }
+    }
+
+    /// Waits until nothing is out of sight any more: a writer that is dropped cleans up behind itself.
+    async fn until_nothing_is_left(&self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.left().is_empty() {
+            assert!(Instant::now() < deadline, "{:?}", self.left());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn clean(self) {
+        for some in self.list("").await.chunks(50) {
+            side_by_side(some.iter().map(|(name, _)| {
+                let (store, name) = (self.store.clone(), self.name(name));
+                async move { store.delete(&name).await.unwrap() }
+            }))
+            .await;
+        }
+        self.store.tidy(&self.folder, &self.prefix).await.unwrap();
+        assert_eq!(self.left(), BTreeSet::new());
+    }
+}
+
+#[cfg(feature = "ceph")]
+fn pool() -> backhaul::ceph::Pool {
+    let ceph = support::ceph::Ceph::shared();
+    backhaul::ceph::Cluster::connect(ceph.conf(), "cinder", 30).unwrap().pool("backups").unwrap()
+}
+
+async fn side_by_side<T: Send + 'static>(
+    work: impl Iterator<Item = impl Future<Output = T> + Send + 'static>,
+) -> Vec<T> {
+    let work: Vec<_> = work.map(tokio::spawn).collect();
+    let mut done = Vec::new();
+    for one in work {
+        done.push(one.await.unwrap());
+    }
+    done
+}
+
+/// Bytes of which no two pieces are alike.
+fn junk(bytes: usize) -> Bytes {
+    (0..bytes.div_ceil(8) as u64)
+        .flat_map(|index| (index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes())
+        .take(bytes)
+        .collect()
+}
+
+fn is_missing(result: Result<Bytes, Reason>) -> bool {
+    matches!(result, Err(Reason::Missing))
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_is_put_once(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let (store, name) = (&bench.store, bench.name("a"));
+    assert!(is_missing(bench.read(&name).await));
+
+    store.put(&name, Bytes::from_static(b"first")).await.unwrap();
+    let error = store.put(&name, Bytes::from_static(b"second")).await.unwrap_err();
+
+    assert!(matches!(error.reason(), Reason::Exists), "{error:?}");
+    assert_eq!(bench.read(&name).await.unwrap(), "first");
+    assert_eq!(bench.list("").await, [("a".to_string(), 5)]);
+    assert_eq!(bench.left(), BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    for bytes in [junk(9 * MIB + 1), junk(4 * MIB), Bytes::new(), junk(10), junk(5 * MIB)] {
+        bench.store.replace(&name, bytes.clone()).await.unwrap();
+        assert!(bench.read(&name).await.unwrap() == bytes, "{} bytes", bytes.len());
+        assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
+        assert_eq!(bench.left(), BTreeSet::new());
+    }
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    let version = |number: u8| Bytes::from(vec![number; 1000 + usize::from(number)]);
+    bench.store.replace(&name, version(0)).await.unwrap();
+    let stores = vec![(bench.store.clone(), name.clone()); 3];
+    let writers = side_by_side((0..).zip(stores).map(move |(writer, (store, name))| async move {
+        for number in (writer..30).step_by(3) {
+            store.replace(&name, version(number)).await.unwrap();
+        }
+    }));
+    let writers = tokio::spawn(writers);
+    let mut seen = BTreeSet::new();
+    loop {
+        let written = writers.is_finished();
+        let reads = vec![(bench.store.clone(), name.clone()); 8];
+        let read = side_by_side(reads.into_iter().map(|(store, name)| async move {
+            let pieces = store.get(&name).await.unwrap();
+            pieces.collect(&name, MIB).await.unwrap()
+        }));
+        for bytes in read.await {
+            assert_eq!(bytes, version(bytes[0]));
+            seen.insert(bytes[0]);
+        }
+        if written {
+            break;
+        }
+    }
+    writers.await.unwrap();
+    // Whoever was the last one, it had written its last version.
+    assert!(seen.last() >= Some(&27), "{seen:?}");
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_is_written_in_pieces_becomes_visible_when_it_is_finished(
+    #[case] kind: Kind,
+    #[values((0, 1), (1, 1), (100, 7), (4 * MIB, 4 * MIB), (4 * MIB + 1, MIB), (8 * MIB, 3 * MIB + 5), (40 * MIB, 700_001))]
+    sizes: (usize, usize),
+) {
+    let (bytes, write_bytes) = sizes;
+    let bench = Bench::new(kind);
+    let (name, bytes) = (bench.name("a"), junk(bytes));
+    let mut writer = bench.store.create(&name).await.unwrap();
+    let mut left = bytes.clone();
+    while !left.is_empty() {
+        writer.write(left.split_to(write_bytes.min(left.len()))).await.unwrap();
+    }
+    assert_eq!(bench.list("").await, []);
+    assert!(is_missing(bench.read(&name).await));
+
+    writer.finish().await.unwrap();
+
+    assert!(bench.read(&name).await.unwrap() == bytes);
+    assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
+    assert_eq!(bench.left(), BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_may_stop_early(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let (name, bytes) = (bench.name("a"), junk(20 * MIB));
+    bench.store.put(&name, bytes.clone()).await.unwrap();
+    let mut pieces = bench.store.get(&name).await.unwrap();
+    let first = pieces.next().await.unwrap().unwrap();
+    assert!(!first.is_empty() && first.len() <= MIB && first == bytes[..first.len()]);
+    drop(pieces);
+    assert!(bench.read(&name).await.unwrap() == bytes);
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_that_is_dropped_leaves_nothing(#[case] kind: Kind, #[values(0, 10, 9 * MIB)] bytes: usize) {
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    let mut writer = bench.store.create(&name).await.unwrap();
+    writer.write(junk(bytes)).await.unwrap();
+    drop(writer);
+
+    bench.until_nothing_is_left().await;
+
+    assert!(is_missing(bench.read(&name).await));
+    assert_eq!(bench.list("").await, []);
+    bench.store.put(&name, junk(10)).await.unwrap();
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_does_not_finish_over_an_object(#[case] kind: Kind, #[values(10, 9 * MIB)] bytes: usize) {
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    let mut late = bench.store.create(&name).await.unwrap();
+    late.write(junk(bytes)).await.unwrap();
+    let mut early = bench.store.create(&name).await.unwrap();
+    early.write(Bytes::from_static(b"early")).await.unwrap();
+
+    early.finish().await.unwrap();
+    let error = late.finish().await.unwrap_err();
+
+    assert!(matches!(error.reason(), Reason::Exists), "{error:?}");
+    assert_eq!(bench.read(&name).await.unwrap(), "early");
+    assert_eq!(bench.left(), BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_many_that_write_the_same_name_wins(
+    #[case] kind: Kind,
+    #[values(How::Put, How::Finish)] how: How,
+) {
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    let bytes = |number| Bytes::from(vec![number; 4 * MIB]);
+    let mut writes = Vec::new();
+    for number in 0..16 {
+        let (store, name, bytes) = (bench.store.clone(), name.clone(), bytes(number));
+        let write: BoxFuture<_> = match how {
+            How::Put => Box::pin(async move { store.put(&name, bytes).await }),
+            How::Finish => {
+                let mut writer = store.create(&name).await.unwrap();
+                writer.write(bytes).await.unwrap();
+                writer.finish()
+            }
+        };
+        writes.push(async move { (number, write.await) });
+    }
+    let mut won = Vec::new();
+    for (number, written) in side_by_side(writes.into_iter()).await {
+        match written {
+            Ok(()) => won.push(number),
+            Err(error) => assert!(matches!(error.reason(), Reason::Exists), "{error:?}"),
+        }
+    }
+    assert_eq!(won.len(), 1, "{won:?}");
+    assert!(bench.read(&name).await.unwrap() == bytes(won[0]));
+    assert_eq!(bench.left(), BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_are_listed_by_name_and_prefix(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    for (name, bytes) in [("b-2", 2), ("a-10", 10), ("b-1", 5 * MIB), ("a-9", 0), ("b", 1), ("c", 1)] {
+        bench.store.put(&bench.name(name), junk(bytes)).await.unwrap();
+    }
+    // Neither of these is an object.
+    let mut writer = bench.store.create(&bench.name("b-3")).await.unwrap();
+    writer.write(junk(5 * MIB)).await.unwrap();
+    bench.store.delete(&bench.name("c")).await.unwrap();
+
+    let with_sizes = |expected: &[(&str, usize)]| {
+        expected.iter().map(|(name, bytes)| (name.to_string(), *bytes as u64)).collect::<Vec<_>>()
+    };
+    let (a, b) = ([("a-10", 10), ("a-9", 0)], [("b", 1), ("b-1", 5 * MIB), ("b-2", 2)]);
+    assert_eq!(bench.list("").await, with_sizes(&[&a[..], &b[..]].concat()));
+    assert_eq!(bench.list("b").await, with_sizes(&b));
+    assert_eq!(bench.list("b-").await, with_sizes(&b[1..]));
+    assert_eq!(bench.list("x").await, []);
+    let mut whole = bench.store.list(&bench.folder, "").await.unwrap();
+    whole.retain(|object| object.name.contains(&bench.prefix));
+    assert_eq!(whole.len(), 5, "{whole:?}");
+    assert_eq!(bench.store.list(&Folder::own("nothing"), "").await.unwrap(), []);
+    drop(writer);
+    bench.until_nothing_is_left().await;
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_with_many_objects_is_listed_whole(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let mut expected: Vec<_> = (0..1100).map(|index| (format!("{index}"), index % 3)).collect();
+    for some in expected.chunks(50) {
+        side_by_side(some.iter().map(|(name, bytes)| {
+            let (store, name, bytes) = (bench.store.clone(), bench.name(name), junk(*bytes as usize));
+            async move { store.put(&name, bytes).await.unwrap() }
+        }))
+        .await;
+    }
+    expected.sort();
+    assert_eq!(bench.list("").await, expected);
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_may_be_repeated(#[case] kind: Kind, #[values(3, 9 * MIB)] bytes: usize) {
+    let bench = Bench::new(kind);
+    let (name, other) = (bench.name("a"), bench.name("a-other"));
+    bench.store.delete(&name).await.unwrap();
+    bench.store.put(&name, junk(bytes)).await.unwrap();
+    bench.store.put(&other, junk(bytes)).await.unwrap();
+    for _ in 0..2 {
+        bench.store.delete(&name).await.unwrap();
+        assert!(is_missing(bench.read(&name).await));
+        assert_eq!(bench.list("").await, [("a-other".to_string(), bytes as u64)]);
+        assert_eq!(bench.left(), BTreeSet::new());
+    }
+    bench.store.put(&name, junk(1)).await.unwrap();
+    assert!(bench.read(&other).await.unwrap() == junk(bytes));
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    bench.store.put(&bench.name("a-done"), junk(9 * MIB)).await.unwrap();
+    let mut writers = Vec::new();
+    for name in ["a-1", "a-done", "b-1"] {
+        let mut writer = bench.store.create(&bench.name(name)).await.unwrap();
+        writer.write(junk(9 * MIB)).await.unwrap();
+        writers.push(writer);
+    }
+
+    bench.store.tidy(&bench.folder, &format!("{}a-", bench.prefix)).await.unwrap();
+
+    assert!(bench.read(&bench.name("a-done")).await.unwrap() == junk(9 * MIB));
+    let finished = writers.pop().unwrap().finish().await;
+    assert!(finished.is_ok(), "{finished:?}");
+    assert!(bench.read(&bench.name("b-1")).await.unwrap() == junk(9 * MIB));
+    if !matches!(bench.left, Left::Nothing) {
+        // Whoever is told so late that it was taken for dead must not make half an object.
+        assert!(writers.remove(0).finish().await.is_err());
+        assert!(is_missing(bench.read(&bench.name("a-1")).await));
+    }
+    drop(writers);
+    assert_eq!(bench.left(), BTreeSet::new());
+    bench.clean().await;
+}
+
+#[cfg(feature = "ceph")]
+mod rados {
+    use backhaul::ceph::{Cluster, Features, MapChange, Mode, NewImage, Pool};
+    use backhaul::error::Class;
+    use backhaul::store::Rados;
+
+    use super::*;
+    use crate::support::ceph::Ceph;
+
+    const INDEX: &str = ".backhaul/stores/.index";
+
+    fn bench() -> (Bench, Pool) {
+        let bench = Bench::new(Kind::Rados);
+        let Left::Pool(pool) = &bench.left else { panic!("it is no pool") };
+        let pool = pool.clone();
+        (bench, pool)
+    }
+
+    /// The RADOS object that a part of an object is.
+    fn part(pool: &Pool, name: &ObjectName, number: usize) -> String {
+        let entry = String::from_utf8(pool.map_value(INDEX, &name.name).unwrap().unwrap()).unwrap();
+        format!("{name}/.{}.{number}", entry.split(' ').next_back().unwrap())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_part_that_is_missing_or_short_is_an_error_that_says_so() {
+        let (bench, pool) = bench();
+        let name = bench.name("a");
+        bench.store.put(&name, junk(9 * MIB)).await.unwrap();
+        let parts: Vec<_> = (0..3).map(|number| part(&pool, &name, number)).collect();
+        let problem = async || bench.read(&name).await.unwrap_err().to_string();
+
+        pool.replace_object(&parts[2], &junk(MIB - 1)).unwrap();
+        assert!(problem().await.contains("part 3 of 3") && problem().await.contains("too short"));
+        assert!(pool.remove_object(&parts[1]).unwrap());
+        assert!(problem().await.contains("part 2 of 3") && problem().await.contains("missing"));
+        assert!(pool.remove_object(&parts[0]).unwrap());
+        assert!(problem().await.contains("part 1 of 3") && problem().await.contains("missing"));
+
+        // What is left of it goes all the same.
+        bench.store.delete(&name).await.unwrap();
+        assert_eq!(pool.object_bytes(&parts[2]).unwrap(), None);
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_part_outlives_its_object_or_its_writer() {
+        let (bench, pool) = bench();
+        let name = bench.name("a");
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(junk(9 * MIB)).await.unwrap();
+        let key = bench.left().pop_first().unwrap();
+        let id = key.rsplit_once("/.").unwrap().1;
+        let written = [0, 1].map(|number| format!("{name}/.{id}.{number}"));
+        let there = |part: &String| pool.object_bytes(part).unwrap().is_some();
+        assert!(written.iter().all(there));
+        drop(writer);
+        bench.until_nothing_is_left().await;
+        assert!(!written.iter().any(there));
+
+        bench.store.put(&name, junk(9 * MIB)).await.unwrap();
+        let mut parts: Vec<_> = (0..3).map(|number| part(&pool, &name, number)).collect();
+        assert!(parts.iter().all(there));
+
+        bench.store.replace(&name, junk(9 * MIB)).await.unwrap();
+        assert!(!parts.iter().any(there));
+        parts = (0..3).map(|number| part(&pool, &name, number)).collect();
+        assert!(parts.iter().all(there));
+
+        bench.store.delete(&name).await.unwrap();
+        assert!(!parts.iter().any(there));
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_writer_or_a_delete_left_when_it_died_is_removed_by_the_next_one() {
+        let (bench, pool) = bench();
+        let name = bench.name("a");
+        let [written, deleted] = [(); 2].map(|()| Uuid::new_v4().simple().to_string());
+        let parts = |id: &str| (0..3).map(|number| format!("{name}/.{id}.{number}")).collect::<Vec<_>>();
+        let there = |id: &str| parts(id).iter().any(|part| pool.object_bytes(part).unwrap().is_some());
+        for part in [parts(&written), parts(&deleted)].concat() {
+            pool.create_object(&part, b"part").unwrap();
+        }
+        let keys = [&written, &deleted].map(|id| format!(".{}/.{id}", name.name));
+        let entry = format!("12 4 {deleted}");
+        let died = [MapChange::Set(&keys[0], b"writing"), MapChange::Set(&keys[1], entry.as_bytes())];
+        assert!(pool.change_map(INDEX, &died).unwrap());
+
+        assert_eq!(bench.list("").await, []);
+        bench.store.delete(&name).await.unwrap();
+        assert!(!there(&deleted));
+        // It may still be at work: only who knows that it is not may remove it.
+        assert!(there(&written));
+        assert_eq!(bench.left(), BTreeSet::from([keys[0].clone()]));
+        bench.store.tidy(&bench.folder, &name.name).await.unwrap();
+        assert!(!there(&written));
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_object_that_is_deleted_while_it_is_read_is_never_taken_for_a_shorter_one() {
+        let (bench, _) = bench();
+        let name = bench.name("a");
+        bench.store.put(&name, junk(40 * MIB)).await.unwrap();
+        let pieces = bench.store.get(&name).await.unwrap();
+        bench.store.delete(&name).await.unwrap();
+
+        let error = pieces.collect(&name, 64 * MIB).await.unwrap_err();
+
+        assert!(matches!(error.reason(), Reason::Passing(_)), "{error:?}");
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_pool_that_is_full_is_said_to_be_and_deletes_make_room() {
+        let (ceph, pool) = (Ceph::shared(), format!("full-{}", Uuid::new_v4()));
+        ceph.ceph(&["osd", "pool", "create", &pool, "1"]);
+        ceph.ceph(&["osd", "pool", "set-quota", &pool, "max_objects", "20"]);
+        // Its own user may not use this pool.
+        let cluster = Cluster::connect(ceph.conf(), "admin", 30).unwrap();
+        let store = Rados::new(cluster.pool(&pool).unwrap());
+        let folder = Folder::own("full");
+        let name = |number: u32| folder.object(&format!("{number}")).unwrap();
+        let until = Instant::now() + Duration::from_secs(120);
+
+        // The cluster counts now and then only, so that there is room for more than the quota until it has.
+        let mut put = 0;
+        let error = loop {
+            match store.put(&name(put), junk(1)).await {
+                Ok(()) => put += 1,
+                Err(error) => break error,
+            }
+            assert!(Instant::now() < until, "{put} objects fit into the pool");
+        };
+        assert!(matches!(error.reason(), Reason::Full), "{error:?}");
+        for number in 0..put {
+            store.delete(&name(number)).await.unwrap();
+        }
+        assert_eq!(store.list(&folder, "").await.unwrap(), []);
+        while let Err(error) = store.put(&name(0), junk(1)).await {
+            assert!(matches!(error.reason(), Reason::Full), "{error:?}");
+            assert!(Instant::now() < until, "nothing fits into the pool, which is empty");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        ceph.ceph(&["osd", "pool", "delete", &pool, &pool, "--yes-i-really-really-mean-it"]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_was_shut_out_may_try_again() {
+        let (bench, pool) = bench();
+        let image = format!("image-{}", Uuid::new_v4());
+        pool.create_image(&image, &NewImage { bytes: 1, features: Features::EXCLUSIVE_LOCK, stripes: None })
+            .unwrap();
+        let open = |pool: &Pool| pool.open_image(&image, None, Mode::Write).unwrap();
+        let held = open(&pool);
+        held.lock().unwrap();
+        bench.store.put(&bench.name("a"), junk(1)).await.unwrap();
+
+        // Who takes somebody's lock has the cluster shut out all of that client.
+        let other = super::pool();
+        assert!(open(&other).break_lock().unwrap());
+        let error = bench.store.put(&bench.name("b"), junk(1)).await.unwrap_err();
+
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        drop((held, pool));
+        Rados::new(other.clone()).delete(&bench.name("a")).await.unwrap();
+        other.remove_image(&image).unwrap();
+    }
+}

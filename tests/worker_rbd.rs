@@ -1,0 +1,231 @@
+//! Whole passes with a store of RBD images: the real program, a real broker, a real cluster.
+
+#![cfg(feature = "ceph")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use support::ceph::{Ceph, Image};
+use support::rabbit::Rabbit;
+use support::stack::{Stack, noise, until};
+use uuid::Uuid;
+
+const MIB: usize = 1 << 20;
+
+/// A broker that nobody needs.
+const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
+/// The default store in a pool, beside the one that is a folder.
+fn stores(conf: &Path, more: &str) -> String {
+    format!(
+        "[ceph.main]\nconf = \"{}\"\nuser = \"cinder\"\noperation_seconds_max = 30\n\n\
+         [store.images]\nkind = \"rbd\"\npool = \"backups\"\ndefault = true\n{more}",
+        conf.display()
+    )
+}
+
+/// The names of the images of a pool that have `part` in them.
+fn images(ceph: &Ceph, pool: &str, part: &str) -> Vec<String> {
+    ceph.rbd(&["ls", pool]).lines().filter(|name| name.contains(part)).map(Into::into).collect()
+}
+
+fn snapshots(ceph: &Ceph, image: &str) -> Value {
+    serde_json::from_str(&ceph.rbd(&["snap", "ls", "--format", "json", image])).unwrap()
+}
+
+/// Some data, and a lot of nothing.
+fn filled(ceph: &Ceph) -> Image<'_> {
+    let image = ceph.image("volumes", 64 << 20);
+    image.write(&[(0, &noise(1, 3 * MIB)), (20 << 20, &noise(2, 5 * MIB)), ((64 << 20) - 512, &[7; 512])]);
+    image
+}
+
+#[test]
+fn an_rbd_volume_goes_through_the_queue_into_a_pool_and_back() {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let stack = Stack::new(rabbit.url(), "", &stores(ceph.conf(), ""));
+    let mut worker = stack.worker();
+    let image = filled(&ceph);
+    let (volume_id, source) = (Uuid::new_v4().to_string(), format!("rbd:{}", image.spec()));
+    let backup = ["backup", "--volume-id", &volume_id, "--source", &source];
+
+    let first = image.read();
+    let (code, full) = stack.submit(&backup);
+    assert_eq!((code, &full["method"], &full["store"]), (0, &json!("rbd full"), &json!("images")), "{full}");
+    image.write(&[(21 << 20, &noise(3, 8192))]);
+    image.discard(22 << 20, 4 << 20);
+    let second = image.read();
+    let (code, incremental) = stack.submit(&[&backup[..], &["--incremental"]].concat());
+    assert_eq!((code, &incremental["method"]), (0, &json!("rbd incremental")), "{incremental}");
+    assert_eq!(incremental["parent_id"], full["backup_id"]);
+    let read = incremental["bytes_read"].as_u64().unwrap();
+    assert!(read < 16 << 20, "{read} bytes were read of what hardly changed");
+    assert_eq!(images(&ceph, "backups", &volume_id).len(), 1, "a chain is one image");
+
+    for (point, bytes) in [(&full, &first), (&incremental, &second)] {
+        let id = point["backup_id"].as_str().unwrap();
+        let restored = format!("volumes/restored-{id}");
+        let target = format!("rbd:main/{restored}");
+        let (code, ended) = stack.submit(&["restore", "--backup-id", id, "--target", &target]);
+        assert_eq!((code, &ended["digest"]), (0, &point["digest"]), "{ended}");
+        assert!(ceph.existing(&restored).read() == *bytes);
+        assert_eq!(snapshots(&ceph, &restored), json!([]));
+        let (code, ended) = stack.submit(&["verify", "--backup-id", id]);
+        assert_eq!((code, &ended["digest"]), (0, &point["digest"]), "{ended}");
+    }
+    assert!(image.read() == second);
+
+    let list = stack.ok(&["list", "--volume-id", &volume_id]);
+    assert!(list.contains(full["backup_id"].as_str().unwrap()), "{list}");
+    for point in [&incremental, &full] {
+        let id = point["backup_id"].as_str().unwrap();
+        assert_eq!(stack.submit(&["delete", "--backup-id", id]).0, 0);
+        assert!(!stack.ok(&["list", "--volume-id", &volume_id]).contains(id));
+    }
+    assert_eq!(images(&ceph, "backups", &volume_id), [""; 0]);
+    assert_eq!(snapshots(&ceph, image.spec()), json!([]));
+
+    worker.terminate();
+    assert_eq!(worker.ended(), 0);
+}
+
+#[test]
+fn a_file_is_copied_into_a_pool_and_an_image_into_a_folder() {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let stack = Stack::new(rabbit.url(), "", &stores(ceph.conf(), ""));
+    let _worker = stack.worker();
+    let bytes = [noise(4, 3 * MIB + 1000), vec![0; 9 * MIB], noise(5, 1000)].concat();
+    fs::write(stack.volume("a.img"), &bytes).unwrap();
+    let image = filled(&ceph);
+    let (of_file, of_image) = (stack.location("a.img"), format!("rbd:{}", image.spec()));
+
+    for (source, store, method) in [(&of_file, "images", "copy full"), (&of_image, "local", "chunked full")] {
+        let volume_id = Uuid::new_v4().to_string();
+        let backup = ["backup", "--volume-id", &volume_id, "--source", source, "--store", store];
+        let (code, full) = stack.submit(&backup);
+        assert_eq!((code, &full["method"]), (0, &json!(method)), "{full}");
+
+        let (id, target) = (full["backup_id"].as_str().unwrap(), stack.location(&volume_id));
+        let (code, ended) =
+            stack.submit(&["restore", "--backup-id", id, "--store", store, "--target", &target]);
+
+        assert_eq!((code, &ended["digest"]), (0, &full["digest"]), "{ended}");
+        let expected = if store == "images" { bytes.clone() } else { image.read() };
+        assert!(fs::read(stack.volume(&volume_id)).unwrap() == expected);
+    }
+}
+
+#[test]
+fn a_cluster_that_is_away_keeps_only_its_own_jobs_waiting() {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let conf = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&conf, "[global]\nmon_host = 127.0.0.1:1\nauth_client_required = none\n").unwrap();
+    let stores = stores(conf.path(), "").replace("_max = 30", "_max = 1");
+    let stack = Stack::new(rabbit.url(), "attempts_max = 100", &stores);
+    fs::write(stack.volume("a.img"), noise(6, MIB)).unwrap();
+    let worker = stack.worker();
+    assert!(worker.log().contains("store not reached; its jobs are put off"), "{}", worker.log());
+    let (volume_id, backup_id) = (Uuid::new_v4().to_string(), Uuid::new_v4().to_string());
+    let source = stack.location("a.img");
+    let backup = ["backup", "--volume-id", &volume_id, "--source", &source];
+
+    stack.ok(&[&["submit"], &backup[..], &["--backup-id", &backup_id]].concat());
+    until("the job is put off", || worker.log().contains("failed for now, trying again later"));
+    let (code, ended) = stack.submit(&[&backup[..], &["--store", "local"]].concat());
+    assert_eq!(code, 0, "{ended}");
+    assert!(!stack.run(&["list"]).status.success());
+    stack.ok(&["list", "--store", "local"]);
+
+    let whole = stack.path("ceph.conf");
+    fs::copy(ceph.conf(), &whole).unwrap();
+    fs::rename(&whole, conf.path()).unwrap();
+    until("the job is done", || {
+        let output = stack.run(&["list", "--volume-id", &volume_id]);
+        String::from_utf8(output.stdout).unwrap().contains("available")
+    });
+}
+
+#[test]
+fn a_worker_does_not_begin_with_a_pool_or_a_user_that_it_cannot_use() {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let of_cluster = stores(ceph.conf(), "");
+    let cases = [
+        (of_cluster.replace("\"backups\"", "\"nowhere\""), "because: open pool nowhere: No such file"),
+        (of_cluster.replace("\"cinder\"", "\"nobody\""), "client.nobody"),
+    ];
+
+    for (stores, words) in cases {
+        let stack = Stack::new(rabbit.url(), "", &stores);
+        let output = stack.run(&["worker"]);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(told.contains(words), "{told}");
+
+        let output = stack.run(&["check"]);
+        let told = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(told.contains("FAILED  store images: ") && told.contains("ok      store local"), "{told}");
+    }
+}
+
+#[test]
+fn check_finds_a_pool_well_and_leaves_nothing_behind() {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let more = "journaling = true\nstripe_unit_bytes = 65536\nstripe_count = 4\n";
+    let stack = Stack::new(rabbit.url(), "", &stores(ceph.conf(), more));
+
+    let told = stack.ok(&["check"]);
+
+    let ok = "ok      store images: pool backups can be written, read and listed, and images be made in it";
+    assert!(told.contains(ok) && !told.contains("FAILED"), "{told}");
+    assert_eq!(images(&ceph, "backups", "check"), [""; 0]);
+    // Stripes must fit into an object.
+    let stack = Stack::new(rabbit.url(), "", &stores(ceph.conf(), &more.replace("65536", "8388608")));
+    let output = stack.run(&["check"]);
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(told.contains("FAILED  store images: create image backups/backhaul-check-"), "{told}");
+}
+
+#[test]
+fn a_backup_goes_from_one_store_to_another_as_cinders_record() {
+    let ceph = Ceph::shared();
+    let stack = Stack::new(
+        NO_BROKER,
+        "",
+        &stores(ceph.conf(), "[store.imported]\nkind = \"rbd\"\npool = \"backups2\"\n"),
+    );
+    let image = filled(&ceph);
+    let (volume_id, source) = (Uuid::new_v4().to_string(), format!("rbd:{}", image.spec()));
+    let backup = ["run", "backup", "--volume-id", &volume_id, "--source", &source, "--json"];
+    let mut ids = Vec::new();
+    for more in [&[][..], &["--incremental"]] {
+        let ended: Value = serde_json::from_str(&stack.ok(&[&backup[..], more].concat())).unwrap();
+        ids.push(ended["data"]["backup_id"].as_str().unwrap().to_owned());
+        image.write(&[(9 << 20, &noise(7, 4096))]);
+    }
+
+    for id in &ids {
+        let exported = stack.ok(&["record", "export", id]);
+        assert!(exported.contains("cinder.backup.drivers.ceph.CephBackupDriver"), "{exported}");
+        fs::write(stack.path("record.json"), &exported).unwrap();
+
+        let output = stack.run(&["record", "import", "record.json", "--store", "local"]);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(told.contains("cannot be taken into this store, which keeps them as files"), "{told}");
+
+        let taken_in = stack.ok(&["record", "import", "record.json", "--store", "imported"]);
+        assert!(taken_in.contains(id.as_str()), "{taken_in}");
+        stack.ok(&["run", "verify", "--backup-id", id, "--store", "imported"]);
+        assert_eq!(stack.ok(&["record", "export", id, "--store", "imported"]), exported);
+    }
+    let shown = stack.ok(&["show", &ids[1], "--store", "imported"]);
+    assert!(
+        shown.contains("Cinder") && shown.contains(&format!("volume-{volume_id}.backup.{}", ids[0])),
+        "{shown}"
+    );
+}
