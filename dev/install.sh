@@ -19,7 +19,10 @@ components=()
 case ${1:-run} in
 run) ;;
 ceph) packages+=("${cluster_packages[@]}") ;;
-test) packages+=("${cluster_packages[@]}" openssl) tools=(cargo-nextest@0.9.143) ;;
+test)
+  packages+=("${cluster_packages[@]}" openssl python3-rados python3-rbd python3-venv)
+  tools=(cargo-nextest@0.9.143)
+  ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
 bench) packages+=("${cluster_packages[@]}" time) ;;
 *) die "usage: install.sh [ceph|test|check|bench]" ;;

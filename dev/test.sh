@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test, with and without the feature `ceph`, against a RabbitMQ and two Ceph clusters of its own, which
-# it stops at the end.
+# it stops at the end, and with OpenStack's Cinder, which dev/cinder.sh installs.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,9 @@ finish() {
 }
 trap finish EXIT
 
-# The clusters start beside the first pass, which does not need them.
+# The clusters start, and Cinder is installed, beside the first pass, which does not need them.
+dev/cinder.sh >"$work/cinder" &
+cinder=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
 first_cluster=$!
 dev/ceph.sh up "$work/ceph-2" >/dev/null &
@@ -31,6 +33,9 @@ cargo nextest run --locked --no-default-features "$@"
 
 wait "$first_cluster"
 wait "$second_cluster"
+wait "$cinder"
+BACKHAUL_TEST_CINDER=$(<"$work/cinder")
+export BACKHAUL_TEST_CINDER
 export BACKHAUL_TEST_CEPH_CONF=$work/ceph-1/ceph.conf BACKHAUL_TEST_CEPH_CONF_2=$work/ceph-2/ceph.conf
 echo "test.sh: with all features" >&2
 cargo nextest run --locked "$@"

@@ -9,6 +9,8 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use super::content::Content;
+
 /// A cluster that tests may use. It has the pools `volumes`, `backups` and `backups2`, and the user `cinder`.
 pub(crate) struct Ceph {
     conf: PathBuf,
@@ -54,6 +56,15 @@ impl Ceph {
     /// Runs rbd against it and gives what it printed.
     pub(crate) fn rbd(&self, arguments: &[&str]) -> String {
         text(run(&mut self.rbd_command(arguments)))
+    }
+
+    /// What an image holds, or a snapshot of one.
+    pub(crate) fn content(&self, spec: &str) -> Content {
+        let mut export = self.rbd_command(&["export-diff", "--no-progress", spec, "-"]);
+        let mut export = export.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let content = Content::of_diff(export.stdout.take().unwrap());
+        assert!(export.wait().unwrap().success(), "rbd export-diff {spec} -");
+        content
     }
 
     fn rbd_command(&self, arguments: &[&str]) -> Command {

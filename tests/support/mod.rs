@@ -2,6 +2,10 @@
 
 #[cfg(feature = "ceph")]
 pub(crate) mod ceph;
+#[cfg(feature = "ceph")]
+pub(crate) mod cinder;
+#[cfg(feature = "ceph")]
+pub(crate) mod content;
 pub(crate) mod engine;
 pub(crate) mod faulty;
 pub(crate) mod link;

@@ -126,25 +126,31 @@ impl Rbd {
         })
     }
 
-    /// Looks at a backup that Cinder made, and completes its record with the exact size of the volume.
+    /// Looks at a backup that Cinder made, and completes its record with the exact size of the volume and with the image
+    /// that holds it.
     pub async fn inspect(&self, record: &mut Record) -> Result<(), Error> {
-        let (backup_id, wanted) = (record.backup_id, record.clone());
-        let engine = self.clone();
-        let found = blocking(move || {
-            let pool = engine.pool(&engine.connect()?, &wanted)?;
-            let Some(image) = open(&pool, &names::image(&wanted), None)? else {
-                let why = format!("there is no image {}/{}", wanted.container, names::image(&wanted));
-                return Err(Error::NotImportable { backup_id, why });
-            };
-            let bytes = match snapshot_of(&image, &wanted)? {
-                Some(snapshot) => snapshot.bytes,
-                None => image.bytes()?,
-            };
-            Ok((bytes, image.id()?))
-        })
-        .await??;
-        (record.volume_bytes, record.image_id) = (found.0, Some(found.1));
+        let (engine, wanted) = (self.clone(), record.clone());
+        let (name, image_id, bytes) = blocking(move || engine.find(&wanted)).await??;
+        record.service_metadata = names::service_metadata(&name);
+        (record.image_id, record.volume_bytes) = (Some(image_id), bytes);
         Ok(())
+    }
+
+    /// Finds what holds a backup that Cinder made: name and id of the image, and the size of the volume.
+    fn find(&self, record: &Record) -> Result<(String, String, u64), Error> {
+        let not_importable = |why| Error::NotImportable { backup_id: record.backup_id, why };
+        let pool = self.pool(&self.connect()?, record)?;
+        let names = names::images(record);
+        for name in &names {
+            let Some(image) = open(&pool, name, None)? else { continue };
+            let bytes = match snapshot_of(&image, record)? {
+                Some(snapshot) => snapshot.bytes,
+                None if image.snapshots()?.is_empty() => image.bytes()?,
+                None => return Err(not_importable(format!("{} has no snapshot of it", image.path()))),
+            };
+            return Ok((name.clone(), image.id()?, bytes));
+        }
+        Err(not_importable(format!("there is no image {} in pool {}", names.join(" or "), pool.name())))
     }
 
     /// Whether the snapshot is there that makes the backup visible; it is the first thing that a delete removes.

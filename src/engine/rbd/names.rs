@@ -29,12 +29,22 @@ pub fn service_metadata(base: &str) -> String {
     format!("{{\"base\": \"{base}\"}}")
 }
 
-/// The image that holds a backup. Cinder keeps no service metadata of some of them.
+/// The image that holds a backup.
 pub fn image(record: &Record) -> String {
     match serde_json::from_str::<ServiceMetadata>(&record.service_metadata) {
         Ok(metadata) => metadata.base,
-        Err(_) => legacy_base(record.volume_id),
+        Err(_) => base(record.volume_id, record.backup_id),
     }
+}
+
+/// The images that may hold a backup that Cinder made; the first one that is there does. Cinder keeps no service
+/// metadata of what it copied as a whole.
+pub fn images(record: &Record) -> Vec<String> {
+    let mut images = vec![image(record)];
+    if record.service_metadata.is_empty() {
+        images.push(legacy_base(record.volume_id));
+    }
+    images
 }
 
 /// The snapshot of a backup, of the same name on the source and on the image that holds it. Cinder's time has a
