@@ -876,7 +876,12 @@ async fn a_full_pool_is_a_clear_error_and_costs_nothing() {
     assert!(matches!(bench.record(job.backup_id()).await.state, RecordState::Error(_)));
     assert_eq!(bench.snapshots(volume.spec()).len(), 1);
     verify(&bench.engine, full.backup_id).await.unwrap();
-    // What frees space works.
+    let error = delete(&bench.engine, full.backup_id).await.unwrap_err();
+    assert!(Problem::new(error.class(), &error).to_string().contains("make room"), "{error:?}");
+    bench.main.ceph(&["osd", "pool", "set-quota", "backups", "max_bytes", "0"]);
+    while bench.main.ceph(&["osd", "pool", "ls", "detail"]).contains("full_quota") {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     delete(&bench.engine, full.backup_id).await.unwrap();
     assert_eq!(bench.images("backups"), Vec::<String>::new());
 }

@@ -169,7 +169,15 @@ impl Pool {
         let code = unsafe { rbd_remove(self.handle(), c_name.as_ptr()) };
         match check(code).map_err(|code| Error::operation("remove image", self.path(name), code)) {
             Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            // librbd says so, too, of one in a pool that is full.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if !self.images()?.iter().any(|image| image == name) {
+                    return Ok(false);
+                }
+                let why = "Ceph calls it missing, and still lists it: if the pool is full, make room, and try again";
+                let error = io::Error::new(io::ErrorKind::StorageFull, why);
+                Err(Error::Operation { action: "remove image", object: self.path(name), error })
+            }
             Err(error) => Err(error),
         }
     }
