@@ -14,15 +14,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backhaul::ceph::{Access, Clusters};
-use backhaul::cinder::export_record::ExportRecord;
+use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::chunked::Budget;
-use backhaul::engine::rbd::{Rbd, Settings};
+use backhaul::engine::rbd::{CHECKPOINT_BYTES, Rbd, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
-use backhaul::job::{BackupId, Context, Counts, Job, Location, Parent, Record, RestoreWork, VolumeId, Work};
+use backhaul::job::{BackupId, Context, Job, Location, Parent, Record, RestoreWork, VolumeId, Work};
 use backhaul::runner::plan;
 use backhaul::store::Memory;
 use backhaul::volume::FileRoots;
-use base64::prelude::{BASE64_STANDARD, Engine as _};
 use rstest::rstest;
 use serde_json::{Value, json};
 use support::ceph::{Ceph, Image};
@@ -59,6 +58,7 @@ impl Stage {
                 source_snapshots_max: 0,
                 journaling: false,
                 stripes: None,
+                checkpoint_bytes: CHECKPOINT_BYTES,
             },
             Cpu::start(2).unwrap(),
             Budget::new(MEMORY_BYTES),
@@ -249,25 +249,8 @@ impl Volume<'_> {
 /// The record of a backup that Cinder made, from its export.
 fn exported(cinder: &mut Cinder, id: BackupId) -> Record {
     let export = cinder.ask("export_record", json!({ "backup_id": id }));
-    let ExportRecord { backup_service, backup_url } = serde_json::from_value(export).unwrap();
-    let fields: Value = serde_json::from_slice(&BASE64_STANDARD.decode(backup_url).unwrap()).unwrap();
-    let record = json!({
-        "backup_id": id,
-        "volume_id": fields["volume_id"],
-        "state": "available",
-        "parent_id": fields["parent_id"],
-        "service": backup_service,
-        "service_metadata": fields["service_metadata"].as_str().unwrap_or_default(),
-        "container": fields["container"],
-        "name": fields["display_name"],
-        "project_id": fields["project_id"],
-        "created_at": fields["created_at"],
-        "volume_bytes": 0,
-        "counts": Counts::default(),
-        "object_digests": [],
-        "cinder_fields": fields,
-    });
-    serde_json::from_value(record).unwrap()
+    let form = Form::Images { pool: POOL.parse().unwrap() };
+    export_record::import(export.to_string().as_bytes(), &form).unwrap()
 }
 
 fn location(spec: &str) -> Location {

@@ -58,8 +58,8 @@ impl Rbd {
         }
         let left = image.snapshots()?;
         // An image goes with its last backup. One that another backup made is only ours to remove when that backup has
-        // no record any more, and ours was in it.
-        // What Cinder copied as a whole has no snapshot, and may be in an image of another name.
+        // no record any more, and ours was in it. What Cinder copied as a whole has no snapshot, and may be in an image
+        // of another name.
         let taken_in = record.job_id.is_none() && record.image_id == Some(image.id()?);
         let ours = is_made_by(&name, record) || taken_in || (snapshot.is_some() && !shared);
         drop(image);
