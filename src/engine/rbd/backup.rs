@@ -175,6 +175,11 @@ impl Rbd {
                     shut_out(&image, record)?;
                 }
                 self.lock(&image, record)?;
+                // The attempt before may have come as far as this, and died before it could say so.
+                if let Some(snapshot) = snapshot_of(&image, record)? {
+                    image.remove_snapshot(&snapshot.name)?;
+                    pool.remove_object(&names::metadata_object(record.backup_id))?;
+                }
                 if image.bytes()? != volume_bytes {
                     image.resize(volume_bytes)?;
                 }
