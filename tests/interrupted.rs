@@ -475,3 +475,19 @@ async fn a_backup_that_is_half_deleted_never_seems_whole_again() {
     let record = engine.catalog().record(half_deleted.backup_id).await.unwrap().unwrap();
     assert_eq!(record.state, state);
 }
+
+#[tokio::test]
+async fn a_backup_is_newer_than_the_one_that_it_builds_on_whatever_the_clocks_say() {
+    let scene = Scene::new(Kind::Posix, true).await;
+    let engine = scene.engine();
+    let parent = scene.parent.clone().unwrap();
+    // Of a worker whose clock is ahead, or of a second attempt, which puts its time off by a second.
+    let created_at = parent.created_at + jiff::SignedDuration::from_mins(5);
+    engine.catalog().save(&Record { created_at, ..parent }).await.unwrap();
+
+    let child = backup(&engine, scene.volume_id, &scene.volume.path, Parent::Latest).await.unwrap();
+
+    let none = backhaul::job::BackupId::random();
+    let latest = engine.catalog().latest(scene.volume_id, none).await.unwrap().unwrap();
+    assert_eq!(latest.backup_id, child.backup_id);
+}

@@ -230,6 +230,11 @@ impl Engine {
             let after = earlier.created_at + jiff::SignedDuration::from_secs(1);
             record.created_at = record.created_at.max(after);
         }
+        if let Some(parent) = parent {
+            // Clocks differ, and the time of the parent may have been put off as above; it is older all the same.
+            let after = parent.created_at + jiff::SignedDuration::from_millis(1);
+            record.created_at = record.created_at.max(after);
+        }
         self.name(&mut record);
         #[cfg(feature = "ceph")]
         let record = rbd::with_source_snapshot(record, source).await?;
