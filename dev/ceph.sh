@@ -7,6 +7,11 @@
 #   dev/ceph.sh rbd DIR ARG…          rbd against it, as client.admin
 #   dev/ceph.sh stop-osd DIR [ID]     stop its OSDs, or one; whoever reads or writes then waits
 #   dev/ceph.sh start-osd DIR [ID]    start them again
+#   dev/ceph.sh gateway DIR           start a gateway for S3 and Swift beside it; prints where S3 is, as
+#                                     http://ACCESS_KEY:SECRET_KEY@127.0.0.1:PORT, which DIR/s3 has as well; DIR/s3-tls
+#                                     has the same with TLS, DIR/ca.pem the authority for that, and DIR/swift what Swift's
+#                                     own way to log in needs
+#   dev/ceph.sh stop-gateway DIR      stop the gateway; `gateway` starts it again, on the same port
 #   dev/ceph.sh down DIR              stop it; the files stay until the next `up`
 # It has the pools volumes, backups and backups2, and the users client.admin and client.cinder, which may use RBD in these
 # pools; ceph.conf names the keyring of both. Such lines make another cluster of it:
@@ -27,7 +32,7 @@ die() {
 }
 
 usage() {
-    sed -n '4,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,22s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -74,6 +79,7 @@ stop() {
 down() {
     local osd
     # Each before the one that it talks to.
+    stop client.rgw
     for osd in $(osds); do stop "osd.$osd"; done
     stop mgr.x
     stop mon.a
@@ -81,6 +87,65 @@ down() {
 
 # Prints the ids of all OSDs.
 osds() { seq 0 $(($(<"$dir/osds") - 1)); }
+
+# Makes an authority and a certificate of it for the gateway.
+write_certificate() {
+    local key=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
+    openssl req -x509 "${key[@]}" -days 30 -subj /CN=authority -keyout "$dir/rgw/ca.key" -out "$dir/ca.pem" || return
+    openssl req "${key[@]}" -subj /CN=gateway -keyout "$dir/rgw/key.pem" -out "$dir/rgw/request.pem" || return
+    openssl x509 -req -in "$dir/rgw/request.pem" -days 30 -CA "$dir/ca.pem" -CAkey "$dir/rgw/ca.key" -CAcreateserial \
+        -extfile <(echo subjectAltName=IP:127.0.0.1) -out "$dir/rgw/certificate.pem"
+}
+
+# The ports of the gateway, without and with TLS, stay the same for as long as the cluster is there, so that it can be
+# stopped and started again.
+start_gateway() {
+    local port=$1 tls=$2 certificate
+    certificate="ssl_certificate=$dir/rgw/certificate.pem ssl_private_key=$dir/rgw/key.pem"
+    logged radosgw -c "$conf" -n client.rgw --rgw-data="$dir/rgw" \
+        --rgw-frontends="beast endpoint=127.0.0.1:$port ssl_endpoint=127.0.0.1:$tls $certificate" \
+        --pid-file="$dir/run/client.rgw.pid" --log-file="$dir/log/client.rgw.log" || return
+    # It says that it runs before it is so.
+    for _ in {1..300}; do
+        if running client.rgw >/dev/null && listens "$port" && listens "$tls"; then return; fi
+        sleep 0.1
+    done
+    return 1
+}
+
+gateway() {
+    local port tls key secret swift
+    for program in radosgw openssl; do command -v "$program" >/dev/null || die "no $program: install it"; done
+    running mon.a >/dev/null || die "no cluster runs in $dir"
+    if running client.rgw >/dev/null; then
+        cat "$dir/s3"
+        return
+    fi
+    if [[ -e $dir/s3 ]]; then
+        start_gateway "$(sed 's/.*://' "$dir/s3")" "$(sed 's/.*://' "$dir/s3-tls")" || die "the gateway did not start, see $dir/log"
+        cat "$dir/s3"
+        return
+    fi
+    mkdir -p "$dir/rgw"
+    logged write_certificate || die "no certificate for the gateway was made, see $dir/log/start.log"
+    # Somebody may take a port between our look and the start.
+    for _ in 1 2 3; do
+        port=$(free_port) tls=$(free_port)
+        if start_gateway "$port" "$tls"; then break; fi
+        stop client.rgw
+        port=
+    done
+    [[ -n $port ]] || die "the gateway did not start, see $dir/log"
+    key=$(uuid) secret=$(uuid) swift=$(uuid)
+    logged radosgw-admin -c "$conf" user create --uid backup --display-name backup \
+        --access-key "$key" --secret-key "$secret" || die "no user of the gateway was made, see $dir/log/start.log"
+    logged radosgw-admin -c "$conf" subuser create --uid backup --subuser backup:swift --access full \
+        --key-type swift --secret-key "$swift" || die "no user of the gateway was made, see $dir/log/start.log"
+    echo "http://backup%3Aswift:$swift@127.0.0.1:$port/auth/v1.0" >"$dir/swift"
+    echo "https://$key:$secret@127.0.0.1:$tls" >"$dir/s3-tls"
+    echo "http://$key:$secret@127.0.0.1:$port" >"$dir/s3"
+    cat "$dir/s3"
+}
 
 start_osd() {
     if ! running "osd.$1" >/dev/null; then logged ceph-osd -c "$conf" -i "$1"; fi
@@ -148,6 +213,12 @@ log file = $dir/log/\$name.log
 [osd]
 pid file = $dir/run/\$name.pid
 log file = $dir/log/\$name.log
+[client.rgw]
+# So that keys of customers can be tried without TLS.
+rgw crypt require ssl = false
+rgw thread pool size = 64
+# BUCKET.s3.test is a bucket.
+rgw dns name = s3.test
 END
 }
 
@@ -162,6 +233,7 @@ write_keyring() {
         key "osd.$osd" --cap mon 'allow profile osd' --cap mgr 'allow profile osd' --cap osd 'allow *'
     done
     key client.admin --cap mon 'allow *' --cap mgr 'allow *' --cap osd 'allow *'
+    key client.rgw --cap mon 'allow rw' --cap mgr 'allow rw' --cap osd 'allow rwx'
     key client.cinder --cap mon 'profile rbd' --cap mgr 'profile rbd' --cap osd "$(IFS=, && echo "${rbd[*]}")"
 }
 
@@ -172,7 +244,7 @@ key() { ceph-authtool "$dir/keyring" --gen-key -n "$@"; }
 start() {
     local port=$1 fsid osd id pool task tasks=()
     shift
-    rm -rf "$dir"/{mon,mgr,run,log,no-modules,commands,keyring,monmap,ceph.conf,ready} "$dir"/osd.*
+    rm -rf "$dir"/{mon,mgr,rgw,run,log,no-modules,commands,keyring,monmap,ceph.conf,ready,s3,s3-tls,ca.pem,swift} "$dir"/osd.*
     mkdir -p "$dir"/{mon,mgr,run,log,no-modules}
     fsid=$(uuid)
     write_conf "$fsid" "$port" "$@" >"$conf"
@@ -245,6 +317,8 @@ ceph) exec ceph -c "$conf" --connect-timeout 30 "$@" ;;
 rbd) exec rbd -c "$conf" "$@" ;;
 stop-osd) for osd in ${1-$(osds)}; do stop "osd.$osd"; done ;;
 start-osd) for osd in ${1-$(osds)}; do start_osd "$osd"; done ;;
+gateway) gateway ;;
+stop-gateway) stop client.rgw ;;
 down) down ;;
 *) usage ;;
 esac

@@ -20,7 +20,7 @@ case ${1:-run} in
 run) ;;
 ceph) packages+=("${cluster_packages[@]}") ;;
 test)
-  packages+=("${cluster_packages[@]}" openssl python3-rados python3-rbd python3-venv)
+  packages+=("${cluster_packages[@]}" openssl python3-rados python3-rbd python3-venv radosgw)
   tools=(cargo-nextest@0.9.143)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;

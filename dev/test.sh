@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test, with and without the feature `ceph`, against a RabbitMQ and two Ceph clusters of its own, which
-# it stops at the end, and with OpenStack's Cinder, which dev/cinder.sh installs.
+# Runs every test, with and without the feature `ceph`, against a RabbitMQ and two Ceph clusters of its own, one of them with
+# a gateway for S3, which it stops at the end, and with OpenStack's Cinder, which dev/cinder.sh installs.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ finish() {
 }
 trap finish EXIT
 
-# The clusters start, and Cinder is installed, beside the first pass, which does not need them.
+# Cinder is installed, and the second cluster starts, beside the first pass, which does not need them.
 dev/cinder.sh >"$work/cinder" &
 cinder=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
@@ -25,13 +25,16 @@ first_cluster=$!
 dev/ceph.sh up "$work/ceph-2" >/dev/null &
 second_cluster=$!
 dev/rabbit.sh up "$work/rabbit" >&2
+wait "$first_cluster"
+dev/ceph.sh gateway "$work/ceph-1" >/dev/null
 BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")
-export BACKHAUL_TEST_AMQP_URL
+BACKHAUL_TEST_S3=$(<"$work/ceph-1/s3")
+BACKHAUL_TEST_S3_TLS=$(<"$work/ceph-1/s3-tls")
+export BACKHAUL_TEST_AMQP_URL BACKHAUL_TEST_S3 BACKHAUL_TEST_S3_TLS BACKHAUL_TEST_S3_CA=$work/ceph-1/ca.pem
 
 echo "test.sh: without the feature ceph" >&2
 cargo nextest run --locked --no-default-features "$@"
 
-wait "$first_cluster"
 wait "$second_cluster"
 wait "$cinder"
 BACKHAUL_TEST_CINDER=$(<"$work/cinder")
