@@ -7,10 +7,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backhaul::store::{Folder, Listed, Memory, ObjectName, ObjectStore, Posix, Reason};
+use backhaul::store::{Folder, Listed, Memory, ObjectName, ObjectStore, Posix, Reason, S3};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use rstest::rstest;
+use support::s3;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -20,6 +21,7 @@ const MIB: usize = 1 << 20;
 enum Kind {
     Posix,
     Memory,
+    S3,
     #[cfg(feature = "ceph")]
     Rados,
 }
@@ -42,6 +44,7 @@ struct Bench {
 enum Left {
     Files(TempDir),
     Nothing,
+    Uploads,
     #[cfg(feature = "ceph")]
     Pool(backhaul::ceph::Pool),
 }
@@ -54,6 +57,10 @@ impl Bench {
                 (Arc::new(Posix::open(root.path()).unwrap()), Left::Files(root))
             }
             Kind::Memory => (Arc::new(Memory::default()), Left::Nothing),
+            Kind::S3 => {
+                let settings = s3::settings(&s3::url(), s3::BUCKET);
+                (Arc::new(S3::new(settings).unwrap()), Left::Uploads)
+            }
             #[cfg(feature = "ceph")]
             Kind::Rados => {
                 let pool = pool();
@@ -84,7 +91,7 @@ impl Bench {
     }
 
     /// What lies below the test's own prefix without being an object.
-    fn left(&self) -> BTreeSet<String> {
+    async fn left(&self) -> BTreeSet<String> {
         match &self.left {
             Left::Files(root) => match std::fs::read_dir(root.path().join(self.folder.as_str())) {
                 Ok(entries) => entries
@@ -94,6 +101,9 @@ impl Bench {
                 Err(_) => BTreeSet::new(),
             },
             Left::Nothing => BTreeSet::new(),
+            Left::Uploads => {
+                s3::uploads(s3::BUCKET, &format!("{}/{}", self.folder.as_str(), self.prefix)).await
+            }
             #[cfg(feature = "ceph")]
             Left::Pool(pool) => {
                 let index = format!("{}/.index", self.folder.as_str());
@@ -106,8 +116,8 @@ impl Bench {
     /// Waits until nothing is out of sight any more: a writer that is dropped cleans up behind itself.
     async fn until_nothing_is_left(&self) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while !self.left().is_empty() {
-            assert!(Instant::now() < deadline, "{:?}", self.left());
+        while !self.left().await.is_empty() {
+            assert!(Instant::now() < deadline, "{:?}", self.left().await);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -121,7 +131,7 @@ impl Bench {
             .await;
         }
         self.store.tidy(&self.folder, &self.prefix).await.unwrap();
-        assert_eq!(self.left(), BTreeSet::new());
+        assert_eq!(self.left().await, BTreeSet::new());
     }
 }
 
@@ -157,6 +167,7 @@ fn is_missing(result: Result<Bytes, Reason>) -> bool {
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_is_put_once(#[case] kind: Kind) {
@@ -170,13 +181,14 @@ async fn an_object_is_put_once(#[case] kind: Kind) {
     assert!(matches!(error.reason(), Reason::Exists), "{error:?}");
     assert_eq!(bench.read(&name).await.unwrap(), "first");
     assert_eq!(bench.list("").await, [("a".to_string(), 5)]);
-    assert_eq!(bench.left(), BTreeSet::new());
+    assert_eq!(bench.left().await, BTreeSet::new());
     bench.clean().await;
 }
 
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Kind) {
@@ -186,7 +198,7 @@ async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Ki
         bench.store.replace(&name, bytes.clone()).await.unwrap();
         assert!(bench.read(&name).await.unwrap() == bytes, "{} bytes", bytes.len());
         assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
-        assert_eq!(bench.left(), BTreeSet::new());
+        assert_eq!(bench.left().await, BTreeSet::new());
     }
     bench.clean().await;
 }
@@ -194,6 +206,7 @@ async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Ki
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) {
@@ -233,6 +246,7 @@ async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) 
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_is_written_in_pieces_becomes_visible_when_it_is_finished(
@@ -255,13 +269,14 @@ async fn an_object_that_is_written_in_pieces_becomes_visible_when_it_is_finished
 
     assert!(bench.read(&name).await.unwrap() == bytes);
     assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
-    assert_eq!(bench.left(), BTreeSet::new());
+    assert_eq!(bench.left().await, BTreeSet::new());
     bench.clean().await;
 }
 
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_may_stop_early(#[case] kind: Kind) {
@@ -279,6 +294,7 @@ async fn a_reader_may_stop_early(#[case] kind: Kind) {
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_that_is_dropped_leaves_nothing(#[case] kind: Kind, #[values(0, 10, 9 * MIB)] bytes: usize) {
@@ -299,6 +315,7 @@ async fn a_writer_that_is_dropped_leaves_nothing(#[case] kind: Kind, #[values(0,
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_does_not_finish_over_an_object(#[case] kind: Kind, #[values(10, 9 * MIB)] bytes: usize) {
@@ -314,13 +331,14 @@ async fn a_writer_does_not_finish_over_an_object(#[case] kind: Kind, #[values(10
 
     assert!(matches!(error.reason(), Reason::Exists), "{error:?}");
     assert_eq!(bench.read(&name).await.unwrap(), "early");
-    assert_eq!(bench.left(), BTreeSet::new());
+    assert_eq!(bench.left().await, BTreeSet::new());
     bench.clean().await;
 }
 
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_many_that_write_the_same_name_wins(
@@ -352,13 +370,14 @@ async fn one_of_many_that_write_the_same_name_wins(
     }
     assert_eq!(won.len(), 1, "{won:?}");
     assert!(bench.read(&name).await.unwrap() == bytes(won[0]));
-    assert_eq!(bench.left(), BTreeSet::new());
+    assert_eq!(bench.left().await, BTreeSet::new());
     bench.clean().await;
 }
 
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_are_listed_by_name_and_prefix(#[case] kind: Kind) {
@@ -391,6 +410,7 @@ async fn objects_are_listed_by_name_and_prefix(#[case] kind: Kind) {
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_folder_with_many_objects_is_listed_whole(#[case] kind: Kind) {
@@ -405,12 +425,22 @@ async fn a_folder_with_many_objects_is_listed_whole(#[case] kind: Kind) {
     }
     expected.sort();
     assert_eq!(bench.list("").await, expected);
+
+    // All but some, and one that is not there.
+    let mut names: Vec<_> = expected.iter().skip(30).map(|(name, _)| bench.name(name)).collect();
+    names.push(bench.name("other"));
+    for _ in 0..2 {
+        bench.store.delete_all(&names).await.unwrap();
+        assert_eq!(bench.list("").await, expected[..30]);
+    }
+    bench.store.delete_all(&[]).await.unwrap();
     bench.clean().await;
 }
 
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delete_may_be_repeated(#[case] kind: Kind, #[values(3, 9 * MIB)] bytes: usize) {
@@ -423,7 +453,7 @@ async fn a_delete_may_be_repeated(#[case] kind: Kind, #[values(3, 9 * MIB)] byte
         bench.store.delete(&name).await.unwrap();
         assert!(is_missing(bench.read(&name).await));
         assert_eq!(bench.list("").await, [("a-other".to_string(), bytes as u64)]);
-        assert_eq!(bench.left(), BTreeSet::new());
+        assert_eq!(bench.left().await, BTreeSet::new());
     }
     bench.store.put(&name, junk(1)).await.unwrap();
     assert!(bench.read(&other).await.unwrap() == junk(bytes));
@@ -433,6 +463,7 @@ async fn a_delete_may_be_repeated(#[case] kind: Kind, #[values(3, 9 * MIB)] byte
 #[rstest]
 #[case::posix(Kind::Posix)]
 #[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: Kind) {
@@ -457,7 +488,7 @@ async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: 
         assert!(is_missing(bench.read(&bench.name("a-1")).await));
     }
     drop(writers);
-    assert_eq!(bench.left(), BTreeSet::new());
+    assert_eq!(bench.left().await, BTreeSet::new());
     bench.clean().await;
 }
 
@@ -512,7 +543,7 @@ mod rados {
         let name = bench.name("a");
         let mut writer = bench.store.create(&name).await.unwrap();
         writer.write(junk(9 * MIB)).await.unwrap();
-        let key = bench.left().pop_first().unwrap();
+        let key = bench.left().await.pop_first().unwrap();
         let id = key.rsplit_once("/.").unwrap().1;
         let written = [0, 1].map(|number| format!("{name}/.{id}.{number}"));
         let there = |part: &String| pool.object_bytes(part).unwrap().is_some();
@@ -555,7 +586,7 @@ mod rados {
         assert!(!there(&deleted));
         // It may still be at work: only who knows that it is not may remove it.
         assert!(there(&written));
-        assert_eq!(bench.left(), BTreeSet::from([keys[0].clone()]));
+        assert_eq!(bench.left().await, BTreeSet::from([keys[0].clone()]));
         bench.store.tidy(&bench.folder, &name.name).await.unwrap();
         assert!(!there(&written));
         bench.clean().await;
@@ -629,5 +660,423 @@ mod rados {
         drop((held, pool));
         Rados::new(other.clone()).delete(&bench.name("a")).await.unwrap();
         other.remove_image(&image).unwrap();
+    }
+}
+
+/// What only a store behind a network can meet.
+mod network {
+    use backhaul::error::{Causes, Class};
+    use backhaul::store::{Error, S3Settings, Secret, SecretFrom};
+
+    use super::*;
+    use crate::support::link::Link;
+
+    /// A store that is reached over a link which can be broken, with short limits of time.
+    fn behind(link: &Link) -> S3Settings {
+        let mut settings = s3::settings(link.url(), s3::BUCKET);
+        settings.http.idle_seconds_max = 2;
+        settings
+    }
+
+    fn open(settings: S3Settings) -> S3 {
+        S3::new(settings).unwrap()
+    }
+
+    fn bench(settings: S3Settings) -> Bench {
+        Bench { store: Arc::new(open(settings)), ..Bench::new(Kind::S3) }
+    }
+
+    fn told(error: &Error) -> String {
+        Causes(error).to_string()
+    }
+
+    fn http(status: &str, headers: &str, body: &str) -> String {
+        format!(
+            "HTTP/1.1 {status}\r\n{headers}Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    }
+
+    #[rstest]
+    #[case::access_key("access_key")]
+    #[case::secret_key("secret_key")]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn wrong_keys_are_said_to_be_and_never_shown(#[case] wrong: &str) {
+        let mut settings = s3::settings(&s3::url(), s3::BUCKET);
+        match wrong {
+            "access_key" => settings.access_key = Secret::new("hush".into()),
+            _ => settings.secret_key = SecretFrom::Setting(Secret::new("hush".into())),
+        }
+        let bench = bench(settings.clone());
+        let name = bench.name("a");
+        let failed = [
+            open(settings.clone()).reach().await.unwrap_err(),
+            bench.store.put(&name, junk(MIB)).await.unwrap_err(),
+            bench.store.replace(&name, junk(1)).await.unwrap_err(),
+            bench.store.get(&name).await.unwrap_err(),
+            bench.store.list(&bench.folder, "").await.unwrap_err(),
+            bench.store.delete(&name).await.unwrap_err(),
+            bench.store.tidy(&bench.folder, "").await.unwrap_err(),
+        ];
+        for error in &failed {
+            let told = told(error);
+            assert_eq!(error.class(), Class::Permanent, "{told}");
+            assert!(told.contains("does not accept access_key and secret_key"), "{told}");
+            assert!(
+                !format!("{told}{error:?}{settings:?}{bench:?}", bench = bench.store).contains("hush"),
+                "{told}"
+            );
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_bucket_that_is_missing_is_made_or_said_to_be_missing() {
+        let mut settings = s3::settings(&s3::url(), &s3::new_bucket());
+        settings.create_buckets = false;
+        let (folder, store) = (Folder::own("stores"), open(settings.clone()));
+        let name = folder.object("a").unwrap();
+        let mut writer = store.create(&name).await.unwrap();
+        let failed = [
+            store.reach().await.unwrap_err(),
+            store.put(&name, junk(1)).await.unwrap_err(),
+            store.replace(&name, junk(1)).await.unwrap_err(),
+            writer.write(junk(9 * MIB)).await.unwrap_err(),
+            writer.finish().await.unwrap_err(),
+        ];
+        assert!(told(&failed[4]).contains("an earlier write to it failed"), "{}", told(&failed[4]));
+        for error in &failed[..4] {
+            let told = told(error);
+            assert_eq!(error.class(), Class::Permanent, "{told}");
+            assert!(told.contains(&settings.bucket) && told.contains("create_containers"), "{told}");
+        }
+        assert!(matches!(store.get(&name).await.unwrap_err().reason(), Reason::Missing));
+        assert_eq!(store.list(&folder, "").await.unwrap(), []);
+        store.delete(&name).await.unwrap();
+        store.tidy(&folder, "").await.unwrap();
+
+        settings.create_buckets = true;
+        let makes = open(settings);
+        makes.reach().await.unwrap();
+        assert_eq!(makes.list(&folder, "").await.unwrap(), []);
+        let puts = (0..8).map(|number| {
+            let (makes, name) = (makes.clone(), folder.object(&format!("{number}")).unwrap());
+            async move { makes.put(&name, junk(1)).await.unwrap() }
+        });
+        side_by_side(puts).await;
+        store.reach().await.unwrap();
+        assert_eq!(store.list(&folder, "").await.unwrap().len(), 8);
+        for number in 0..8 {
+            store.delete(&folder.object(&format!("{number}")).unwrap()).await.unwrap();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_container_is_a_bucket_and_has_nothing_of_ours_in_it() {
+        let bucket = s3::new_bucket();
+        let store = open(s3::settings(&s3::url(), &bucket));
+        let container = |name: &str| Folder::from(&name.parse::<backhaul::job::Container>().unwrap());
+        let (own, other) = (Folder::own("records"), s3::new_bucket());
+        for (folder, name) in [(&own, "a"), (&container(&bucket), "v/1/a-00001"), (&container(&other), "b")] {
+            store.put(&folder.object(name).unwrap(), junk(3)).await.unwrap();
+        }
+        let listed = async |folder: &Folder| {
+            let listed = store.list(folder, "").await.unwrap();
+            listed.into_iter().map(|object| object.name).collect::<Vec<_>>()
+        };
+        assert_eq!(listed(&own).await, ["a"]);
+        assert_eq!(listed(&container(&bucket)).await, ["v/1/a-00001"]);
+        assert_eq!(listed(&container(&other)).await, ["b"]);
+        for (folder, name) in [(&own, "a"), (&container(&bucket), "v/1/a-00001"), (&container(&other), "b")] {
+            store.delete(&folder.object(name).unwrap()).await.unwrap();
+        }
+
+        let folders = container("3f/2b/3f2b9c1e");
+        let error = store.put(&folders.object("a").unwrap(), junk(1)).await.unwrap_err();
+        assert_eq!(error.class(), Class::Permanent);
+        assert!(told(&error).contains("3f/2b/3f2b9c1e is no name of a bucket"), "{}", told(&error));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_server_that_is_away_may_come_back() {
+        let mut settings = s3::settings(&s3::url(), s3::BUCKET);
+        // Nobody listens there.
+        settings.endpoint.set_port(Some(1)).unwrap();
+        settings.http.retries_max = 1;
+        let bench = bench(settings);
+        for error in [
+            bench.store.put(&bench.name("a"), junk(1)).await.unwrap_err(),
+            bench.store.get(&bench.name("a")).await.unwrap_err(),
+            bench.store.list(&bench.folder, "").await.unwrap_err(),
+        ] {
+            assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
+            assert!(told(&error).contains("Connection refused"), "{}", told(&error));
+        }
+    }
+
+    #[rstest]
+    #[case::slow_down("503 Slow Down", "Retry-After: 1\r\n", "<Error><Code>SlowDown</Code></Error>")]
+    #[case::busy("503 Service Unavailable", "", "")]
+    #[case::broken("500 Internal Server Error", "", "<html>")]
+    #[case::gateway("502 Bad Gateway", "", "")]
+    #[case::too_many("429 Too Many Requests", "Retry-After: soon\r\n", "")]
+    #[case::too_late("400 Bad Request", "", "<Error><Code>RequestTimeout</Code><Message>x</Message></Error>")]
+    #[case::at_once("409 Conflict", "", "<Error><Code>OperationAborted</Code></Error>")]
+    #[case::said_too_soon("200 OK", "", "<?xml version=\"1.0\"?>\n<Error><Code>InternalError</Code></Error>")]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_may_pass_is_tried_again_up_to_a_limit(
+        #[case] status: &str,
+        #[case] headers: &str,
+        #[case] body: &str,
+    ) {
+        let link = Link::to(&s3::url());
+        let mut settings = behind(&link);
+        settings.http.retries_max = 2;
+        let bench = bench(settings.clone());
+        let (name, answer) = (bench.name("a"), http(status, headers, body));
+        // Each time with new connections only, since what becomes of a request on an old one is another question.
+        let refused = |count| {
+            link.answer(std::iter::repeat_n(answer.clone(), count));
+            let (folder, prefix) = (bench.folder.clone(), bench.prefix.clone());
+            Bench { store: Arc::new(open(settings.clone())), folder, prefix, left: Left::Nothing }
+        };
+        let begun = Instant::now();
+
+        refused(2).store.put(&name, junk(MIB)).await.unwrap();
+        assert_eq!(link.answers_left(), 0);
+        if headers == "Retry-After: 1\r\n" {
+            assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
+        }
+        assert_eq!(refused(2).list("").await, [("a".to_string(), MIB as u64)]);
+        if !status.starts_with("200") {
+            assert!(refused(2).read(&name).await.unwrap() == junk(MIB));
+        }
+
+        let error = refused(3).store.delete(&name).await.unwrap_err();
+        assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
+        assert!(told(&error).contains("the server answered"), "{}", told(&error));
+        assert_eq!(link.answers_left(), 0);
+        bench.clean().await;
+    }
+
+    #[rstest]
+    #[case::quota("403 Forbidden", "<Error><Code>QuotaExceeded</Code></Error>", "the store is full")]
+    #[case::no_room("507 Insufficient Storage", "", "the store is full")]
+    #[case::denied(
+        "403 Forbidden",
+        "<Error><Code>AccessDenied</Code></Error>",
+        "may not do that in bucket tests"
+    )]
+    #[case::clock("403 Forbidden", "<Error><Code>RequestTimeTooSkewed</Code></Error>", "clocks")]
+    #[case::moved(
+        "301 Moved Permanently",
+        "<Error><Code>PermanentRedirect</Code></Error>",
+        "PermanentRedirect"
+    )]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_does_not_pass_is_told_at_once(
+        #[case] status: &str,
+        #[case] body: &str,
+        #[case] expected: &str,
+    ) {
+        let link = Link::to(&s3::url());
+        let bench = bench(behind(&link));
+        link.answer([http(status, "", body)]);
+        let error = bench.store.put(&bench.name("a"), junk(MIB)).await.unwrap_err();
+        assert_eq!(error.class(), Class::Permanent, "{}", told(&error));
+        assert!(told(&error).contains(expected), "{}", told(&error));
+        assert_eq!(bench.list("").await, []);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn connections_that_are_cut_in_the_middle_cost_nothing_but_time() {
+        let link = Link::to(&s3::url());
+        let bench = bench(behind(&link));
+        let (name, bytes) = (bench.name("a"), junk(20 * MIB));
+
+        link.cut_after([MIB, 10 * MIB, 300]);
+        bench.store.put(&name, bytes.clone()).await.unwrap();
+        assert_eq!(link.cuts_left(), 0);
+        link.cut_after([MIB, 2 * MIB, 3 * MIB, 100, 5 * MIB]);
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        assert_eq!(link.cuts_left(), 0);
+
+        let name = bench.name("b");
+        link.cut_after([MIB, 12 * MIB, 300]);
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(bytes.clone()).await.unwrap();
+        writer.finish().await.unwrap();
+        assert_eq!(link.cuts_left(), 0);
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        // A part that was sent twice is in the object once, and no upload is left.
+        bench.store.tidy(&bench.folder, &bench.prefix).await.unwrap();
+        bench.clean().await;
+    }
+
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_write_whose_answer_is_lost_is_done_once(
+        #[values(How::Put, How::Finish)] how: How,
+        #[values(1, 2)] lost: usize,
+        #[values(MIB, 9 * MIB)] size: usize,
+    ) {
+        let link = Link::to(&s3::url());
+        let bench = bench(behind(&link));
+        let (name, bytes) = (bench.name("a"), junk(size));
+        match how {
+            How::Put => {
+                link.lose_answers(lost);
+                bench.store.put(&name, bytes.clone()).await.unwrap();
+            }
+            How::Finish => {
+                let mut writer = bench.store.create(&name).await.unwrap();
+                writer.write(bytes.clone()).await.unwrap();
+                link.lose_answers(lost);
+                writer.finish().await.unwrap();
+            }
+        }
+        assert!(bench.read(&name).await.unwrap() == bytes);
+
+        // That it is there is no reason to take it for another one's.
+        link.lose_answers(1);
+        let error = bench.store.put(&name, bytes.clone()).await.unwrap_err();
+        assert!(matches!(error.reason(), Reason::Exists), "{}", told(&error));
+        link.lose_answers(1);
+        bench.store.delete(&name).await.unwrap();
+        assert_eq!(bench.list("").await, []);
+        bench.store.tidy(&bench.folder, &bench.prefix).await.unwrap();
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_server_that_says_nothing_is_given_up_and_one_that_is_slow_is_not() {
+        let link = Link::to(&s3::url());
+        let mut settings = behind(&link);
+        settings.http.retries_max = 0;
+        let bench = bench(settings);
+        let (name, bytes) = (bench.name("a"), junk(32 * MIB));
+
+        // What the kernel has taken counts as moved, so that this must be more than it takes.
+        link.slow_down(8 << 20);
+        let begun = Instant::now();
+        bench.store.put(&name, bytes.clone()).await.unwrap();
+        assert!(begun.elapsed() > Duration::from_secs(3), "{:?}", begun.elapsed());
+        let begun = Instant::now();
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        assert!(begun.elapsed() > Duration::from_secs(3), "{:?}", begun.elapsed());
+
+        link.stall(true);
+        let writes = [bench.name("b"), bench.name("c")].map(|name| {
+            let (store, bytes) = (bench.store.clone(), bytes.clone());
+            async move { store.put(&name, bytes).await }
+        });
+        for written in side_by_side(writes.into_iter()).await {
+            let error = written.unwrap_err();
+            assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
+            assert!(told(&error).contains("nothing has moved for 2 seconds"), "{}", told(&error));
+        }
+        let error = bench.store.get(&name).await.unwrap_err();
+        assert!(told(&error).contains("nothing has moved for 2 seconds"), "{}", told(&error));
+        link.stall(false);
+        link.cut();
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_object_that_is_replaced_while_it_is_read_is_never_mixed_with_the_new_one() {
+        let link = Link::to(&s3::url());
+        let bench = bench(behind(&link));
+        let name = bench.name("a");
+        bench.store.put(&name, junk(64 * MIB)).await.unwrap();
+        let mut pieces = bench.store.get(&name).await.unwrap();
+        pieces.next().await.unwrap().unwrap();
+        bench.store.replace(&name, Bytes::from(vec![7; 64 * MIB])).await.unwrap();
+        link.cut();
+
+        let error = pieces.collect(&name, 64 * MIB).await.unwrap_err();
+
+        assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
+        assert!(told(&error).contains("replaced or deleted while it was read"), "{}", told(&error));
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_encrypted_with_a_key_of_ours_is_read_with_that_key_only() {
+        let folder = TempDir::new().unwrap();
+        let key_file = folder.path().join("key");
+        let mut settings = s3::settings(&s3::url(), s3::BUCKET);
+        settings.sse_c_key_file = Some(key_file.clone());
+        let plain = Bench::new(Kind::S3);
+
+        std::fs::write(&key_file, "too short\n").unwrap();
+        let error = S3::new(settings.clone()).unwrap_err();
+        assert!(told(&error).contains("9 bytes: a key is 32 bytes"), "{}", told(&error));
+
+        std::fs::write(&key_file, "0123456789abcdef0123456789abcdef\n").unwrap();
+        let store: Arc<dyn ObjectStore> = Arc::new(open(settings));
+        let bench = Bench { store, ..plain };
+        let (small, large) = (bench.name("a"), bench.name("b"));
+        bench.store.put(&small, junk(100)).await.unwrap();
+        let mut writer = bench.store.create(&large).await.unwrap();
+        writer.write(junk(9 * MIB)).await.unwrap();
+        writer.finish().await.unwrap();
+        assert!(bench.read(&small).await.unwrap() == junk(100));
+        assert!(bench.read(&large).await.unwrap() == junk(9 * MIB));
+        let exists = bench.store.put(&small, junk(1)).await.unwrap_err();
+        assert!(matches!(exists.reason(), Reason::Exists), "{}", told(&exists));
+
+        let without = open(s3::settings(&s3::url(), s3::BUCKET));
+        for name in [&small, &large] {
+            assert_eq!(without.get(name).await.unwrap_err().class(), Class::Permanent);
+        }
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_certificate_must_be_of_an_authority_that_is_trusted() {
+        let (url, ca_file) = s3::tls_url();
+        let mut settings = s3::settings(&url, s3::BUCKET);
+        let begun = Instant::now();
+        let error = open(settings.clone()).reach().await.unwrap_err();
+        assert_eq!(error.class(), Class::Permanent, "{}", told(&error));
+        assert!(told(&error).contains("certificate"), "{}", told(&error));
+        // It was not tried again.
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+
+        settings.http.ca_file = Some(ca_file.with_extension("none"));
+        let error = S3::new(settings.clone()).unwrap_err();
+        assert!(told(&error).contains("ca.none"), "{}", told(&error));
+
+        settings.http.ca_file = Some(ca_file);
+        let bench = bench(settings);
+        bench.store.put(&bench.name("a"), junk(9 * MIB)).await.unwrap();
+        assert!(bench.read(&bench.name("a")).await.unwrap() == junk(9 * MIB));
+        bench.clean().await;
+    }
+
+    #[rstest]
+    #[case::in_the_path("http://nowhere.invalid", true)]
+    #[case::before_the_host("http://s3.test", false)]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_proxy_reaches_what_we_cannot_and_a_bucket_stands_where_it_is_told_to(
+        #[case] endpoint: &str,
+        #[case] path_style: bool,
+    ) {
+        // The gateway takes what a proxy is asked.
+        let link = Link::to(&s3::url());
+        let mut settings = s3::settings(&s3::url(), s3::BUCKET);
+        settings.endpoint = endpoint.parse().unwrap();
+        settings.path_style = path_style;
+        settings.http.proxy = Some(Secret::new(link.url().into()));
+        let bench = bench(settings);
+        bench.store.put(&bench.name("a"), junk(MIB)).await.unwrap();
+        let mut writer = bench.store.create(&bench.name("b")).await.unwrap();
+        writer.write(junk(9 * MIB)).await.unwrap();
+        writer.finish().await.unwrap();
+
+        let direct = open(s3::settings(&s3::url(), s3::BUCKET));
+        let listed = direct.list(&bench.folder, &bench.prefix).await.unwrap();
+        assert_eq!(listed.len(), 2, "{listed:?}");
+        assert!(bench.read(&bench.name("b")).await.unwrap() == junk(9 * MIB));
+        bench.clean().await;
     }
 }

@@ -2,23 +2,30 @@
 //!
 //! A store knows bytes and names. It must not know jobs, volumes, or what the objects mean.
 
+mod http;
 mod memory;
 mod name;
 mod posix;
 #[cfg(feature = "ceph")]
 mod rados;
+mod s3;
+mod secret;
 
+pub use http::HttpSettings;
 pub use memory::Memory;
 pub use name::{Folder, InvalidObjectName, ObjectName};
 pub use posix::Posix;
 #[cfg(feature = "ceph")]
 pub use rados::Rados;
+pub use s3::{S3, S3Settings, is_bucket_name};
+pub use secret::{Secret, SecretFrom};
 
 use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, TryStreamExt};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
@@ -28,6 +35,9 @@ use crate::error::Class;
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces that are read ahead of whoever takes them.
 const PIECES_AHEAD_MAX: usize = 4;
+
+/// Objects that are deleted at once, where each takes a request.
+const DELETES_MAX: usize = 16;
 
 /// Keeps objects.
 ///
@@ -55,6 +65,14 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Deletes the object. Deleting what is not there succeeds, so a repeated delete is harmless.
     /// After `Class::Transient` it is unknown whether the object is gone.
     async fn delete(&self, object: &ObjectName) -> Result<()>;
+
+    /// Deletes many objects of one folder, as [`ObjectStore::delete`] does each. After an error some are gone and others
+    /// are not.
+    async fn delete_all(&self, objects: &[ObjectName]) -> Result<()> {
+        stream::iter(objects.iter().map(Ok))
+            .try_for_each_concurrent(DELETES_MAX, |object| self.delete(object))
+            .await
+    }
 
     /// Removes what writers that never finished left in `folder` under names that begin with `prefix`, and the
     /// folder itself where it is empty then and the kind of store has folders.

@@ -19,6 +19,11 @@ impl Folder {
         Self(format!(".backhaul/{name}"))
     }
 
+    /// Whether it is one of our own.
+    pub fn is_own(&self) -> bool {
+        self.0.starts_with('.')
+    }
+
     /// The folder's path below the root of the store.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,6 +1,7 @@
-//! OpenStack Cinder's own Ceph backup driver, in a process of its own: `tests/peers/cinder_ceph.py`.
+//! One of OpenStack Cinder's own backup drivers, in a process of its own: `tests/peers/cinder_backup.py`.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use backhaul::cinder::export_record::{self, ExportRecord};
@@ -8,6 +9,7 @@ use backhaul::job::{BackupId, Record, VolumeId};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+#[cfg(feature = "ceph")]
 use super::ceph::Ceph;
 
 /// What Cinder is to back up.
@@ -21,7 +23,7 @@ pub(crate) enum Of<'a> {
     File(&'a str),
 }
 
-/// A Cinder with a database of its own, which backs up to one pool.
+/// A Cinder with a database of its own, which backs up to one store.
 pub(crate) struct Cinder {
     process: Child,
     commands: ChildStdin,
@@ -30,16 +32,29 @@ pub(crate) struct Cinder {
 }
 
 impl Cinder {
-    /// Starts it, which takes some seconds. Its user is `cinder`.
+    /// Starts it on a pool, which takes some seconds. Its user is `cinder`.
+    #[cfg(feature = "ceph")]
     pub(crate) fn start(ceph: &Ceph, pool: &str) -> Self {
+        let conf = ceph.conf().display();
+        let options = [
+            format!("backup_ceph_conf={conf}"),
+            "backup_ceph_user=cinder".into(),
+            format!("backup_ceph_pool={pool}"),
+        ];
+        Self::start_driver("ceph.CephBackupDriver", &options)
+    }
+
+    /// Starts it with a driver and options of that.
+    pub(crate) fn start_driver(driver: &str, options: &[String]) -> Self {
         let python = std::env::var_os("BACKHAUL_TEST_CINDER").expect(
             "BACKHAUL_TEST_CINDER names no Python that has Cinder: run `make test`, which installs one",
         );
         let folder = TempDir::new().unwrap();
         let mut process = Command::new(python)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_ceph.py"))
-            .args([folder.path(), ceph.conf()])
-            .arg(pool)
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_backup.py"))
+            .arg(folder.path())
+            .arg(format!("cinder.backup.drivers.{driver}"))
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -79,6 +94,12 @@ impl Cinder {
     /// Restores a backup onto the image of a volume that is in its database.
     pub(crate) fn restore(&mut self, id: BackupId, volume_id: VolumeId, spec: &str, new: bool) {
         let target = json!({ "image": spec });
+        self.ask("restore", json!({ "backup_id": id, "volume_id": volume_id, "target": target, "new": new }));
+    }
+
+    /// Restores a backup onto a file that is there.
+    pub(crate) fn restore_file(&mut self, id: BackupId, volume_id: VolumeId, path: &Path, new: bool) {
+        let target = json!({ "file": path });
         self.ask("restore", json!({ "backup_id": id, "volume_id": volume_id, "target": target, "new": new }));
     }
 

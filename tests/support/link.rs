@@ -1,56 +1,190 @@
-//! A TCP connection to the broker that can be cut, as a broken network would.
+//! A TCP connection to a server that can be broken in the ways of a network, and of a server that is overloaded.
 
-use std::io;
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use url::Url;
 
-/// Passes bytes between its clients and a broker.
+/// Passes bytes between its clients and a server.
 pub(crate) struct Link {
-    url: String,
-    streams: Arc<Mutex<Vec<TcpStream>>>,
+    url: Url,
+    faults: Arc<Faults>,
+}
+
+#[derive(Default)]
+struct Faults {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    streams: Vec<TcpStream>,
+    /// After how many bytes, in both directions, each of the next cuts comes.
+    cuts: VecDeque<usize>,
+    lost_answers: usize,
+    /// What the next requests are answered instead of being passed on.
+    answers: VecDeque<String>,
+    stalled: bool,
+    bytes_per_second: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum From {
+    Client,
+    Server,
 }
 
 impl Link {
-    /// Makes one to the broker at this AMQP URL.
-    pub(crate) fn to(broker: &str) -> Self {
+    /// Makes one to the server at this URL.
+    pub(crate) fn to(server: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut url = Url::parse(broker).unwrap();
+        let mut url = Url::parse(server).unwrap();
         let address = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap());
         url.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
-        let streams = Arc::new(Mutex::new(Vec::new()));
-        let held = streams.clone();
+        let faults = Arc::new(Faults::default());
+        let of_connections = faults.clone();
         // It ends with the process, as each test is one.
         thread::spawn(move || {
             for client in listener.incoming() {
-                let (client, broker) = (client.unwrap(), TcpStream::connect(&address).unwrap());
-                held.lock().unwrap().extend([client.try_clone().unwrap(), broker.try_clone().unwrap()]);
-                pass(client.try_clone().unwrap(), broker.try_clone().unwrap());
-                pass(broker, client);
+                let client = client.unwrap();
+                let answer = of_connections.state.lock().unwrap().answers.pop_front();
+                match answer {
+                    Some(answer) => drop(thread::spawn(move || refuse(client, &answer))),
+                    // A server that is away is away for whoever connects.
+                    None => match TcpStream::connect(&address) {
+                        Ok(server) => of_connections.connect(client, server),
+                        Err(_) => drop(client),
+                    },
+                }
             }
         });
-        Self { url: url.into(), streams }
+        Self { url, faults }
     }
 
-    /// The AMQP URL by which the broker is reached through it.
+    /// The URL by which the server is reached through it.
     pub(crate) fn url(&self) -> &str {
-        &self.url
+        self.url.as_str()
     }
 
     /// Cuts all connections. New ones are passed on as before.
     pub(crate) fn cut(&self) {
-        for stream in self.streams.lock().unwrap().drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.faults.cut();
+    }
+
+    /// Cuts all connections each time that so many bytes more have passed.
+    pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = usize>) {
+        self.faults.state.lock().unwrap().cuts.extend(bytes);
+    }
+
+    /// How many of these cuts are still to come.
+    pub(crate) fn cuts_left(&self) -> usize {
+        self.faults.state.lock().unwrap().cuts.len()
+    }
+
+    /// Cuts all connections when the server says something next, so often.
+    pub(crate) fn lose_answers(&self, count: usize) {
+        self.faults.state.lock().unwrap().lost_answers = count;
+    }
+
+    /// Answers the next HTTP requests with these instead of asking the server.
+    pub(crate) fn answer(&self, answers: impl IntoIterator<Item = String>) {
+        self.faults.state.lock().unwrap().answers.extend(answers);
+        // A connection that is there already goes on to the server.
+        self.faults.cut();
+    }
+
+    /// How many of these answers nobody has got yet.
+    pub(crate) fn answers_left(&self) -> usize {
+        self.faults.state.lock().unwrap().answers.len()
+    }
+
+    /// Passes nothing on, until told otherwise.
+    pub(crate) fn stall(&self, stalled: bool) {
+        self.faults.state.lock().unwrap().stalled = stalled;
+        self.faults.changed.notify_all();
+    }
+
+    /// Passes on no more bytes a second, in each direction of a connection.
+    pub(crate) fn slow_down(&self, bytes_per_second: u64) {
+        self.faults.state.lock().unwrap().bytes_per_second = Some(bytes_per_second);
     }
 }
 
-/// Passes on what comes from one side until that ends, and then its end.
-fn pass(mut from: TcpStream, mut to: TcpStream) {
-    thread::spawn(move || {
-        let _ = io::copy(&mut from, &mut to);
-        let _ = to.shutdown(Shutdown::Write);
-    });
+impl Faults {
+    fn connect(self: &Arc<Self>, client: TcpStream, server: TcpStream) {
+        let held = [client.try_clone().unwrap(), server.try_clone().unwrap()];
+        self.state.lock().unwrap().streams.extend(held);
+        self.pass(client.try_clone().unwrap(), server.try_clone().unwrap(), From::Client);
+        self.pass(server, client, From::Server);
+    }
+
+    fn cut(&self) {
+        for stream in self.state.lock().unwrap().streams.drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Passes on what comes from one side until that ends, and then its end.
+    fn pass(self: &Arc<Self>, mut from: TcpStream, mut to: TcpStream, side: From) {
+        let faults = self.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 16 << 10];
+            while let Ok(read @ 1..) = from.read(&mut buffer) {
+                if faults.breaks_at(read, side) {
+                    faults.cut();
+                    return;
+                }
+                if to.write_all(&buffer[..read]).is_err() {
+                    return;
+                }
+            }
+            let _ = to.shutdown(Shutdown::Write);
+        });
+    }
+
+    /// Holds these bytes up for as long as is due, and says whether they come to nothing.
+    fn breaks_at(&self, bytes: usize, side: From) -> bool {
+        let state = self.state.lock().unwrap();
+        let mut state = self.changed.wait_while(state, |state| state.stalled).unwrap();
+        if side == From::Server && state.lost_answers > 0 {
+            state.lost_answers -= 1;
+            return true;
+        }
+        if let Some(left) = state.cuts.front_mut() {
+            *left = left.saturating_sub(bytes);
+            if *left == 0 {
+                state.cuts.pop_front();
+                return true;
+            }
+        }
+        let rate = state.bytes_per_second;
+        drop(state);
+        if let Some(rate) = rate {
+            thread::sleep(Duration::from_micros(bytes as u64 * 1_000_000 / rate));
+        }
+        false
+    }
+}
+
+/// Reads one HTTP request to its end, and gives it this answer.
+fn refuse(client: TcpStream, answer: &str) {
+    let mut reader = BufReader::new(client.try_clone().unwrap());
+    let mut body_bytes = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        if let Some(bytes) = line.to_lowercase().strip_prefix("content-length:") {
+            body_bytes = bytes.trim().parse().unwrap();
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    std::io::copy(&mut reader.take(body_bytes), &mut std::io::sink()).unwrap();
+    let _ = (&client).write_all(answer.as_bytes());
 }

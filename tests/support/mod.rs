@@ -2,7 +2,6 @@
 
 #[cfg(feature = "ceph")]
 pub(crate) mod ceph;
-#[cfg(feature = "ceph")]
 pub(crate) mod cinder;
 #[cfg(feature = "ceph")]
 pub(crate) mod content;
@@ -10,5 +9,6 @@ pub(crate) mod engine;
 pub(crate) mod faulty;
 pub(crate) mod link;
 pub(crate) mod rabbit;
+pub(crate) mod s3;
 pub(crate) mod stack;
 pub(crate) mod volume;

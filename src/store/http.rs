@@ -1,0 +1,273 @@
+//! Requests to stores that are reached by HTTP: connections, limits of time, and what is tried again.
+//!
+//! One try is [`Http::send`]; [`Tries`] says whether and when there is another one. What an answer means is known to the
+//! kind of store that asked.
+
+use std::convert::Infallible;
+use std::error::Error as _;
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use bytes::{Bytes, BytesMut};
+use futures_util::stream;
+use reqwest::header::{CONTENT_LENGTH, HeaderMap, RETRY_AFTER};
+use reqwest::{Body, Certificate, Client, Proxy, RequestBuilder, Response, StatusCode};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{sleep, timeout};
+
+use super::{Error, Reason, Result, Secret};
+use crate::error::Causes;
+
+/// The first pause before another try; each later one is twice as long, and all are stretched by chance.
+const PAUSE: Duration = Duration::from_millis(200);
+/// No pause is longer, whatever the server asks for.
+const PAUSE_MAX: Duration = Duration::from_secs(20);
+/// What is handed to a connection at a time: whether bytes move is seen by these pieces.
+const SENT_AT_ONCE_BYTES: usize = 256 << 10;
+/// No answer that is no object is longer: a page of a listing has 1,000 names of up to 1 KiB.
+const ANSWER_BYTES_MAX: usize = 8 << 20;
+
+/// How a server is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpSettings {
+    /// The certificates, in PEM, of the authorities that are trusted besides the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The URL of the proxy that all requests go through. The environment's is not looked at.
+    pub proxy: Option<Secret>,
+    /// How long it may take to connect.
+    pub connect_seconds_max: u32,
+    /// How long a request may go on without a byte of it or of its answer moving.
+    pub idle_seconds_max: u32,
+    /// How many requests may wait for their answers at once; so many connections are kept for the next ones.
+    pub connections_max: u16,
+    /// How often a request that failed for a passing reason is tried again.
+    pub retries_max: u16,
+}
+
+/// Connections to one server.
+#[derive(Debug)]
+pub(super) struct Http {
+    client: Client,
+    idle_max: Duration,
+    retries_max: usize,
+    requests: Semaphore,
+}
+
+/// Why there is no answer that is of use.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// It may pass. The server may have said for how long to wait.
+    Passing { error: io::Error, pause: Option<Duration> },
+    /// The server has answered, and the answer is no.
+    Refused(Refusal),
+    /// The server is not one to talk to.
+    Unusable(io::Error),
+}
+
+/// An answer that is no success.
+#[derive(Debug, thiserror::Error)]
+#[error("the server answered {status} {code} {message}")]
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    /// The word of the protocol for what is wrong, if it has any.
+    pub(super) code: String,
+    /// What is wrong, for people.
+    pub(super) message: String,
+}
+
+impl Http {
+    /// Prepares to connect, which the first request does.
+    pub(super) fn new(settings: &HttpSettings) -> Result<Self> {
+        let unusable =
+            |error: reqwest::Error| Error::io("prepare to connect through", "HTTP", io::Error::other(error));
+        // Whoever was first has installed the same.
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let mut client = Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(Duration::from_secs(settings.connect_seconds_max.into()))
+            .pool_max_idle_per_host(settings.connections_max.into());
+        if let Some(proxy) = &settings.proxy {
+            client = client.proxy(Proxy::all(proxy.reveal()).map_err(unusable)?);
+        }
+        if let Some(path) = &settings.ca_file {
+            let at = |error| Error::io("read the certificates in", path.display(), error);
+            let pem = std::fs::read(path).map_err(at)?;
+            let certificates = Certificate::from_pem_bundle(&pem);
+            let invalid = |error| at(io::Error::new(ErrorKind::InvalidData, error));
+            client = client.tls_certs_merge(certificates.map_err(invalid)?);
+        }
+        Ok(Self {
+            client: client.build().map_err(unusable)?,
+            idle_max: Duration::from_secs(settings.idle_seconds_max.into()),
+            retries_max: settings.retries_max.into(),
+            requests: Semaphore::new(settings.connections_max.into()),
+        })
+    }
+
+    /// What requests are made with.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The tries of one request.
+    pub(super) fn tries(&self) -> Tries {
+        let pauses = ExponentialBuilder::default()
+            .with_min_delay(PAUSE)
+            .with_max_delay(PAUSE_MAX)
+            .with_max_times(self.retries_max)
+            .with_jitter();
+        Tries { pauses: pauses.build() }
+    }
+
+    /// Sends a request once and waits for the head of its answer, whatever that says.
+    pub(super) async fn send(
+        &self,
+        request: RequestBuilder,
+        body: Bytes,
+    ) -> std::result::Result<Response, Failure> {
+        // It is never closed, so there is always a permit, if late.
+        let _permit = self.requests.acquire().await;
+        let (moved, mut moves) = watch::channel(());
+        let length = body.len();
+        let pieces = stream::unfold((body, moved), |(mut body, moved)| async move {
+            moved.send_replace(());
+            let piece = body.split_to(body.len().min(SENT_AT_ONCE_BYTES));
+            (!piece.is_empty()).then_some((Ok::<_, Infallible>(piece), (body, moved)))
+        });
+        let request = match length {
+            0 => request.body(Bytes::new()),
+            _ => request.body(Body::wrap_stream(pieces)),
+        };
+        let answer = request.header(CONTENT_LENGTH, length).send();
+        tokio::pin!(answer);
+        loop {
+            let moving = tokio::select! {
+                answer = &mut answer => return answer.map_err(lost),
+                moving = timeout(self.idle_max, moves.changed()) => moving,
+            };
+            match moving {
+                Ok(Ok(())) => {}
+                // All has been sent.
+                Ok(Err(_)) => {
+                    let answer = timeout(self.idle_max, &mut answer).await;
+                    return answer.map_err(|_| self.silent())?.map_err(lost);
+                }
+                Err(_) => return Err(self.silent()),
+            }
+        }
+    }
+
+    /// The next bytes of an answer; none at its end.
+    pub(super) async fn chunk(&self, answer: &mut Response) -> std::result::Result<Option<Bytes>, Failure> {
+        timeout(self.idle_max, answer.chunk()).await.map_err(|_| self.silent())?.map_err(lost)
+    }
+
+    /// All bytes of an answer that is no object.
+    pub(super) async fn whole(&self, mut answer: Response) -> std::result::Result<Bytes, Failure> {
+        let mut whole = BytesMut::new();
+        while let Some(chunk) = self.chunk(&mut answer).await? {
+            if whole.len() + chunk.len() > ANSWER_BYTES_MAX {
+                let error = format!("the answer has more than {ANSWER_BYTES_MAX} bytes");
+                return Err(Failure::Unusable(io::Error::new(ErrorKind::InvalidData, error)));
+            }
+            whole.extend_from_slice(&chunk);
+        }
+        Ok(whole.freeze())
+    }
+
+    fn silent(&self) -> Failure {
+        let error = format!("nothing has moved for {} seconds", self.idle_max.as_secs());
+        Failure::passing(io::Error::new(ErrorKind::TimedOut, error))
+    }
+}
+
+impl Failure {
+    pub(super) fn passing(error: io::Error) -> Self {
+        Self::Passing { error, pause: None }
+    }
+
+    /// An answer that is no success: some of them pass.
+    pub(super) fn answer(refusal: Refusal, headers: &HeaderMap) -> Self {
+        if !refusal.may_pass() {
+            return Self::Refused(refusal);
+        }
+        // The other form, a date, is of no use to a clock that may be wrong.
+        let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        Self::Passing { error: io::Error::other(refusal), pause: seconds.map(Duration::from_secs) }
+    }
+}
+
+impl Refusal {
+    /// Whether the same request may succeed later.
+    fn may_pass(&self) -> bool {
+        const CODES: [&str; 8] = [
+            "SlowDown",
+            "InternalError",
+            "ServiceUnavailable",
+            "RequestTimeout",
+            // Of two requests on one name that were made at the same time.
+            "OperationAborted",
+            "ConditionalRequestConflict",
+            // What arrived was not what was sent.
+            "BadDigest",
+            "IncompleteBody",
+        ];
+        matches!(self.status.as_u16(), 408 | 425 | 429 | 500 | 502 | 503 | 504)
+            || CODES.contains(&self.code.as_str())
+    }
+}
+
+/// What is left of the tries of a request.
+#[derive(Debug)]
+pub(super) struct Tries {
+    pauses: ExponentialBackoff,
+}
+
+impl Tries {
+    /// Waits until it is time to try again, or gives the failure back when it does not pass or has not for too long.
+    pub(super) async fn pause(&mut self, failure: Failure) -> std::result::Result<(), Failure> {
+        let Failure::Passing { pause, .. } = &failure else { return Err(failure) };
+        let Some(own) = self.pauses.next() else { return Err(failure) };
+        sleep(pause.map_or(own, |asked| asked.min(PAUSE_MAX).max(own))).await;
+        Ok(())
+    }
+}
+
+/// Why there was no answer. The URL is left out, since a signature is in it.
+fn lost(error: reqwest::Error) -> Failure {
+    let error = error.without_url();
+    if error.is_builder() {
+        return Failure::Unusable(io::Error::other(error));
+    }
+    let (timed_out, connecting) = (error.is_timeout(), error.is_connect());
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        // A certificate that is not trusted now is not trusted later, either.
+        let inner = source.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let tls = inner.and_then(|inner| inner.downcast_ref()).or_else(|| source.downcast_ref());
+        if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls {
+            return Failure::Unusable(io::Error::new(ErrorKind::InvalidData, error.clone()));
+        }
+        cause = source.source();
+    }
+    let kind = match (timed_out, connecting) {
+        (true, _) => ErrorKind::TimedOut,
+        (false, true) => ErrorKind::ConnectionRefused,
+        (false, false) => ErrorKind::ConnectionReset,
+    };
+    Failure::passing(io::Error::new(kind, Causes(&error).to_string()))
+}
+
+impl From<Failure> for Reason {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Passing { error, .. } => Self::Passing(Arc::new(error)),
+            Failure::Refused(refusal) => Self::Other(Arc::new(io::Error::other(refusal))),
+            Failure::Unusable(error) => Self::Other(Arc::new(error)),
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! Objects in the buckets of a server that speaks S3.
+//!
+//! A container of Cinder's is a bucket, with the names of its objects as keys, as Cinder's S3 driver has them. Our own
+//! folders lie in the store's own bucket, below `.backhaul/`.
+//!
+//! A new object is written on the condition that there is none of its name (`If-None-Match: *`), which S3 itself and
+//! Ceph's gateway keep. An object that was uploaded in parts is completed on the same condition, which the gateway of Ceph
+//! 16 does not look at. So it is looked for first, and whoever else completes one of that name within the same moment is
+//! overwritten there. The names of objects that are uploaded in parts are of one attempt only, so nobody does.
+//!
+//! A write whose answer was lost is tried again, and is told then that there is an object of that name: its own. So each
+//! write leaves an id in the object's user metadata, by which it is recognised.
+
+mod api;
+mod upload;
+
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use quick_xml::escape::escape;
+use reqwest::header::ETAG;
+use reqwest::{Response, StatusCode};
+use rusty_s3::Method;
+use tokio::sync::mpsc::Sender;
+use tokio::time::timeout;
+use url::Url;
+use uuid::Uuid;
+
+use self::api::{Api, Deleted, ObjectsPage, Request, UploadsPage, explain, parse};
+use self::upload::Writer;
+use super::http::{Failure, HttpSettings, Refusal, Tries};
+use super::{
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Reason, Result,
+    Secret, SecretFrom,
+};
+
+/// How long a server may take that shall say whether it is there.
+const REACH_MAX: Duration = Duration::from_secs(10);
+/// Says which write an object is of.
+const WRITE_ID: &str = "x-amz-meta-backhaul-write-id";
+/// What a request to a bucket that is not there is answered.
+const NO_BUCKET: &str = "NoSuchBucket";
+/// Writes only where there is no object of that name.
+const IF_NEW: (&str, &str) = ("if-none-match", "*");
+/// The most that S3 deletes with one request.
+const DELETES_AT_ONCE: usize = 1000;
+/// Where buckets are made when nobody says where.
+const USUAL_REGION: &str = "us-east-1";
+
+/// A server, and what is kept there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct S3Settings {
+    /// The server's URL, without any bucket.
+    pub endpoint: Url,
+    /// The region that requests are signed for.
+    pub region: String,
+    /// Whether the bucket stands in the path of a URL, and not before the name of the host.
+    pub path_style: bool,
+    /// The bucket with our own folders.
+    pub bucket: String,
+    /// Whether a bucket that is missing is made when something is written to it.
+    pub create_buckets: bool,
+    /// Who we are.
+    pub access_key: Secret,
+    /// What proves it.
+    pub secret_key: SecretFrom,
+    /// The file with the 32 bytes that the server encrypts all objects with and then forgets (SSE-C).
+    pub sse_c_key_file: Option<PathBuf>,
+    /// How the server is reached.
+    pub http: HttpSettings,
+}
+
+/// Objects in buckets.
+#[derive(Debug, Clone)]
+pub struct S3 {
+    api: Arc<Api>,
+    bucket: String,
+    create_buckets: bool,
+    /// Where new buckets are to be.
+    region: Option<String>,
+}
+
+/// Where an object or a folder lies. The names of all that is in a folder begin with its key.
+#[derive(Debug, Clone)]
+struct Place {
+    bucket: String,
+    key: String,
+}
+
+impl S3 {
+    /// Prepares to talk to the server, which may be away. Fails where the settings cannot be used.
+    pub fn new(settings: S3Settings) -> Result<Self> {
+        let region = Some(settings.region.clone()).filter(|region| region != USUAL_REGION);
+        let (bucket, create_buckets) = (settings.bucket.clone(), settings.create_buckets);
+        Ok(Self { api: Arc::new(Api::new(settings)?), bucket, create_buckets, region })
+    }
+
+    /// Asks the server something that it answers only if the endpoint and the keys are right, and the store's own bucket
+    /// is there or may be made. Fails with [`Reason::Passing`] when there is no answer within 10 seconds; nothing is tried
+    /// again.
+    pub async fn reach(&self) -> Result<()> {
+        let query = [("list-type", "2"), ("max-keys", "1")];
+        let request = Request::new(Method::Get, &self.bucket, "").query(&query);
+        let answer = timeout(REACH_MAX, self.api.call_once(&request)).await;
+        match answer.unwrap_or_else(|elapsed| Err(Failure::passing(elapsed.into()))) {
+            Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET && self.create_buckets => Ok(()),
+            answer => {
+                answer.map(drop).map_err(|failure| explain("reach", "the store", &self.bucket, failure))
+            }
+        }
+    }
+
+    fn place(&self, action: &'static str, folder: &Folder, name: &str) -> Result<Place> {
+        if folder.is_own() {
+            let key = format!("{}/{name}", folder.as_str());
+            return Ok(Place { bucket: self.bucket.clone(), key });
+        }
+        let (bucket, key) = (folder.as_str().to_owned(), name.to_owned());
+        if !is_bucket_name(&bucket) {
+            let text = format!(
+                "{bucket} is no name of a bucket: name a container of 3 to 63 of a-z, 0-9, '.' and '-' for this store"
+            );
+            let reason = Reason::Other(Arc::new(io::Error::new(ErrorKind::InvalidInput, text)));
+            return Err(Error::new(action, format!("{bucket}/{key}"), reason));
+        }
+        Ok(Place { bucket, key })
+    }
+
+    fn object(&self, action: &'static str, object: &ObjectName) -> Result<Place> {
+        self.place(action, &object.folder, &object.name)
+    }
+
+    /// Sends a request that writes; makes the bucket first if it is missing and may be made.
+    async fn write(&self, request: &Request<'_>) -> std::result::Result<Bytes, Failure> {
+        match self.api.call(request).await {
+            Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET && self.create_buckets => {
+                self.make_bucket(request.bucket).await?;
+                self.api.call(request).await
+            }
+            answer => answer,
+        }
+        .map(|(_, body)| body)
+    }
+
+    async fn make_bucket(&self, bucket: &str) -> std::result::Result<(), Failure> {
+        let mut request = Request::new(Method::Put, bucket, "");
+        if let Some(region) = &self.region {
+            let region = escape(region.as_str());
+            let body = format!(
+                "<CreateBucketConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">\
+                 <LocationConstraint>{region}</LocationConstraint></CreateBucketConfiguration>"
+            );
+            request = request.body(body.into()).await;
+        }
+        match self.api.call(&request).await {
+            // Somebody else was faster. If it is not ours to write to, the write will say so.
+            Err(Failure::Refused(Refusal { code, .. }))
+                if code == "BucketAlreadyOwnedByYou" || code == "BucketAlreadyExists" =>
+            {
+                Ok(())
+            }
+            answer => answer.map(drop),
+        }
+    }
+
+    /// Writes an object with one request.
+    async fn put_whole(&self, object: &ObjectName, bytes: Bytes, new: bool) -> Result<()> {
+        let place = self.object("write", object)?;
+        let id = Uuid::new_v4().to_string();
+        let mut request = Request::of_bytes(Method::Put, &place.bucket, &place.key).header(WRITE_ID, &id);
+        if new {
+            request = request.header(IF_NEW.0, IF_NEW.1);
+        }
+        match self.write(&request.body(bytes).await).await {
+            Ok(_) => Ok(()),
+            Err(failure) => {
+                let error = explain("write", object, &place.bucket, failure);
+                match error.reason() {
+                    Reason::Exists if self.is_of_write(&place, &id).await.unwrap_or(false) => Ok(()),
+                    _ => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Whether an object is there and of this write.
+    async fn is_of_write(&self, place: &Place, id: &str) -> std::result::Result<bool, Failure> {
+        let there = self.write_id(place).await?;
+        Ok(there.is_some_and(|there| there == id))
+    }
+
+    /// The id of the write that an object is of, empty if somebody else wrote it; none if it is not there.
+    async fn write_id(&self, place: &Place) -> std::result::Result<Option<String>, Failure> {
+        let request = Request::of_bytes(Method::Head, &place.bucket, &place.key);
+        match self.api.call(&request).await {
+            Ok((headers, _)) => {
+                let id = headers.get(WRITE_ID).and_then(|id| id.to_str().ok());
+                Ok(Some(id.unwrap_or_default().to_owned()))
+            }
+            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(None),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Ends an upload that nobody shall complete. One that has ended already is none to end.
+    async fn abort(&self, place: &Place, upload_id: &str) -> std::result::Result<(), Failure> {
+        let request =
+            Request::new(Method::Delete, &place.bucket, &place.key).query(&[("uploadId", upload_id)]);
+        match self.api.call(&request).await {
+            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(()),
+            answer => answer.map(drop),
+        }
+    }
+}
+
+/// Whether a bucket may have that name. Servers differ; the strictest want 3 to 63 of `a-z`, `0-9`, `.` and `-`.
+pub fn is_bucket_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    (3..=255).contains(&name.len())
+        && name.chars().all(plain)
+        && !name.starts_with('.')
+        && !name.contains("..")
+}
+
+#[async_trait]
+impl ObjectStore for S3 {
+    async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        self.put_whole(object, bytes, true).await
+    }
+
+    async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        self.put_whole(object, bytes, false).await
+    }
+
+    async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
+        Ok(Box::new(Writer::new(self.clone(), object.clone(), self.object("create", object)?)))
+    }
+
+    async fn get(&self, object: &ObjectName) -> Result<Pieces> {
+        let place = self.object("read", object)?;
+        let failed = |failure| match failure {
+            Failure::Refused(refusal) if refusal.code == NO_BUCKET => {
+                Error::new("read", object, Reason::Missing)
+            }
+            failure => explain("read", object, &place.bucket, failure),
+        };
+        let request = Request::of_bytes(Method::Get, &place.bucket, &place.key);
+        let answer = self.api.open(&request).await.map_err(failed)?;
+        let etag = answer.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).map(ToOwned::to_owned);
+        let (sender, pieces) = Pieces::channel();
+        let reader = Reader { api: self.api.clone(), object: object.clone(), place, etag };
+        tokio::spawn(async move {
+            if let Err(error) = reader.read(answer, &sender).await {
+                // Nobody may be there to hear it: the reader was dropped.
+                sender.send(Err(error)).await.ok();
+            }
+        });
+        Ok(pieces)
+    }
+
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+        let place = self.place("list", folder, "")?;
+        let key_prefix = format!("{}{prefix}", place.key);
+        let mut listed = Vec::new();
+        let mut token = None;
+        loop {
+            let mut query = vec![("list-type", "2"), ("prefix", key_prefix.as_str())];
+            query.extend(token.as_deref().map(|token| ("continuation-token", token)));
+            let request = Request::new(Method::Get, &place.bucket, "").query(&query);
+            let failed = |failure| explain("list", folder.as_str(), &place.bucket, failure);
+            let (_, page) = match self.api.call(&request).await {
+                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(Vec::new()),
+                page => page.map_err(failed)?,
+            };
+            let page: ObjectsPage = parse(&page).map_err(failed)?;
+            for entry in page.contents {
+                match entry.key.strip_prefix(&place.key) {
+                    // Our own folders are in no container.
+                    Some(name) if !name.starts_with('.') => {
+                        listed.push(Listed { name: name.to_owned(), bytes: entry.size });
+                    }
+                    _ => {}
+                }
+            }
+            token = page.next_continuation_token;
+            if token.is_none() {
+                return Ok(listed);
+            }
+        }
+    }
+
+    async fn delete(&self, object: &ObjectName) -> Result<()> {
+        let place = self.object("delete", object)?;
+        match self.api.call(&Request::new(Method::Delete, &place.bucket, &place.key)).await {
+            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(()),
+            answer => answer.map(drop).map_err(|failure| explain("delete", object, &place.bucket, failure)),
+        }
+    }
+
+    async fn delete_all(&self, objects: &[ObjectName]) -> Result<()> {
+        for objects in objects.chunks(DELETES_AT_ONCE) {
+            let mut places = Vec::new();
+            for object in objects {
+                places.push((object, self.object("delete", object)?));
+            }
+            let Some((_, Place { bucket, .. })) = places.first() else { return Ok(()) };
+            let mut keys = String::new();
+            for (_, place) in &places {
+                keys += &format!("<Object><Key>{}</Key></Object>", escape(place.key.as_str()));
+            }
+            let request = Request::new(Method::Post, bucket, "")
+                .query(&[("delete", "")])
+                .body(format!("<Delete>{keys}<Quiet>true</Quiet></Delete>").into())
+                .await;
+            let failed = |failure| explain("delete", format!("objects of bucket {bucket}"), bucket, failure);
+            let (_, answer) = match self.api.call(&request).await {
+                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => continue,
+                answer => answer.map_err(failed)?,
+            };
+            let deleted: Deleted = parse(&answer).map_err(failed)?;
+            // Alone it is tried again, or says why it cannot be.
+            for error in deleted.errors {
+                if let Some((object, _)) = places.iter().find(|(_, place)| place.key == error.key) {
+                    self.delete(object).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
+        let place = self.place("tidy", folder, prefix)?;
+        let failed = |failure| explain("tidy", folder.as_str(), &place.bucket, failure);
+        let (mut key_marker, mut id_marker) = (String::new(), String::new());
+        loop {
+            let mut query = vec![("uploads", ""), ("prefix", place.key.as_str())];
+            if !key_marker.is_empty() {
+                query.extend([("key-marker", key_marker.as_str()), ("upload-id-marker", id_marker.as_str())]);
+            }
+            let request = Request::new(Method::Get, &place.bucket, "").query(&query);
+            let (_, page) = match self.api.call(&request).await {
+                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(()),
+                page => page.map_err(failed)?,
+            };
+            let page: UploadsPage = parse(&page).map_err(failed)?;
+            for upload in page.upload {
+                // Some servers take the prefix for the whole name of an object.
+                if upload.key.starts_with(&place.key) {
+                    let place = Place { bucket: place.bucket.clone(), key: upload.key };
+                    self.abort(&place, &upload.upload_id).await.map_err(failed)?;
+                }
+            }
+            if !page.is_truncated {
+                return Ok(());
+            }
+            (key_marker, id_marker) = (page.next_key_marker, page.next_upload_id_marker);
+        }
+    }
+}
+
+/// Reads an object over as many connections as break while it does.
+struct Reader {
+    api: Arc<Api>,
+    object: ObjectName,
+    place: Place,
+    etag: Option<String>,
+}
+
+impl Reader {
+    /// Passes on what comes until the end of the object, or until nobody takes it any more.
+    async fn read(&self, mut answer: Response, sender: &Sender<Result<Bytes>>) -> Result<()> {
+        let bytes = answer.content_length();
+        let (mut offset, mut piece) = (0, BytesMut::new());
+        let mut tries = self.api.http.tries();
+        loop {
+            match self.api.http.chunk(&mut answer).await {
+                Ok(Some(chunk)) => {
+                    offset += chunk.len() as u64;
+                    piece.extend_from_slice(&chunk);
+                    tries = self.api.http.tries();
+                    while piece.len() >= PIECE_BYTES {
+                        if sender.send(Ok(piece.split_to(PIECE_BYTES).freeze())).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                }
+                Ok(None) if bytes.is_none_or(|bytes| bytes == offset) => {
+                    if !piece.is_empty() {
+                        sender.send(Ok(piece.freeze())).await.ok();
+                    }
+                    return Ok(());
+                }
+                Ok(None) => {
+                    let error = io::Error::new(ErrorKind::ConnectionReset, "the answer ended too early");
+                    answer = self.go_on(offset, &mut tries, Failure::passing(error)).await?;
+                }
+                Err(failure) => answer = self.go_on(offset, &mut tries, failure).await?,
+            }
+        }
+    }
+
+    /// Asks for the rest, unless the object is another one by now.
+    async fn go_on(&self, offset: u64, tries: &mut Tries, failure: Failure) -> Result<Response> {
+        let failed = |failure| explain("read", &self.object, &self.place.bucket, failure);
+        tries.pause(failure).await.map_err(failed)?;
+        let range = format!("bytes={offset}-");
+        let mut request =
+            Request::of_bytes(Method::Get, &self.place.bucket, &self.place.key).header("range", range);
+        if let Some(etag) = &self.etag {
+            request = request.header("if-match", etag);
+        }
+        let changed = match self.api.open(&request).await {
+            Ok(answer) if answer.status() == StatusCode::PARTIAL_CONTENT => return Ok(answer),
+            Ok(_) => "the server gives no part of it after the connection broke",
+            Err(Failure::Refused(Refusal {
+                status: StatusCode::NOT_FOUND | StatusCode::PRECONDITION_FAILED,
+                ..
+            })) => "it was replaced or deleted while it was read",
+            Err(failure) => return Err(failed(failure)),
+        };
+        Err(Error::io("read", &self.object, io::Error::new(ErrorKind::StaleNetworkFileHandle, changed)))
+    }
+}
