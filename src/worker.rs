@@ -21,8 +21,8 @@ use tracing::{Instrument, error, info, info_span, warn};
 use crate::broker::{self, Broker, Delivery, Properties};
 #[cfg(feature = "ceph")]
 use crate::ceph;
-use crate::config::{self, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
-use crate::engine::chunked::{self, Budget, Chunked};
+use crate::config::{self, Chunking, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
+use crate::engine::chunked::{self, Budget, Chunked, Naming};
 #[cfg(feature = "ceph")]
 use crate::engine::rbd::{self, Rbd};
 use crate::engine::{Cpu, Engine, Volumes};
@@ -33,7 +33,7 @@ use crate::message::{self, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Posix};
+use crate::store::{self, Posix, S3};
 use crate::volume::FileRoots;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
@@ -78,6 +78,7 @@ impl Error {
         match self {
             #[cfg(feature = "ceph")]
             Self::Pool { source, .. } => class_of(source.kind()),
+            Self::Store { source, .. } => source.class(),
             _ => Class::Permanent,
         }
     }
@@ -94,6 +95,8 @@ pub struct Stores {
 #[derive(Debug)]
 enum Store {
     Open(Engine),
+    /// It is behind a server, to which nobody connects before it is needed.
+    Server(Engine, S3),
     /// It is opened when it is needed first.
     #[cfg(feature = "ceph")]
     Pool(Box<PoolStore>),
@@ -102,10 +105,18 @@ enum Store {
 impl Store {
     async fn engine(&self) -> Result<&Engine, Error> {
         match self {
-            Self::Open(engine) => Ok(engine),
+            Self::Open(engine) | Self::Server(engine, _) => Ok(engine),
             #[cfg(feature = "ceph")]
             Self::Pool(store) => store.engine().await,
         }
+    }
+
+    /// Finds out whether the store can be used now.
+    async fn reach(&self, name: &StoreName) -> Result<(), Error> {
+        if let Self::Server(_, store) = self {
+            store.reach().await.map_err(|source| Error::Store { name: name.clone(), source })?;
+        }
+        self.engine().await.map(drop)
     }
 }
 
@@ -143,7 +154,7 @@ impl PoolStore {
 }
 
 impl Stores {
-    /// Opens all stores but those in clusters, which are opened when they are needed.
+    /// Opens all stores but those in clusters, which are opened when they are needed. Connects to nothing.
     pub fn open(config: &Config) -> Result<Self, Error> {
         let (default, _) = match config.store(None) {
             Ok((name, store)) => (Some(name.clone()), Some(store)),
@@ -166,15 +177,16 @@ impl Stores {
                 StoreKind::Posix { path, chunking } => {
                     let opened =
                         Posix::open(path).map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let settings = chunked::Settings {
-                        compression: chunking.compression,
-                        object_bytes: chunking.object_bytes as usize,
-                        sha_block_bytes: chunking.sha_block_bytes as usize,
-                        unchanged_check_per_mille: 1,
-                        source_snapshots_max: 1,
-                    };
-                    let chunked = Chunked::new(Arc::new(opened), settings, cpu, budget);
+                    let chunked = Chunked::new(Arc::new(opened), chunked_settings(chunking), cpu, budget);
                     Store::Open(Engine::new(chunked, volumes))
+                }
+                StoreKind::S3 { settings, chunking } => {
+                    let opened = S3::new((**settings).clone())
+                        .map_err(|source| Error::Store { name: name.clone(), source })?;
+                    let naming = Naming::Buckets { usual: settings.bucket.clone() };
+                    let chunked =
+                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
+                    Store::Server(Engine::new(chunked.with_naming(naming), volumes), opened)
                 }
                 #[cfg(feature = "ceph")]
                 StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {
@@ -195,11 +207,11 @@ impl Stores {
         Ok(Self { stores, default })
     }
 
-    /// Opens what is not open yet, so that a worker whose keyring or pool is wrong does not begin. That a cluster is away
-    /// is no error.
-    async fn reach_clusters(&self) -> Result<(), Error> {
-        let openings = self.stores.values().map(Store::engine);
-        for error in join_all(openings).await.into_iter().filter_map(Result::err) {
+    /// Reaches what is not open yet, so that a worker whose keys, bucket or pool are wrong does not begin. That a cluster or
+    /// a server is away is no error.
+    async fn reach(&self) -> Result<(), Error> {
+        let reached = self.stores.iter().map(|(name, store)| store.reach(name));
+        for error in join_all(reached).await.into_iter().filter_map(Result::err) {
             match error.class() {
                 Class::Transient => warn!(error = %Causes(&error), "store not reached; its jobs are put off"),
                 _ => return Err(error),
@@ -225,6 +237,17 @@ impl Stores {
             None => format!("no store is the default: name one of {}", known.join(", ")),
         };
         Err(Problem { class: Class::Permanent, message, causes: Vec::new() })
+    }
+}
+
+/// How volumes are cut up, in the words of the chunked engine.
+fn chunked_settings(chunking: &Chunking) -> chunked::Settings {
+    chunked::Settings {
+        compression: chunking.compression,
+        object_bytes: chunking.object_bytes as usize,
+        sha_block_bytes: chunking.sha_block_bytes as usize,
+        unchanged_check_per_mille: 1,
+        source_snapshots_max: 1,
     }
 }
 
@@ -277,7 +300,7 @@ pub struct Shutdown {
 /// Works until it is told to end.
 pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     let stores = Stores::open(config)?;
-    stores.reach_clusters().await?;
+    stores.reach().await?;
     let settings = broker_settings(config, "worker")?;
     let message_bytes_max = settings.message_bytes_max;
     let broker = Broker::start(settings)?;

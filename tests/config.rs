@@ -38,6 +38,9 @@ const STORE: &str = "[store.local]\nkind = \"posix\"\npath = \"/b\"\n";
 const TWO_STORES: &str =
     "[store.a]\nkind = \"posix\"\npath = \"/a\"\n[store.b]\nkind = \"posix\"\npath = \"/b\"\n";
 
+const S3: &str =
+    "[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\naccess_key = \"a\"\nsecret_key = \"hush\"\n";
+
 #[cfg(feature = "ceph")]
 const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 
@@ -71,7 +74,22 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::ceph_user("[ceph.main]\nuser = \"client.x\"", &[], &["ceph.main.user (FILE): found \"client.x\"", "without \"client.\""])]
 #[case::no_kind("[store.x]\npath = \"/b\"", &[], &["store.x.kind (FILE): it is missing; write kind = \"posix\""])]
 #[case::no_path("[store.x]\nkind = \"posix\"", &[], &["store.x.path (FILE): it is missing; write ", "path = "])]
-#[case::kind_to_come("[store.x]\nkind = \"s3\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no s3 stores yet; write \"posix\""])]
+#[case::kind_to_come("[store.x]\nkind = \"swift\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no swift stores yet; write \"posix\""])]
+#[case::no_endpoint("[store.x]\nkind = \"s3\"\naccess_key = \"a\"\nsecret_key = \"b\"", &[], &["store.x.endpoint (FILE): it is missing; write ", "endpoint = \"https://"])]
+#[case::no_access_key("[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\nsecret_key = \"b\"", &[], &["store.x.access_key (FILE): it is missing; write "])]
+#[case::no_secret_key("[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\naccess_key = \"a\"", &[], &["store.x.secret_key (FILE): it is missing; write ", "or secret_key_file"])]
+#[case::two_secret_keys(&format!("{S3}secret_key_file = \"k\""), &[], &["store.x.secret_key_file (FILE): secret_key is set, too"])]
+#[case::secret_is_a_number("[store.x]\nkind = \"s3\"\nsecret_key = 1234", &[], &["store.x.secret_key (FILE): found a number; write a text, in quotes"])]
+#[case::empty_secret(S3, &[("BACKHAUL_STORE__X__ACCESS_KEY", "")], &["store.x.access_key (environment variable BACKHAUL_STORE__X__ACCESS_KEY): it is empty"])]
+#[case::endpoint_with_keys("[store.x]\nkind = \"s3\"\nendpoint = \"ftp://h\"", &[], &["store.x.endpoint (FILE): found \"ftp://h\"; write the URL of the server without user"])]
+#[case::no_bucket(&format!("{S3}bucket = \"a/b\""), &[], &["store.x.bucket (FILE): found \"a/b\"; write the name of a bucket"])]
+#[case::no_region(&format!("{S3}region = \"\""), &[], &["store.x.region (FILE): found \"\"; write 1 to 100"])]
+#[case::no_proxy(&format!("{S3}proxy = \"u:hush@h\""), &[], &["store.x.proxy (FILE): not the URL of a proxy; write"])]
+#[case::no_time_to_connect(&format!("{S3}connect_seconds_max = 0"), &[], &["store.x.connect_seconds_max (FILE): found 0; write a whole number from 1"])]
+#[case::no_connection(&format!("{S3}connections_max = 0"), &[], &["store.x.connections_max (FILE): found 0; write a whole number from 1 to 1000"])]
+#[case::path_of_a_bucket(&format!("{S3}path = \"/b\""), &[], &["store.x.path (FILE): it is unknown to a store of kind \"s3\", which has default, endpoint, "])]
+#[case::bucket_of_a_folder(&format!("{STORE}bucket = \"bbb\""), &[], &["store.local.bucket (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, "])]
+#[case::odd_object_in_a_bucket(&format!("{S3}object_bytes = 100000"), &[], &["store.x.object_bytes (FILE): found 100000"])]
 #[case::no_such_kind("[store.x]\nkind = \"tape\"\npath = \"/b\"", &[], &["store.x.kind (FILE): found \"tape\"; write \"posix\""])]
 #[case::store_name("[store.\"a b\"]\nkind = \"posix\"\npath = \"/b\"", &[], &["store.a b (FILE): ", "write 1 to 64 of a-z"])]
 #[case::compression(&format!("{STORE}compression = \"lz4\""), &[], &["store.local.compression (FILE): found \"lz4\"; write one of \"none\", \"zlib\", \"bz2\", \"zstd\""])]
@@ -179,7 +197,6 @@ fn what_is_not_set_has_its_default() {
     assert_eq!((config.ceph["main"].user.as_str(), config.ceph["main"].operation_seconds_max), ("admin", 60));
     let chunking = match &config.store(None).unwrap().1.kind {
         StoreKind::Posix { chunking, .. } => chunking,
-        #[cfg(feature = "ceph")]
         other => panic!("{other:?}"),
     };
     assert_eq!(chunking.compression, Compression::Zstd);
@@ -278,6 +295,9 @@ fn the_default_store_is_the_only_one_or_the_one_that_says_so() {
 fn a_password_is_not_shown() {
     let config = TempConfig::of("[broker]\nurl = \"amqp://u:hush@h\"\n").load(&[]).unwrap();
     assert!(!format!("{config:?}").contains("hush"));
+    let proxy = format!("{S3}proxy = \"http://u:hush@h\"\n");
+    let config = TempConfig::of(&proxy).load(&[("BACKHAUL_STORE__X__ACCESS_KEY", "hush")]).unwrap();
+    assert!(!format!("{config:?}").contains("hush"));
 
     let not_toml = TempConfig::of("[broker]\nurl = amqp://u:hush@h\n").load(&[]).unwrap_err();
     assert!(!not_toml.contains("hush"), "{not_toml}");
@@ -286,7 +306,6 @@ fn a_password_is_not_shown() {
 fn store_path(store: &Store) -> &Path {
     match &store.kind {
         StoreKind::Posix { path, .. } => path,
-        #[cfg(feature = "ceph")]
         other => panic!("{other:?}"),
     }
 }
@@ -328,21 +347,24 @@ fn every_setting_is_listed_and_every_listed_one_exists() {
 #[test]
 fn the_documented_defaults_are_the_defaults() {
     let documents = include_str!("../docs/configuration.md");
-    let of_images = documents.split_once("### `kind = \"rbd\"`").unwrap().1;
-    let required = "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\n";
+    let (others, of_images) = documents.split_once("### `kind = \"rbd\"`").unwrap();
+    let of_buckets = others.split_once("### `kind = \"s3\"`").unwrap().1;
+    let required = "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\n\
+                    store.far.kind = \"s3\"\nstore.far.endpoint = \"http://h\"\n\
+                    store.far.access_key = \"a\"\nstore.far.secret_key = \"b\"\n";
     let of_ceph = "store.images.kind = \"rbd\"\nstore.images.pool = \"p\"\n";
     let required = if cfg!(feature = "ceph") { format!("{required}{of_ceph}") } else { required.into() };
     let mut explicit = required.clone();
     for [setting, _, default] in documented() {
         if let Some(value) = default.strip_prefix('`').and_then(|text| text.strip_suffix('`')) {
-            let is_of_images = of_images.contains(&format!("| `{setting}` |"));
-            match (is_of_images, cfg!(feature = "ceph")) {
-                (true, true) => {
-                    explicit += &format!("{} = {value}\n", setting.replace("store.NAME", "store.images"));
-                }
-                (true, false) => {}
-                (false, _) => explicit += &format!("{setting} = {value}\n"),
-            }
+            let is_in = |part: &str| part.contains(&format!("| `{setting}` |"));
+            let store = match (is_in(of_images), is_in(of_buckets)) {
+                (true, _) if cfg!(not(feature = "ceph")) => continue,
+                (true, _) => "store.images",
+                (false, true) => "store.far",
+                (false, false) => "store.NAME",
+            };
+            explicit += &format!("{} = {value}\n", setting.replace("store.NAME", store));
         }
     }
     assert!(explicit.lines().count() > 15, "{explicit}");

@@ -10,13 +10,15 @@ use rstest::rstest;
 use serde_json::{Map, Value, json};
 
 const POSIX: &str = "cinder.backup.drivers.posix.PosixBackupDriver";
+const S3: &str = "cinder.backup.drivers.s3.S3BackupDriver";
 const CEPH: &str = "cinder.backup.drivers.ceph.CephBackupDriver";
 
 /// A store of the kind that the record is of, or would be.
 fn form_for(service: &str) -> Form {
-    match service.contains("ceph") {
-        true => Form::Images { pool: "backups".parse().unwrap() },
-        false => Form::Files,
+    match service {
+        _ if service.contains("ceph") => Form::Images { pool: "backups".parse().unwrap() },
+        _ if service.contains("s3") => Form::Buckets,
+        _ => Form::Files,
     }
 }
 
@@ -185,6 +187,38 @@ fn backups_that_are_files_are_taken_in(
     assert_eq!(record.service, service);
 }
 
+/// The fields of a backup in a bucket as Cinder 29 exports them.
+fn bucket_fields_with(changes: Value) -> Value {
+    let mut fields = fields_with(json!({
+        "service": S3,
+        "service_metadata": "volume_f8b4904a-1d0e-404b-98d9-745e42c0b42f/20261121115849/az_nova_backup_\
+                             5c214283-0223-4880-be46-c35800e47cfb",
+        "container": "volumebackups",
+    }));
+    fields.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    fields
+}
+
+#[rstest]
+#[case::with_class(S3)]
+#[case::module_only("cinder.backup.drivers.s3")]
+fn backups_in_buckets_are_taken_in(#[case] service: &str) {
+    let fields = bucket_fields_with(json!({ "service": service }));
+    let record = import(service, &fields).unwrap();
+
+    assert_eq!(record.service, service);
+    assert_eq!(record.service_metadata, fields["service_metadata"].as_str().unwrap());
+    assert_eq!(record.container.as_str(), "volumebackups");
+}
+
+#[rstest]
+fn a_prefix_of_keys_that_leads_elsewhere_is_refused(
+    #[values("../x", "a/../b", "/a", "a/", "a//b", ".backhaul/records", "a/.b", "a\\b", "")] prefix: &str,
+) {
+    let error = import(S3, &bucket_fields_with(json!({ "service_metadata": prefix }))).unwrap_err();
+    assert!(error.to_string().contains("cannot be the prefix"), "{error}");
+}
+
 #[rstest]
 #[case::with_class(CEPH)]
 #[case::module_only("cinder.backup.drivers.ceph")]
@@ -236,6 +270,8 @@ fn a_pool_that_cannot_be_one_is_refused(#[case] container: &str) {
 #[rstest]
 #[case::images_into_files(CEPH, image_fields(), POSIX, "as files")]
 #[case::files_into_images(POSIX, fields(), CEPH, "as RBD images")]
+#[case::files_into_buckets(POSIX, fields(), S3, "as objects in buckets")]
+#[case::objects_into_files(S3, bucket_fields_with(json!({})), POSIX, "as files")]
 fn a_backup_is_not_taken_into_a_store_of_another_kind(
     #[case] service: &str,
     #[case] fields: Value,
@@ -251,7 +287,7 @@ fn a_backup_is_not_taken_into_a_store_of_another_kind(
 
 #[rstest]
 #[case::swift("cinder.backup.drivers.swift.SwiftBackupDriver")]
-#[case::s3("cinder.backup.drivers.s3.S3BackupDriver")]
+#[case::gcs("cinder.backup.drivers.gcs.GoogleBackupDriver")]
 #[case::another_class("cinder.backup.drivers.ceph.PosixBackupDriver")]
 #[case::mixed("cinder.backup.drivers.posix.NFSBackupDriver")]
 #[case::longer("cinder.backup.drivers.posix.PosixBackupDriver.x")]
@@ -262,7 +298,7 @@ fn backups_of_other_drivers_are_refused_with_the_names_of_those_that_are_not(#[c
 
     let text = error.to_string();
     assert!(text.contains(&format!("{service:?}")), "{text}");
-    assert!(text.contains(POSIX) && text.contains(CEPH), "{text}");
+    assert!(text.contains(POSIX) && text.contains(S3) && text.contains(CEPH), "{text}");
 }
 
 #[rstest]

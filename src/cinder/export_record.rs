@@ -19,11 +19,12 @@ const PREFIX_BYTES_MAX: usize = 180;
 /// Cinder counts volumes in GiB.
 const GIB: u64 = 1 << 30;
 
-/// Where Cinder's drivers lie, and those of them whose backups are folders of files or RBD images: module and class. Old
-/// rows name the module only.
+/// Where Cinder's drivers lie, and those of them whose backups are folders of files, objects in buckets or RBD images: module
+/// and class. Old rows name the module only.
 const DRIVERS: &str = "cinder.backup.drivers.";
 const FILE_DRIVERS: [(&str, &str); 3] =
     [("posix", "PosixBackupDriver"), ("nfs", "NFSBackupDriver"), ("glusterfs", "GlusterfsBackupDriver")];
+const BUCKET_DRIVERS: [(&str, &str); 1] = [("s3", "S3BackupDriver")];
 const IMAGE_DRIVERS: [(&str, &str); 1] = [("ceph", "CephBackupDriver")];
 
 /// What Cinder refuses to import a backup without. The others have a value that stands for their absence.
@@ -44,6 +45,8 @@ pub struct ExportRecord {
 pub enum Form {
     /// Files in folders.
     Files,
+    /// Objects in buckets.
+    Buckets,
     /// RBD images.
     Images {
         /// The pool of those that name no container.
@@ -55,6 +58,7 @@ impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Files => "files",
+            Self::Buckets => "objects in buckets",
             Self::Images { .. } => "RBD images",
         })
     }
@@ -83,7 +87,8 @@ pub enum Error {
     /// Written by a driver that nobody here knows.
     #[error(
         "backups of {service:?} cannot be taken in: this version reads those of {DRIVERS}posix.PosixBackupDriver, \
-         {DRIVERS}nfs.NFSBackupDriver, {DRIVERS}glusterfs.GlusterfsBackupDriver and {DRIVERS}ceph.CephBackupDriver"
+         {DRIVERS}nfs.NFSBackupDriver, {DRIVERS}glusterfs.GlusterfsBackupDriver, {DRIVERS}s3.S3BackupDriver and \
+         {DRIVERS}ceph.CephBackupDriver"
     )]
     ForeignDriver {
         /// What the record names.
@@ -136,8 +141,9 @@ pub enum Error {
     UnsafeContainer(#[from] InvalidName),
     /// The prefix of the objects is not safe to use.
     #[error(
-        "the export record's service_metadata {prefix:?} cannot be the prefix of file names: it must have 1 to \
-         {PREFIX_BYTES_MAX} bytes, not begin with a dot, and have no slashes, backslashes or control characters"
+        "the export record's service_metadata {prefix:?} cannot be the prefix of the names of objects: it must have 1 to \
+         {PREFIX_BYTES_MAX} bytes, no part that is empty or begins with a dot, no backslashes and control characters, and \
+         no slashes unless it is of objects in buckets"
     )]
     UnsafePrefix {
         /// What the record says.
@@ -233,12 +239,17 @@ pub fn encode(record: &Record) -> ExportRecord {
 /// Makes the record of a backup out of its export record, as [`import`] does.
 pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
     let ExportRecord { backup_service: service, backup_url } = export;
-    let (files, images) = (is_of(&FILE_DRIVERS, &service), is_of(&IMAGE_DRIVERS, &service));
-    match form {
-        Form::Files if files => {}
-        Form::Images { .. } if images => {}
-        _ if files || images => return Err(Error::OtherStore { service, form: form.to_string() }),
-        _ => return Err(Error::ForeignDriver { service }),
+    let own: &[_] = match form {
+        Form::Files => &FILE_DRIVERS,
+        Form::Buckets => &BUCKET_DRIVERS,
+        Form::Images { .. } => &IMAGE_DRIVERS,
+    };
+    if !is_of(own, &service) {
+        let known = [&FILE_DRIVERS[..], &BUCKET_DRIVERS, &IMAGE_DRIVERS].concat();
+        return Err(match is_of(&known, &service) {
+            true => Error::OtherStore { service, form: form.to_string() },
+            false => Error::ForeignDriver { service },
+        });
     }
     let json = BASE64_STANDARD.decode(backup_url).map_err(Error::NotBase64)?;
     let mut fields = Fields(serde_json::from_slice(&json).map_err(Error::NotJson)?);
@@ -256,8 +267,9 @@ pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
     let created_at = fields.needed("created_at")?;
     let volume_id = fields.needed("volume_id")?.parse()?;
     let (service_metadata, container) = match form {
-        Form::Files => {
-            (safe_prefix(fields.needed("service_metadata")?)?, fields.needed("container")?.parse()?)
+        Form::Files | Form::Buckets => {
+            let prefix = safe_prefix(fields.needed("service_metadata")?, form)?;
+            (prefix, fields.needed("container")?.parse()?)
         }
         Form::Images { pool } => (
             safe_base(fields.take("service_metadata")?, volume_id)?,
@@ -301,10 +313,12 @@ fn is_of(drivers: &[(&str, &str)], service: &str) -> bool {
     })
 }
 
-fn safe_prefix(prefix: String) -> Result<String, Error> {
-    let unsafe_character = |c: char| c.is_control() || c == '/' || c == '\\';
+/// Takes a prefix of the names of objects. In a bucket it has parts.
+fn safe_prefix(prefix: String, form: &Form) -> Result<String, Error> {
+    let unsafe_character = |c: char| c.is_control() || c == '\\' || (c == '/' && *form != Form::Buckets);
     let fits = (1..=PREFIX_BYTES_MAX).contains(&prefix.len());
-    if !fits || prefix.starts_with('.') || prefix.contains(unsafe_character) {
+    let unsafe_part = |part: &str| part.is_empty() || part.starts_with('.');
+    if !fits || prefix.contains(unsafe_character) || prefix.split('/').any(unsafe_part) {
         return Err(Error::UnsafePrefix { prefix: prefix.chars().take(PREFIX_BYTES_MAX).collect() });
     }
     Ok(prefix)

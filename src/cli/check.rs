@@ -14,12 +14,11 @@ use crate::config::{self, Config, StoreKind};
 use crate::job::Container;
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Folder, ObjectStore, Posix};
+use crate::store::{self, Folder, ObjectStore, Posix, S3, S3Settings};
 use crate::worker;
 
-/// Nobody who runs a check waits longer for a cluster.
-#[cfg(feature = "ceph")]
-const CEPH_SECONDS_MAX: u32 = 10;
+/// Nobody who runs a check waits longer for a cluster or a server.
+const SECONDS_MAX: u32 = 10;
 
 /// Checks all that the configuration names. Leaves nothing behind.
 pub(super) async fn check(config: &Config) -> Result<u8, Error> {
@@ -30,6 +29,7 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
     for (name, store) in &config.stores {
         let checked = match &store.kind {
             StoreKind::Posix { path, .. } => posix(path).await,
+            StoreKind::S3 { settings, .. } => buckets(settings).await,
             #[cfg(feature = "ceph")]
             StoreKind::Rbd { cluster, pool, journaling, stripes, .. } => {
                 let mut cluster_settings = config.ceph.iter();
@@ -103,7 +103,7 @@ async fn ceph(_: &config::Ceph) -> Result<String, String> {
 
 #[cfg(feature = "ceph")]
 fn connect(settings: &config::Ceph) -> Result<Cluster, ceph::Error> {
-    let seconds_max = settings.operation_seconds_max.min(CEPH_SECONDS_MAX);
+    let seconds_max = settings.operation_seconds_max.min(SECONDS_MAX);
     Cluster::connect(&settings.conf, &settings.user, seconds_max)
 }
 
@@ -152,6 +152,19 @@ async fn posix(path: &std::path::Path) -> Result<String, String> {
     let store = Posix::open(path).map_err(|error| render::error(&error))?;
     objects(&store).await?;
     Ok(format!("{} can be written, read and listed", path.display()))
+}
+
+/// Checks a store of buckets; makes its own one if it is missing and may be made.
+async fn buckets(settings: &S3Settings) -> Result<String, String> {
+    let mut settings = settings.clone();
+    settings.http.retries_max = 0;
+    settings.http.connect_seconds_max = settings.http.connect_seconds_max.min(SECONDS_MAX);
+    settings.http.idle_seconds_max = settings.http.idle_seconds_max.min(SECONDS_MAX);
+    let usable =
+        format!("bucket {} of {} can be written, read and listed", settings.bucket, settings.endpoint);
+    let store = S3::new(settings).map_err(|error| render::error(&error))?;
+    objects(&store).await?;
+    Ok(usable)
 }
 
 /// Writes an object, reads, lists and removes it.

@@ -10,19 +10,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use url::Url;
 
 pub use layers::ConfigError;
 use layers::Layers;
 pub use value::Queue;
 
 use value::{
-    Kind, broker_url, ceph_user, cluster, compression, core_count, host_name, kind, name, number, path,
-    paths, pool, prefix, queue, some_path, whole,
+    Kind, broker_url, bucket, ceph_user, cluster, compression, core_count, endpoint, host_name, kind, name,
+    number, path, paths, pool, prefix, proxy, queue, region, secret, some_path, whole,
 };
 
 use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
 use crate::job::{Container, StoreName};
+use crate::store::{HttpSettings, S3Settings, Secret, SecretFrom};
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
 pub const MEMORY_BYTES_BASE: u64 = 96 << 20;
@@ -56,6 +58,21 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.compression",
     "store.NAME.object_bytes",
     "store.NAME.sha_block_bytes",
+    "store.NAME.endpoint",
+    "store.NAME.region",
+    "store.NAME.path_style",
+    "store.NAME.bucket",
+    "store.NAME.create_containers",
+    "store.NAME.access_key",
+    "store.NAME.secret_key",
+    "store.NAME.secret_key_file",
+    "store.NAME.sse_c_key_file",
+    "store.NAME.ca_file",
+    "store.NAME.proxy",
+    "store.NAME.connect_seconds_max",
+    "store.NAME.idle_seconds_max",
+    "store.NAME.connections_max",
+    "store.NAME.retries_max",
     "store.NAME.cluster",
     "store.NAME.pool",
     "store.NAME.source_snapshots_max",
@@ -64,9 +81,32 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.stripe_count",
 ];
 
+/// What all stores have.
+const OF_ALL: [&str; 2] = ["kind", "default"];
+/// What stores have besides that whose objects are in the form of Cinder's chunked drivers.
+const OF_CHUNKED: [&str; 3] = ["compression", "object_bytes", "sha_block_bytes"];
 /// What only stores that are folders have.
-const OF_POSIX: [&str; 4] = ["path", "compression", "object_bytes", "sha_block_bytes"];
+const OF_POSIX: [&str; 1] = ["path"];
+/// What only stores behind S3 have.
+const OF_S3: [&str; 15] = [
+    "endpoint",
+    "region",
+    "path_style",
+    "bucket",
+    "create_containers",
+    "access_key",
+    "secret_key",
+    "secret_key_file",
+    "sse_c_key_file",
+    "ca_file",
+    "proxy",
+    "connect_seconds_max",
+    "idle_seconds_max",
+    "connections_max",
+    "retries_max",
+];
 /// What only stores of RBD images have.
+#[cfg(feature = "ceph")]
 const OF_RBD: [&str; 6] =
     ["cluster", "pool", "source_snapshots_max", "journaling", "stripe_unit_bytes", "stripe_count"];
 
@@ -194,6 +234,13 @@ pub enum StoreKind {
     Posix {
         /// The folder.
         path: PathBuf,
+        /// How volumes are cut up for it.
+        chunking: Chunking,
+    },
+    /// Buckets of a server that speaks S3.
+    S3 {
+        /// The server, and what is kept there.
+        settings: Box<S3Settings>,
         /// How volumes are cut up for it.
         chunking: Chunking,
     },
@@ -326,6 +373,36 @@ struct StoreSection {
     object_bytes: u64,
     #[serde(default = "sha_block_bytes", deserialize_with = "whole::<_, _, 512, 67_108_864>")]
     sha_block_bytes: u64,
+    #[serde(default, deserialize_with = "endpoint")]
+    endpoint: Option<Url>,
+    #[serde(default = "usual_region", deserialize_with = "region")]
+    region: String,
+    #[serde(default = "yes")]
+    path_style: bool,
+    #[serde(default = "usual_bucket", deserialize_with = "bucket")]
+    bucket: String,
+    #[serde(default = "yes")]
+    create_containers: bool,
+    #[serde(default, deserialize_with = "secret")]
+    access_key: Option<Secret>,
+    #[serde(default, deserialize_with = "secret")]
+    secret_key: Option<Secret>,
+    #[serde(default, deserialize_with = "some_path")]
+    secret_key_file: Option<PathBuf>,
+    #[serde(default, deserialize_with = "some_path")]
+    sse_c_key_file: Option<PathBuf>,
+    #[serde(default, deserialize_with = "some_path")]
+    ca_file: Option<PathBuf>,
+    #[serde(default, deserialize_with = "proxy")]
+    proxy: Option<Secret>,
+    #[serde(default = "number::<_, 10>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    connect_seconds_max: u32,
+    #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
+    idle_seconds_max: u32,
+    #[serde(default = "number::<_, 32>", deserialize_with = "whole::<_, _, 1, 1000>")]
+    connections_max: u16,
+    #[serde(default = "number::<_, 8>", deserialize_with = "whole::<_, _, 0, 100>")]
+    retries_max: u16,
     #[serde(default, deserialize_with = "cluster")]
     cluster: Option<String>,
     #[serde(default, deserialize_with = "pool")]
@@ -344,15 +421,41 @@ impl StoreSection {
     /// Takes the settings of the store's kind.
     fn store(self, name: &StoreName, folder: &Path, layers: &Layers) -> Result<Store, ConfigError> {
         let missing = |key: &str| layers.missing(&format!("store.{name}.{key}"));
+        let chunking = Chunking {
+            compression: self.compression,
+            object_bytes: self.object_bytes,
+            sha_block_bytes: self.sha_block_bytes,
+        };
         let kind = match self.kind {
-            Kind::Posix => StoreKind::Posix {
-                path: folder.join(self.path.ok_or_else(|| missing("path"))?),
-                chunking: Chunking {
-                    compression: self.compression,
-                    object_bytes: self.object_bytes,
-                    sha_block_bytes: self.sha_block_bytes,
-                },
-            },
+            Kind::Posix => {
+                StoreKind::Posix { path: folder.join(self.path.ok_or_else(|| missing("path"))?), chunking }
+            }
+            Kind::S3 => {
+                let secret_key = match (self.secret_key, self.secret_key_file) {
+                    (Some(secret), _) => SecretFrom::Setting(secret),
+                    (None, Some(file)) => SecretFrom::File(folder.join(file)),
+                    (None, None) => return Err(missing("secret_key")),
+                };
+                let settings = S3Settings {
+                    endpoint: self.endpoint.ok_or_else(|| missing("endpoint"))?,
+                    region: self.region,
+                    path_style: self.path_style,
+                    bucket: self.bucket,
+                    create_buckets: self.create_containers,
+                    access_key: self.access_key.ok_or_else(|| missing("access_key"))?,
+                    secret_key,
+                    sse_c_key_file: self.sse_c_key_file.map(|file| folder.join(file)),
+                    http: HttpSettings {
+                        ca_file: self.ca_file.map(|file| folder.join(file)),
+                        proxy: self.proxy,
+                        connect_seconds_max: self.connect_seconds_max,
+                        idle_seconds_max: self.idle_seconds_max,
+                        connections_max: self.connections_max,
+                        retries_max: self.retries_max,
+                    },
+                };
+                StoreKind::S3 { settings: Box::new(settings), chunking }
+            }
             #[cfg(feature = "ceph")]
             Kind::Rbd => StoreKind::Rbd {
                 cluster: self.cluster,
@@ -408,18 +511,29 @@ fn check_store(
     layers: &Layers,
 ) -> Result<(), ConfigError> {
     let setting = |key: &str| format!("store.{name}.{key}");
-    let (known, foreign): (&[&str], &[&str]) = match section.kind {
-        Kind::Posix => (&OF_POSIX, &OF_RBD),
+    let known: &[&[&str]] = match section.kind {
+        Kind::Posix => &[&OF_POSIX, &OF_CHUNKED],
+        Kind::S3 => &[&OF_S3, &OF_CHUNKED],
         #[cfg(feature = "ceph")]
-        Kind::Rbd => (&OF_RBD, &OF_POSIX),
+        Kind::Rbd => &[&OF_RBD],
     };
-    if let Some(key) = foreign.iter().find(|key| layers.has(&setting(key))) {
+    let known = known.concat();
+    let of_stores = SETTINGS.iter().filter_map(|setting| setting.strip_prefix("store.NAME."));
+    let mut foreign = of_stores.filter(|key| !OF_ALL.contains(key) && !known.contains(key));
+    if let Some(key) = foreign.find(|key| layers.has(&setting(key))) {
         let (kind, known) = (section.kind, known.join(", "));
         let problem = format!("it is unknown to a store of kind \"{kind}\", which has default, {known}");
         return Err(layers.refuse(&setting(key), problem));
     }
     match section.kind {
         Kind::Posix => check_chunking(section, setting, sections.worker.memory_bytes_max, layers),
+        Kind::S3 => {
+            if section.secret_key.is_some() && section.secret_key_file.is_some() {
+                let problem = "secret_key is set, too; write only one of them".into();
+                return Err(layers.refuse(&setting("secret_key_file"), problem));
+            }
+            check_chunking(section, setting, sections.worker.memory_bytes_max, layers)
+        }
         #[cfg(feature = "ceph")]
         Kind::Rbd => check_images(section, setting, &sections.ceph, layers),
     }
@@ -522,6 +636,18 @@ fn object_bytes() -> u64 {
 
 fn sha_block_bytes() -> u64 {
     32_768
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn usual_region() -> String {
+    "us-east-1".into()
+}
+
+fn usual_bucket() -> String {
+    "volumebackups".into()
 }
 
 fn ceph_conf() -> PathBuf {

@@ -13,6 +13,7 @@ use url::Url;
 use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
 use crate::job::Container;
+use crate::store::{Secret, is_bucket_name};
 
 /// The kind of the job queues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -139,12 +140,14 @@ pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue,
 }
 
 /// The kinds of stores, as an error tells what may be written.
-pub(super) const KINDS: &str = if cfg!(feature = "ceph") { "\"posix\" or \"rbd\"" } else { "\"posix\"" };
+pub(super) const KINDS: &str =
+    if cfg!(feature = "ceph") { "\"posix\", \"s3\" or \"rbd\"" } else { "\"posix\" or \"s3\"" };
 
 /// The kind of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Posix,
+    S3,
     #[cfg(feature = "ceph")]
     Rbd,
 }
@@ -153,6 +156,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Posix => "posix",
+            Self::S3 => "s3",
             #[cfg(feature = "ceph")]
             Self::Rbd => "rbd",
         })
@@ -163,6 +167,7 @@ impl fmt::Display for Kind {
 pub(super) fn kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Kind, D::Error> {
     text_that(deserializer, KINDS, |text| match text {
         "posix" => Some(Kind::Posix),
+        "s3" => Some(Kind::S3),
         #[cfg(feature = "ceph")]
         "rbd" => Some(Kind::Rbd),
         _ => None,
@@ -240,4 +245,77 @@ pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<A
         return invalid("the URL has the port 0");
     }
     text.parse().map_err(D::Error::custom)
+}
+
+/// Reads the URL of a server that is spoken to by HTTP.
+pub(super) fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
+    let expected =
+        "the URL of the server without user, password and bucket, such as \"https://s3.example.org\"";
+    text_that(deserializer, expected, |text| {
+        let bare = |url: &Url| {
+            let (user, query) =
+                (url.username().is_empty() && url.password().is_none(), url.query().is_none());
+            ["http", "https"].contains(&url.scheme()) && user && query && url.fragment().is_none()
+        };
+        Url::parse(text).ok().filter(bare).map(Some)
+    })
+}
+
+/// Reads the name of a region.
+pub(super) fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    text_that(deserializer, "1 to 100 of a-z, A-Z, 0-9, '-' and '_', in quotes", |text| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+        ((1..=100).contains(&text.len()) && text.chars().all(plain)).then(|| text.into())
+    })
+}
+
+/// Reads the name of a bucket.
+pub(super) fn bucket<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let expected = "the name of a bucket: 3 to 63 of a-z, 0-9, '.' and '-', in quotes";
+    text_that(deserializer, expected, |text| is_bucket_name(text).then(|| text.into()))
+}
+
+/// Reads a text that must not be seen, so that no error repeats any of it either.
+pub(super) fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
+    struct Hidden;
+
+    const EXPECTED: &str = "a text, in quotes";
+
+    impl Visitor<'_> for Hidden {
+        type Value = Option<Secret>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(EXPECTED)
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+            match text {
+                "" => Err(E::custom(format!("it is empty; write {EXPECTED}"))),
+                text => Ok(Some(Secret::new(text.into()))),
+            }
+        }
+
+        fn visit_i64<E: Error>(self, _: i64) -> Result<Self::Value, E> {
+            Err(E::custom(format!("found a number; write {EXPECTED}")))
+        }
+
+        fn visit_u64<E: Error>(self, _: u64) -> Result<Self::Value, E> {
+            self.visit_i64(0)
+        }
+
+        fn visit_f64<E: Error>(self, _: f64) -> Result<Self::Value, E> {
+            self.visit_i64(0)
+        }
+    }
+
+    deserializer.deserialize_str(Hidden)
+}
+
+/// Reads the URL of a proxy. No error repeats any of it, since it may hold a password.
+pub(super) fn proxy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
+    let secret = secret(deserializer)?;
+    match secret.as_ref().map(|secret| Url::parse(secret.reveal())) {
+        Some(Ok(url)) if ["http", "https"].contains(&url.scheme()) && url.has_host() => Ok(secret),
+        _ => Err(D::Error::custom("not the URL of a proxy; write one such as \"http://proxy:3128\"")),
+    }
 }

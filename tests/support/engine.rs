@@ -5,18 +5,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
+use backhaul::engine::chunked::{Budget, Chunked, Compression, Naming, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{
     Account, BackupId, BackupWork, Completion, Container, Context, Job, JobId, Location, Outcome, Parent,
     Record, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::plan;
-use backhaul::store::{Folder, Memory, ObjectName, ObjectStore, Posix};
+use backhaul::store::{Folder, Memory, ObjectName, ObjectStore, Posix, S3};
 use backhaul::volume::FileRoots;
 use bytes::Bytes;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
+
+use super::s3;
 
 pub(crate) const COMPRESSIONS: [Compression; 4] =
     [Compression::None, Compression::Zlib, Compression::Bz2, Compression::Zstd];
@@ -29,6 +31,7 @@ pub(crate) const MEMORY_BYTES: usize = 256 << 20;
 pub(crate) enum Kind {
     Posix,
     Memory,
+    S3,
 }
 
 /// A store of its own, and a folder for volumes.
@@ -37,6 +40,7 @@ pub(crate) struct Bench {
     /// Where the objects are files.
     root: Option<PathBuf>,
     store: Arc<dyn ObjectStore>,
+    naming: Naming,
     cpu: Cpu,
 }
 
@@ -50,12 +54,16 @@ impl Bench {
         fs::create_dir(folder.path().join("volumes")).unwrap();
         let root = folder.path().join("store");
         fs::create_dir(&root).unwrap();
-        match kind {
-            Kind::Posix => {
-                Self { store: Arc::new(Posix::open(&root).unwrap()), root: Some(root), folder, cpu }
+        let (store, root, naming): (Arc<dyn ObjectStore>, _, _) = match kind {
+            Kind::Posix => (Arc::new(Posix::open(&root).unwrap()), Some(root), Naming::Folders),
+            Kind::Memory => (Arc::new(Memory::default()), None, Naming::Folders),
+            Kind::S3 => {
+                let usual = s3::new_bucket();
+                let store = S3::new(s3::settings(&s3::url(), &usual)).unwrap();
+                (Arc::new(store), None, Naming::Buckets { usual })
             }
-            Kind::Memory => Self { store: Arc::new(Memory::default()), root: None, folder, cpu },
-        }
+        };
+        Self { folder, root, store, naming, cpu }
     }
 
     pub(crate) fn store(&self) -> Arc<dyn ObjectStore> {
@@ -64,7 +72,15 @@ impl Bench {
 
     /// The folder of a Posix store.
     pub(crate) fn root(&self) -> &Path {
-        self.root.as_deref().expect("a store in memory has no folder")
+        self.root.as_deref().expect("this store has no folder")
+    }
+
+    /// The bucket of a store of buckets.
+    pub(crate) fn bucket(&self) -> &str {
+        match &self.naming {
+            Naming::Buckets { usual } => usual,
+            Naming::Folders => panic!("this store has no bucket"),
+        }
     }
 
     /// The only folder below which volumes may be.
@@ -85,11 +101,12 @@ impl Bench {
         memory_bytes: usize,
     ) -> Engine {
         let chunked = Chunked::new(store, settings, self.cpu.clone(), Budget::new(memory_bytes));
+        let chunked = chunked.with_naming(self.naming.clone());
         Engine::new(chunked, Volumes::files(FileRoots::new(&[self.volumes()])))
     }
 
     /// All that lies in the store, by path: objects, and where they are files also temporary ones and, with a `/` at
-    /// the end, empty folders that are not our own. A store in memory is looked through in these `containers`.
+    /// the end, empty folders that are not our own. Another store is looked through in these `containers`.
     pub(crate) async fn everything(
         &self,
         containers: impl IntoIterator<Item = &Container>,

@@ -31,17 +31,63 @@ use uuid::Uuid;
 
 use super::cpu::{Cpu, Lost, blocking};
 use super::error::Error;
-use crate::job::{BackupWork, Container, Context, Counts, JobId, Method, Mode, Record, RecordState};
-use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
+use crate::job::{
+    BackupId, BackupWork, Container, Context, Counts, JobId, Method, Mode, Record, RecordState,
+};
+use crate::store::{self, Folder, Listed, ObjectName, ObjectStore, Reason};
 
 use digest::ListDigest;
 use metadata::object_number;
 
 /// Requests to the store that one job has under way at once, at most.
 const REQUESTS_MAX: usize = 16;
+/// Objects that are deleted between two looks at whether the job shall go on; a server may take as many at once.
+const DELETES_AT_ONCE: usize = 1000;
+/// How many times as many objects are being deleted at once, at most.
+const DELETES_MAX: usize = 4;
 
-/// What Cinder calls the driver whose objects these are.
-pub const POSIX_SERVICE: &str = "cinder.backup.drivers.posix.PosixBackupDriver";
+/// How the names of a backup's objects are made: each is what one of Cinder's drivers does.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Naming {
+    /// Each backup has a folder of its own, as of the posix driver.
+    #[default]
+    Folders,
+    /// All backups that name no bucket share this one, as of the S3 driver.
+    Buckets {
+        /// Its name.
+        usual: String,
+    },
+}
+
+impl Naming {
+    /// What Cinder calls the driver.
+    fn service(&self) -> &'static str {
+        match self {
+            Self::Folders => "cinder.backup.drivers.posix.PosixBackupDriver",
+            Self::Buckets { .. } => "cinder.backup.drivers.s3.S3BackupDriver",
+        }
+    }
+
+    /// The container of a backup whose job names none.
+    fn container(&self, backup_id: BackupId) -> Result<Container, Error> {
+        let id = backup_id.to_string();
+        Ok(match self {
+            Self::Folders => format!("{}/{}/{id}", &id[..2], &id[2..4]).parse()?,
+            Self::Buckets { usual } => usual.parse()?,
+        })
+    }
+
+    /// What the names of a backup's objects begin with.
+    fn prefix(&self, record: &Record) -> String {
+        let Record { volume_id, backup_id, .. } = record;
+        let time = record.created_at.strftime("%Y%m%d%H%M%S");
+        match self {
+            Self::Folders => format!("volume_{volume_id}_{time}_backup_{backup_id}"),
+            // Cinder's zone, if nobody gives it another name. It is in the prefix only, and nobody looks for it there.
+            Self::Buckets { .. } => format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"),
+        }
+    }
+}
 
 /// How a store's backups are written. How they are read stands in their metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +110,7 @@ pub struct Settings {
 #[derive(Debug, Clone)]
 pub struct Chunked {
     store: Arc<dyn ObjectStore>,
+    naming: Naming,
     settings: Settings,
     cpu: Cpu,
     memory: Budget,
@@ -72,7 +119,12 @@ pub struct Chunked {
 impl Chunked {
     /// Puts the engine together. `cpu` and `memory` are those of the whole worker.
     pub fn new(store: Arc<dyn ObjectStore>, settings: Settings, cpu: Cpu, memory: Budget) -> Self {
-        Self { store, settings, cpu, memory }
+        Self { store, naming: Naming::default(), settings, cpu, memory }
+    }
+
+    /// The same engine with other names for new objects.
+    pub fn with_naming(self, naming: Naming) -> Self {
+        Self { naming, ..self }
     }
 
     /// The store.
@@ -99,10 +151,7 @@ impl Chunked {
         }
         let container = match &work.container {
             Some(container) => container.clone(),
-            None => {
-                let id = work.backup_id.to_string();
-                format!("{}/{}/{id}", &id[..2], &id[2..4]).parse::<Container>()?
-            }
+            None => self.naming.container(work.backup_id)?,
         };
         Ok(Record {
             backup_id: work.backup_id,
@@ -113,7 +162,7 @@ impl Chunked {
             writer: Uuid::new_v4().to_string(),
             checkpoint: None,
             // Cinder gives a backup to the driver that it names, with the whole chain.
-            service: parent.map_or(POSIX_SERVICE, |parent| &parent.service).into(),
+            service: parent.map_or(self.naming.service(), |parent| &parent.service).into(),
             service_metadata: String::new(),
             container,
             name: work.name.clone(),
@@ -133,12 +182,7 @@ impl Chunked {
 
     /// Gives the objects of a backup their prefix, by Cinder's rule.
     pub fn name(&self, record: &mut Record) {
-        record.service_metadata = format!(
-            "volume_{}_{}_backup_{}",
-            record.volume_id,
-            record.created_at.strftime("%Y%m%d%H%M%S"),
-            record.backup_id
-        );
+        record.service_metadata = self.naming.prefix(record);
     }
 
     /// Whether the object that makes the backup visible is there; it is the first one that a delete removes.
@@ -155,15 +199,21 @@ impl Chunked {
         self.store.delete(&names.checksums).await?;
         let listed = self.store.list(&names.folder, names.prefix()).await?;
         // Something else may have a name that begins alike; it is not ours to remove.
-        let own = listed.into_iter().filter(|object| object_number(names.prefix(), &object.name).is_some());
-        stream::iter(own.map(Ok::<_, Error>))
-            .try_for_each_concurrent(REQUESTS_MAX, |object| {
-                let name = names.folder.object(&object.name);
+        let own = |object: &&Listed| object_number(names.prefix(), &object.name).is_some();
+        let listed: Vec<&Listed> = listed.iter().filter(own).collect();
+        stream::iter(listed.chunks(DELETES_AT_ONCE).map(Ok::<_, Error>))
+            .try_for_each_concurrent(DELETES_MAX, |objects| {
+                let folder = &names.folder;
                 async move {
                     ctx.check()?;
-                    self.store.delete(&name?).await?;
-                    let counts = Counts { bytes_stored: object.bytes, object_count: 1, ..Counts::default() };
-                    ctx.progress.add(&counts);
+                    let names: Result<Vec<_>, _> =
+                        objects.iter().map(|object| folder.object(&object.name)).collect();
+                    self.store.delete_all(&names?).await?;
+                    ctx.progress.add(&Counts {
+                        bytes_stored: objects.iter().map(|object| object.bytes).sum(),
+                        object_count: objects.len() as u64,
+                        ..Counts::default()
+                    });
                     Ok(())
                 }
             })

@@ -1,0 +1,164 @@
+//! Backhaul and OpenStack Cinder 29 on one server that speaks S3: either restores, goes on from and deletes what the other
+//! made. Cinder's driver is the real one.
+#![cfg(feature = "ceph")] // Cinder is there for the tests with all features.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+
+use backhaul::cinder::export_record::{self, Form};
+use backhaul::engine::Engine;
+use backhaul::engine::chunked::{Compression, Settings};
+use backhaul::job::{BackupId, Container, Parent, Record, VolumeId, Work};
+use rstest::rstest;
+use serde_json::json;
+use support::cinder::{Cinder, Of};
+use support::engine::{Bench, Kind, backup_job, delete, restore, run, verify};
+use support::s3;
+use support::volume::{Fill, Volume};
+
+const MIB: usize = 1 << 20;
+const OBJECT_BYTES: usize = MIB;
+
+/// Who makes a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Maker {
+    Us,
+    Cinder,
+}
+
+fn cinder() -> Cinder {
+    let server = s3::settings(&s3::url(), s3::BUCKET);
+    let url = url::Url::parse(&s3::url()).unwrap();
+    let options = [
+        format!("backup_s3_endpoint_url={}", server.endpoint),
+        format!("backup_s3_store_access_key={}", url.username()),
+        format!("backup_s3_store_secret_key={}", url.password().unwrap()),
+        format!("backup_s3_object_size={OBJECT_BYTES}"),
+    ];
+    Cinder::start_driver("s3.S3BackupDriver", &options)
+}
+
+fn engine(bench: &Bench, compression: Compression, object_bytes: usize) -> Engine {
+    bench.engine(Settings {
+        compression,
+        object_bytes,
+        sha_block_bytes: 32 << 10,
+        unchanged_check_per_mille: 1,
+        source_snapshots_max: 1,
+    })
+}
+
+/// Takes in a backup that Cinder made.
+async fn import(engine: &Engine, cinder: &mut Cinder, id: BackupId) -> Record {
+    let export = cinder.ask("export_record", json!({ "backup_id": id }));
+    let record = export_record::import(export.to_string().as_bytes(), &Form::Buckets).unwrap();
+    engine.import(record).await.unwrap()
+}
+
+/// Makes a backup of ours and gives it to Cinder.
+async fn back_up(
+    engine: &Engine,
+    cinder: &mut Cinder,
+    volume_id: VolumeId,
+    volume: &Volume,
+    parent: Parent,
+) -> Record {
+    let mut job = backup_job(volume_id, &volume.path, parent);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    let volume_meta = cinder.ask("volume_meta", json!({ "volume_id": volume_id }));
+    work.volume_meta = Some(volume_meta.as_str().unwrap().into());
+    run(engine, &job).await.unwrap();
+    let record = engine.catalog().record(job.backup_id()).await.unwrap().unwrap();
+    cinder.import(&record);
+    record
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
+    #[values(Compression::None, Compression::Zlib, Compression::Bz2, Compression::Zstd)]
+    compression: Compression,
+    #[values([Maker::Us, Maker::Cinder, Maker::Us], [Maker::Cinder, Maker::Us, Maker::Cinder])] makers: [Maker;
+        3],
+) {
+    let (bench, mut cinder) = (Bench::new(Kind::S3), cinder());
+    // Objects of another size than Cinder's.
+    let engine = engine(&bench, compression, 2 * OBJECT_BYTES);
+    let packing = match compression {
+        Compression::None => "none",
+        Compression::Zlib => "zlib",
+        Compression::Bz2 => "bz2",
+        Compression::Zstd => "zstd",
+    };
+    let bucket = bench.bucket();
+    let container: Container = bucket.parse().unwrap();
+    cinder.ask(
+        "configure",
+        json!({ "backup_s3_store_bucket": bucket, "backup_compression_algorithm": packing }),
+    );
+    let volume_id = VolumeId::random();
+    cinder.add_volume(volume_id, 1);
+    let mut volume = Volume::create(bench.volumes().join("volume"), 5 * MIB + 5000);
+    volume.fill(0..MIB, Fill::Noise(1));
+    volume.fill(MIB..2 * MIB, Fill::Text(2));
+    volume.fill(2 * MIB..3 * MIB, Fill::Zeros);
+    volume.fill(4 * MIB..5 * MIB + 5000, Fill::Text(3));
+
+    let mut chain: Vec<(BackupId, Vec<u8>)> = Vec::new();
+    for (step, maker) in makers.into_iter().enumerate() {
+        if step > 0 {
+            let at = step * 1_500_000;
+            volume.fill(at..at + 100_000, Fill::Noise(20 + step as u64));
+            volume.fill(at + 100_000..at + 200_000, Fill::Zeros);
+            volume.fill(5 * MIB + 4000..5 * MIB + 5000, Fill::Noise(step as u64));
+        }
+        let parent = chain.last().map(|(id, _)| *id);
+        let id = match maker {
+            Maker::Us => {
+                let parent = parent.map_or(Parent::None, Parent::Given);
+                back_up(&engine, &mut cinder, volume_id, &volume, parent).await.backup_id
+            }
+            Maker::Cinder => {
+                let path = volume.path.to_str().unwrap();
+                let id = cinder.backup(volume_id, Of::File(path), parent).unwrap();
+                import(&engine, &mut cinder, id).await;
+                id
+            }
+        };
+        let record = engine.catalog().record(id).await.unwrap().unwrap();
+        assert_eq!(record.parent_id, parent, "{step}");
+        chain.push((id, volume.bytes.clone()));
+    }
+
+    for (step, (id, bytes)) in chain.iter().enumerate() {
+        let target = bench.volumes().join(format!("by-us-{step}"));
+        restore(&engine, *id, &target).await.unwrap();
+        assert!(fs::read(&target).unwrap() == *bytes, "{step} restored by us");
+        verify(&engine, *id).await.unwrap();
+        for new in [true, false] {
+            let target = bench.volumes().join(format!("by-cinder-{step}-{new}"));
+            let file = File::create(&target).unwrap();
+            file.set_len(bytes.len() as u64).unwrap();
+            if !new {
+                fs::write(&target, vec![0xaa; bytes.len()]).unwrap();
+            }
+            cinder.restore_file(*id, volume_id, &target, new);
+            assert!(fs::read(&target).unwrap() == *bytes, "{step} restored by Cinder, new: {new}");
+        }
+    }
+
+    // Each is deleted by who did not make it, the newest first.
+    for ((id, _), maker) in chain.iter().zip(makers).rev() {
+        match maker {
+            Maker::Us => {
+                cinder.delete(*id);
+                delete(&engine, *id).await.unwrap();
+            }
+            Maker::Cinder => drop(delete(&engine, *id).await.unwrap()),
+        }
+    }
+    assert_eq!(bench.everything([&container]).await, BTreeSet::new());
+}
