@@ -92,7 +92,7 @@ async fn a_chain_lies_in_a_bucket_as_cinder_has_it_and_goes_without_a_trace() {
 }
 
 #[rstest]
-#[case::cut(|link: &Link| link.cut_after((1..60).map(|number| number * 7_919 % 2_000_000)))]
+#[case::cut(|link: &Link| link.cut_after((1..30).map(|number| number * 700_001 % 2_000_000 + 100_000)))]
 #[case::answers_lost(|link: &Link| link.lose_answers(4))]
 #[case::overloaded(|link: &Link| {
     let answer = "HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
@@ -110,8 +110,11 @@ async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(#[case] fail: 
 
     fail(&link);
     let chain = chain(&engine, &mut volume(&bench)).await;
+    let while_written = link.fault_count();
+    assert!(while_written >= 4, "{while_written}");
     fail(&link);
     check(&bench, &engine, &chain).await;
+    assert!(link.fault_count() >= while_written + 4, "{}", link.fault_count());
     fail(&link);
     for (record, _) in chain.iter().rev() {
         delete(&engine, record.backup_id).await.unwrap();
@@ -192,4 +195,76 @@ fn a_server_that_is_away_puts_jobs_off_until_it_is_back() {
     link.cut();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
+}
+
+/// With a gateway of one's own, which may be stopped.
+#[cfg(feature = "ceph")]
+mod restarted {
+    use std::os::unix::fs::MetadataExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use backhaul::engine::chunked::{Budget, Chunked, Naming};
+    use backhaul::engine::{Cpu, Volumes};
+    use backhaul::store::{Folder, ObjectStore};
+    use backhaul::volume::FileRoots;
+
+    use super::*;
+    use crate::support::ceph::Ceph;
+    use crate::support::volume::junk;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_gateway_that_is_restarted_in_the_middle_costs_nothing_but_time() {
+        let (bench, ceph) = (Bench::new(Kind::S3), Arc::new(Ceph::start_with(&[])));
+        let usual = s3::new_bucket();
+        let mut behind = s3::settings(&ceph.start_gateway(), &usual);
+        behind.http.retries_max = 30;
+        let store = Arc::new(S3::new(behind).unwrap());
+        let (cpu, memory) = (Cpu::start(2).unwrap(), Budget::new(MEMORY_BYTES));
+        let chunked = Chunked::new(store.clone(), settings(Compression::None), cpu, memory);
+        let naming = Naming::Buckets { usual: usual.clone() };
+        let volumes = Volumes::files(FileRoots::new(&[bench.volumes()]));
+        let engine = Engine::new(chunked.with_naming(naming), volumes);
+        let path = bench.volumes().join("volume");
+        let bytes = junk(&path, 96 * MIB, 5);
+
+        let container = Folder::from(&usual.parse::<Container>().unwrap());
+        let begun = async || !store.list(&container, "").await.unwrap_or_default().is_empty();
+        let backup = backup(&engine, VolumeId::random(), &path, Parent::None);
+        let record = restarting(&ceph, begun, backup).await.unwrap();
+
+        let target = bench.volumes().join("target");
+        // It gets its name when it is whole.
+        let has_data = |name: &String| {
+            let data = fs::metadata(bench.volumes().join(name)).map_or(0, |file| file.blocks());
+            name != "volume" && data > 0
+        };
+        let begun = async || bench.volume_names().iter().any(has_data);
+        restarting(&ceph, begun, restore(&engine, record.backup_id, &target)).await.unwrap();
+        assert!(fs::read(&target).unwrap() == bytes);
+    }
+
+    /// Does `work`, while the gateway is stopped as soon as that has `begun`, and started again.
+    async fn restarting<T>(
+        ceph: &Arc<Ceph>,
+        begun: impl AsyncFn() -> bool,
+        work: impl Future<Output = T>,
+    ) -> T {
+        let over = AtomicBool::new(false);
+        let work = async {
+            let done = work.await;
+            over.store(true, Ordering::SeqCst);
+            done
+        };
+        let restart = async {
+            while !begun().await {
+                assert!(!over.load(Ordering::SeqCst), "it was over before it was seen to have begun");
+                tokio::task::yield_now().await;
+            }
+            let (stopped, started) = (ceph.clone(), ceph.clone());
+            tokio::task::spawn_blocking(move || stopped.stop_gateway()).await.unwrap();
+            assert!(!over.load(Ordering::SeqCst), "it was over before the gateway was stopped");
+            tokio::task::spawn_blocking(move || started.start_gateway()).await.unwrap();
+        };
+        tokio::join!(work, restart).0
+    }
 }

@@ -1054,17 +1054,14 @@ mod network {
     }
 
     #[rstest]
-    #[case::in_the_path("http://nowhere.invalid", true)]
-    #[case::before_the_host("http://s3.test", false)]
     #[tokio::test(flavor = "multi_thread")]
     async fn a_proxy_reaches_what_we_cannot_and_a_bucket_stands_where_it_is_told_to(
-        #[case] endpoint: &str,
-        #[case] path_style: bool,
+        #[values(true, false)] path_style: bool,
     ) {
-        // The gateway takes what a proxy is asked.
+        // The gateway takes what a proxy is asked, and knows this name for its own, which nobody else does.
         let link = Link::to(&s3::url());
         let mut settings = s3::settings(&s3::url(), s3::BUCKET);
-        settings.endpoint = endpoint.parse().unwrap();
+        settings.endpoint = "http://s3.test".parse().unwrap();
         settings.path_style = path_style;
         settings.http.proxy = Some(Secret::new(link.url().into()));
         let bench = bench(settings);

@@ -4,7 +4,6 @@
 //! kind of store that asked.
 
 use std::convert::Infallible;
-use std::error::Error as _;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -243,23 +242,32 @@ fn lost(error: reqwest::Error) -> Failure {
     if error.is_builder() {
         return Failure::Unusable(io::Error::other(error));
     }
-    let (timed_out, connecting) = (error.is_timeout(), error.is_connect());
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        // A certificate that is not trusted now is not trusted later, either.
-        let inner = source.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        let tls = inner.and_then(|inner| inner.downcast_ref()).or_else(|| source.downcast_ref());
-        if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls {
-            return Failure::Unusable(io::Error::new(ErrorKind::InvalidData, error.clone()));
-        }
-        cause = source.source();
+    // A certificate that is not trusted now is not trusted later, either.
+    if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls_error(&error) {
+        return Failure::Unusable(io::Error::new(ErrorKind::InvalidData, error.clone()));
     }
-    let kind = match (timed_out, connecting) {
+    let kind = match (error.is_timeout(), error.is_connect()) {
         (true, _) => ErrorKind::TimedOut,
         (false, true) => ErrorKind::ConnectionRefused,
         (false, false) => ErrorKind::ConnectionReset,
     };
     Failure::passing(io::Error::new(kind, Causes(&error).to_string()))
+}
+
+/// What TLS has to say about an error, which may lie deep in it.
+fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref() {
+            return Some(error);
+        }
+        cause = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            // It is not its own source.
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
 }
 
 impl From<Failure> for Reason {

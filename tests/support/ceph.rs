@@ -88,6 +88,16 @@ impl Ceph {
         run(&mut ceph_sh("start-osd", self.own_folder()));
     }
 
+    /// Starts the gateway of one's own cluster, if it does not run, and gives the URL at which it speaks S3.
+    pub(crate) fn start_gateway(&self) -> String {
+        text(run(&mut ceph_sh("gateway", self.own_folder()))).trim_end().into()
+    }
+
+    /// Stops the gateway.
+    pub(crate) fn stop_gateway(&self) {
+        run(&mut ceph_sh("stop-gateway", self.own_folder()));
+    }
+
     fn own_folder(&self) -> &Path {
         self.own.as_ref().expect("the shared clusters are not to be broken").path()
     }

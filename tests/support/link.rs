@@ -24,13 +24,14 @@ struct Faults {
 #[derive(Default)]
 struct State {
     streams: Vec<TcpStream>,
-    /// After how many bytes, in both directions, each of the next cuts comes.
+    /// After how many bytes, in both directions of all connections, each of the next cuts comes.
     cuts: VecDeque<usize>,
     lost_answers: usize,
     /// What the next requests are answered instead of being passed on.
     answers: VecDeque<String>,
     stalled: bool,
     bytes_per_second: Option<u64>,
+    fault_count: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -52,8 +53,7 @@ impl Link {
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
-                let answer = of_connections.state.lock().unwrap().answers.pop_front();
-                match answer {
+                match of_connections.next_answer() {
                     Some(answer) => drop(thread::spawn(move || refuse(client, &answer))),
                     // A server that is away is away for whoever connects.
                     None => match TcpStream::connect(&address) {
@@ -76,7 +76,7 @@ impl Link {
         self.faults.cut();
     }
 
-    /// Cuts all connections each time that so many bytes more have passed.
+    /// Cuts a connection each time that so many bytes more have passed over all of them.
     pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = usize>) {
         self.faults.state.lock().unwrap().cuts.extend(bytes);
     }
@@ -86,7 +86,7 @@ impl Link {
         self.faults.state.lock().unwrap().cuts.len()
     }
 
-    /// Cuts all connections when the server says something next, so often.
+    /// Cuts the connection over which the server says something next, so often.
     pub(crate) fn lose_answers(&self, count: usize) {
         self.faults.state.lock().unwrap().lost_answers = count;
     }
@@ -103,6 +103,11 @@ impl Link {
         self.faults.state.lock().unwrap().answers.len()
     }
 
+    /// How many answers were lost or replaced, and connections cut after some bytes, so far.
+    pub(crate) fn fault_count(&self) -> usize {
+        self.faults.state.lock().unwrap().fault_count
+    }
+
     /// Passes nothing on, until told otherwise.
     pub(crate) fn stall(&self, stalled: bool) {
         self.faults.state.lock().unwrap().stalled = stalled;
@@ -116,6 +121,13 @@ impl Link {
 }
 
 impl Faults {
+    fn next_answer(&self) -> Option<String> {
+        let mut state = self.state.lock().unwrap();
+        let answer = state.answers.pop_front();
+        state.fault_count += usize::from(answer.is_some());
+        answer
+    }
+
     fn connect(self: &Arc<Self>, client: TcpStream, server: TcpStream) {
         let held = [client.try_clone().unwrap(), server.try_clone().unwrap()];
         self.state.lock().unwrap().streams.extend(held);
@@ -136,7 +148,8 @@ impl Faults {
             let mut buffer = [0; 16 << 10];
             while let Ok(read @ 1..) = from.read(&mut buffer) {
                 if faults.breaks_at(read, side) {
-                    faults.cut();
+                    let _ = from.shutdown(Shutdown::Both);
+                    let _ = to.shutdown(Shutdown::Both);
                     return;
                 }
                 if to.write_all(&buffer[..read]).is_err() {
@@ -153,12 +166,14 @@ impl Faults {
         let mut state = self.changed.wait_while(state, |state| state.stalled).unwrap();
         if side == From::Server && state.lost_answers > 0 {
             state.lost_answers -= 1;
+            state.fault_count += 1;
             return true;
         }
         if let Some(left) = state.cuts.front_mut() {
             *left = left.saturating_sub(bytes);
             if *left == 0 {
                 state.cuts.pop_front();
+                state.fault_count += 1;
                 return true;
             }
         }
