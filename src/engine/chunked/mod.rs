@@ -41,10 +41,11 @@ use metadata::object_number;
 
 /// Requests to the store that one job has under way at once, at most.
 const REQUESTS_MAX: usize = 16;
-/// Objects that are deleted between two looks at whether the job shall go on; a server may take as many at once.
-const DELETES_AT_ONCE: usize = 1000;
+/// Objects that are deleted between two looks at whether the job shall go on. A server that takes many at once deletes
+/// them one after the other.
+const DELETES_AT_ONCE: usize = 250;
 /// How many times as many objects are being deleted at once, at most.
-const DELETES_MAX: usize = 4;
+const DELETES_MAX: usize = 8;
 
 /// How the names of a backup's objects are made: each is what one of Cinder's drivers does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
