@@ -17,7 +17,7 @@ pub use value::Queue;
 
 use value::{
     Kind, broker_url, ceph_user, cluster, compression, core_count, host_name, kind, name, number, path,
-    paths, pool, prefix, queue, some_path, whole,
+    paths, pool, prefix, queue, some_path, some_whole, whole,
 };
 
 use crate::broker::AmqpUrl;
@@ -56,17 +56,25 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.compression",
     "store.NAME.object_bytes",
     "store.NAME.sha_block_bytes",
+    "store.NAME.unchanged_check_per_mille",
+    "store.NAME.source_snapshots_max",
     "store.NAME.cluster",
     "store.NAME.pool",
-    "store.NAME.source_snapshots_max",
     "store.NAME.journaling",
     "store.NAME.stripe_unit_bytes",
     "store.NAME.stripe_count",
 ];
 
-/// What only stores that are folders have.
-const OF_POSIX: [&str; 4] = ["path", "compression", "object_bytes", "sha_block_bytes"];
-/// What only stores of RBD images have.
+/// What stores that are folders have.
+const OF_POSIX: [&str; 6] = [
+    "path",
+    "compression",
+    "object_bytes",
+    "sha_block_bytes",
+    "unchanged_check_per_mille",
+    "source_snapshots_max",
+];
+/// What stores of RBD images have.
 const OF_RBD: [&str; 6] =
     ["cluster", "pool", "source_snapshots_max", "journaling", "stripe_unit_bytes", "stripe_count"];
 
@@ -222,6 +230,10 @@ pub struct Chunking {
     pub object_bytes: u64,
     /// How much of a volume has one digest; an incremental backup stores multiples of it.
     pub sha_block_bytes: u64,
+    /// How many of 1,000 blocks of an RBD volume that Ceph calls unchanged are read all the same.
+    pub unchanged_check_per_mille: u32,
+    /// How many snapshots of backups an RBD volume may keep; 0 for any number.
+    pub source_snapshots_max: u32,
 }
 
 impl Config {
@@ -330,8 +342,11 @@ struct StoreSection {
     cluster: Option<String>,
     #[serde(default, deserialize_with = "pool")]
     pool: Option<Container>,
-    #[serde(default, deserialize_with = "whole::<_, _, 0, 65_535>")]
-    source_snapshots_max: u32,
+    #[serde(default = "unchanged_check_per_mille", deserialize_with = "whole::<_, _, 0, 1_000>")]
+    unchanged_check_per_mille: u32,
+    /// What it is by default depends on the kind.
+    #[serde(default, deserialize_with = "some_whole::<_, 0, 65_535>")]
+    source_snapshots_max: Option<u32>,
     #[serde(default)]
     journaling: bool,
     #[serde(default, deserialize_with = "whole::<_, _, 0, 33_554_432>")]
@@ -351,13 +366,16 @@ impl StoreSection {
                     compression: self.compression,
                     object_bytes: self.object_bytes,
                     sha_block_bytes: self.sha_block_bytes,
+                    unchanged_check_per_mille: self.unchanged_check_per_mille,
+                    // Only the newest one is of use to the next backup.
+                    source_snapshots_max: self.source_snapshots_max.unwrap_or(1),
                 },
             },
             #[cfg(feature = "ceph")]
             Kind::Rbd => StoreKind::Rbd {
                 cluster: self.cluster,
                 pool: self.pool.ok_or_else(|| missing("pool"))?,
-                source_snapshots_max: self.source_snapshots_max,
+                source_snapshots_max: self.source_snapshots_max.unwrap_or(0),
                 journaling: self.journaling,
                 stripes: match (self.stripe_unit_bytes, self.stripe_count) {
                     (0, 0) => None,
@@ -413,7 +431,8 @@ fn check_store(
         #[cfg(feature = "ceph")]
         Kind::Rbd => (&OF_RBD, &OF_POSIX),
     };
-    if let Some(key) = foreign.iter().find(|key| layers.has(&setting(key))) {
+    let unknown = |key: &&&str| !known.contains(key) && layers.has(&setting(key));
+    if let Some(key) = foreign.iter().find(unknown) {
         let (kind, known) = (section.kind, known.join(", "));
         let problem = format!("it is unknown to a store of kind \"{kind}\", which has default, {known}");
         return Err(layers.refuse(&setting(key), problem));
@@ -522,6 +541,10 @@ fn object_bytes() -> u64 {
 
 fn sha_block_bytes() -> u64 {
     32_768
+}
+
+fn unchanged_check_per_mille() -> u32 {
+    1
 }
 
 fn ceph_conf() -> PathBuf {
