@@ -57,8 +57,8 @@ start_cinder() {
   mkdir -p cinder
   rm -f cinder/in cinder/out
   mkfifo cinder/in cinder/out
-  "$python" "$repository/tests/peers/cinder_ceph.py" "$work/cinder" "$conf" backups2 \
-    <cinder/in >cinder/out 2>cinder.log &
+  "$python" "$repository/tests/peers/cinder_driver.py" "$work/cinder" cinder.backup.drivers.ceph.CephBackupDriver \
+    backup_ceph_conf="$conf" backup_ceph_user=cinder backup_ceph_pool=backups2 <cinder/in >cinder/out 2>cinder.log &
   cinder_pid=$!
   exec {to_cinder}>cinder/in {from_cinder}<cinder/out
 }

@@ -17,7 +17,7 @@ finish() {
 }
 trap finish EXIT
 
-# The clusters start, and Cinder is installed, beside the first pass, which does not need them.
+# The clusters start, and Cinder is installed, while the tests are built.
 dev/cinder.sh >"$work/cinder" &
 cinder=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
@@ -28,14 +28,15 @@ dev/rabbit.sh up "$work/rabbit" >&2
 BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")
 export BACKHAUL_TEST_AMQP_URL
 
+cargo nextest run --locked --no-default-features --no-run
+wait "$cinder"
+BACKHAUL_TEST_CINDER=$(<"$work/cinder")
+export BACKHAUL_TEST_CINDER
 echo "test.sh: without the feature ceph" >&2
 cargo nextest run --locked --no-default-features "$@"
 
 wait "$first_cluster"
 wait "$second_cluster"
-wait "$cinder"
-BACKHAUL_TEST_CINDER=$(<"$work/cinder")
-export BACKHAUL_TEST_CINDER
 export BACKHAUL_TEST_CEPH_CONF=$work/ceph-1/ceph.conf BACKHAUL_TEST_CEPH_CONF_2=$work/ceph-2/ceph.conf
 echo "test.sh: with all features" >&2
 cargo nextest run --locked "$@"

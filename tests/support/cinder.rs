@@ -1,4 +1,4 @@
-//! OpenStack Cinder's own Ceph backup driver, in a process of its own: `tests/peers/cinder_ceph.py`.
+//! OpenStack Cinder's own backup drivers, in a process of their own: `tests/peers/cinder_driver.py`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -7,8 +7,6 @@ use backhaul::cinder::export_record::{self, ExportRecord};
 use backhaul::job::{BackupId, Record, VolumeId};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-use super::ceph::Ceph;
 
 /// What Cinder is to back up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +19,7 @@ pub(crate) enum Of<'a> {
     File(&'a str),
 }
 
-/// A Cinder with a database of its own, which backs up to one pool.
+/// A Cinder with a database of its own, and one of its drivers.
 pub(crate) struct Cinder {
     process: Child,
     commands: ChildStdin,
@@ -30,16 +28,18 @@ pub(crate) struct Cinder {
 }
 
 impl Cinder {
-    /// Starts it, which takes some seconds. Its user is `cinder`.
-    pub(crate) fn start(ceph: &Ceph, pool: &str) -> Self {
+    /// Starts it, which takes some seconds: with the driver of that name in Cinder's words, and options of its own,
+    /// each `OPTION=VALUE`.
+    pub(crate) fn start(driver: &str, options: &[String]) -> Self {
         let python = std::env::var_os("BACKHAUL_TEST_CINDER").expect(
             "BACKHAUL_TEST_CINDER names no Python that has Cinder: run `make test`, which installs one",
         );
         let folder = TempDir::new().unwrap();
         let mut process = Command::new(python)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_ceph.py"))
-            .args([folder.path(), ceph.conf()])
-            .arg(pool)
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_driver.py"))
+            .arg(folder.path())
+            .arg(driver)
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

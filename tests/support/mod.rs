@@ -2,7 +2,6 @@
 
 #[cfg(feature = "ceph")]
 pub(crate) mod ceph;
-#[cfg(feature = "ceph")]
 pub(crate) mod cinder;
 #[cfg(feature = "ceph")]
 pub(crate) mod content;

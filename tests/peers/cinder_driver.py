@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""OpenStack Cinder's own Ceph backup driver, for tests: reads commands and runs them, as cinder-backup would.
+"""OpenStack Cinder's own backup drivers, for tests: reads commands and runs them, as cinder-backup would.
 
-    cinder_ceph.py FOLDER CEPH_CONF POOL
+    cinder_driver.py FOLDER DRIVER [OPTION=VALUE ...]
 
-Needs the Python that `dev/cinder.sh` prints. The database lies in FOLDER; there is no other service. A command is a
-line of JSON on standard input, {"do": NAME, ...arguments}; the answer is a line on standard output, {"ok": ...} or
-{"error": ...}. The methods of `Peer` are the commands. Volumes and backups are named by their ids. Where a volume is to
-be opened, that is {"image": "POOL/IMAGE"} or {"file": PATH}.
+Needs the Python that `dev/cinder.sh` prints. DRIVER is what Cinder calls backup_driver, an OPTION one of Cinder's in
+[DEFAULT]. The database lies in FOLDER; there is no other service. A command is a line of JSON on standard input,
+{"do": NAME, ...arguments}; the answer is a line on standard output, {"ok": ...} or {"error": ...}. The methods of `Peer`
+are the commands. Volumes and backups are named by their ids. Where a volume is to be opened, that is
+{"image": "POOL/IMAGE"} or {"file": PATH}.
 """
 import json
 import logging
@@ -17,32 +18,26 @@ warnings.filterwarnings('ignore')
 
 from oslo_config import cfg                                     # noqa: E402
 from oslo_log import log                                        # noqa: E402
-import rados                                                    # noqa: E402,F401
-from os_brick.initiator import linuxrbd                         # noqa: E402
+from oslo_utils import importutils                              # noqa: E402
 
 from cinder import objects                                      # noqa: E402
 objects.register_all()
 from cinder.common import config                                # noqa: E402,F401
 from cinder import context                                      # noqa: E402
 from cinder.backup import manager                               # noqa: E402
-from cinder.backup.drivers import ceph                          # noqa: E402
 from cinder.db import api as db                                 # noqa: E402
 from cinder.db import migration                                 # noqa: E402
 from cinder import rpc                                          # noqa: E402
 from cinder.volume import volume_types                          # noqa: E402
 
-SERVICE = 'cinder.backup.drivers.ceph.CephBackupDriver'
-USER = 'cinder'
 NOWHERE = '00000000-0000-0000-0000-000000000000'
 CONFIGURATION = """
 [DEFAULT]
 state_path = {folder}
 transport_url = fake:/
 host = node1
-backup_driver = {service}
-backup_ceph_conf = {conf}
-backup_ceph_user = {user}
-backup_ceph_pool = {pool}
+backup_driver = {driver}
+{options}
 [database]
 connection = sqlite:///{folder}/cinder.sqlite
 [oslo_concurrency]
@@ -51,21 +46,27 @@ lock_path = {folder}/locks
 
 
 class Peer:
-    def __init__(self, folder, conf, pool):
+    def __init__(self, folder, driver, *options):
         path = folder + '/cinder.conf'
         with open(path, 'w') as f:
-            f.write(CONFIGURATION.format(folder=folder, conf=conf, pool=pool, user=USER, service=SERVICE))
+            f.write(CONFIGURATION.format(folder=folder, driver=driver, options='\n'.join(options)))
         log.register_options(cfg.CONF)
         cfg.CONF([], project='cinder', default_config_files=[path])
         rpc.init(cfg.CONF)
         migration.db_sync()
-        self.conf = conf
+        self.driver_name = driver
+        self.driver_class = importutils.import_class(driver)
         self.context = context.RequestContext(user_id='user', project_id='project', is_admin=True)
         self.manager = manager.BackupManager(host='node1')
         self.manager.is_initialized = True
 
     def driver(self):
-        return ceph.CephBackupDriver(self.context)
+        return self.driver_class(self.context)
+
+    def set(self, **options):
+        """Gives options of [DEFAULT] other values."""
+        for option, value in options.items():
+            cfg.CONF.set_override(option, value)
 
     def add_volume(self, volume_id, gib):
         """Enters a volume into the database."""
@@ -90,10 +91,12 @@ class Peer:
     def open(self, volume, mode):
         if 'file' in volume:
             return open(volume['file'], mode)
+        from os_brick.initiator import linuxrbd
         pool, name = volume['image'].split('/')
-        client = linuxrbd.RBDClient(USER, pool, conffile=self.conf)
+        user, conf = cfg.CONF.backup_ceph_user, cfg.CONF.backup_ceph_conf
+        client = linuxrbd.RBDClient(user, pool, conffile=conf)
         image = linuxrbd.RBDVolume(client, name)
-        return linuxrbd.RBDVolumeIOWrapper(linuxrbd.RBDImageMetadata(image, pool, USER, self.conf))
+        return linuxrbd.RBDVolumeIOWrapper(linuxrbd.RBDImageMetadata(image, pool, user, conf))
 
     def backup(self, backup_id, volume_id, source, parent_id=None, snapshot_id=None, container=None):
         volume = objects.Volume.get_by_id(self.context, volume_id)
@@ -101,7 +104,7 @@ class Peer:
         db.backup_create(self.context, {
             'id': backup_id, 'user_id': 'user', 'project_id': 'project', 'volume_id': volume_id,
             'status': 'creating', 'display_name': 'nightly', 'size': volume.size, 'host': 'node1',
-            'availability_zone': 'nova', 'parent_id': parent_id, 'snapshot_id': snapshot_id, 'service': SERVICE,
+            'availability_zone': 'nova', 'parent_id': parent_id, 'snapshot_id': snapshot_id, 'service': self.driver_name,
             'container': container})
         backup = objects.Backup.get_by_id(self.context, backup_id)
         backup.parent = parent
@@ -114,14 +117,20 @@ class Peer:
             backup.status, backup.fail_reason = 'error', str(error)[:255]
             backup.save()
             raise
-        backup.update(updates)
+        backup.update(updates or {})
         backup.status = 'available'
         backup.save()
 
     def restore(self, backup_id, volume_id, target, new):
         backup = objects.Backup.get_by_id(self.context, backup_id)
-        with self.open(target, 'r+b') as file:
-            self.driver().restore(backup, volume_id, file, new)
+        backup.status = 'restoring'
+        backup.save()
+        try:
+            with self.open(target, 'r+b') as file:
+                self.driver().restore(backup, volume_id, file, new)
+        finally:
+            backup.status = 'available'
+            backup.save()
 
     def delete(self, backup_id):
         backup = objects.Backup.get_by_id(self.context, backup_id)
