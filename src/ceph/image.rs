@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::future::Future;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, io, ptr};
@@ -18,7 +19,7 @@ use super::{Error, Pool, c_string, check};
 /// Snapshots, images or watchers that are asked for at first; when there are more, it is asked again.
 const LIST_MAX: usize = 64;
 /// How much longer than librados is waited for a request.
-const SECONDS_MORE: u32 = 10;
+const SECONDS_MORE: u32 = 5;
 /// Metadata values are never longer: ours are ids.
 const METADATA_BYTES_MAX: usize = 4096;
 
@@ -213,7 +214,8 @@ impl Pool {
         // Whoever waits must outlive librados, which ends what takes too long itself.
         let seconds = self.cluster().seconds_max().saturating_add(SECONDS_MORE);
         let request_time_max = Duration::from_secs(seconds.into());
-        Ok(Image { handle, path, request_time_max, in_flight: Arc::default(), pool: self.clone() })
+        let (gave_up, in_flight) = (AtomicBool::new(false), Arc::default());
+        Ok(Image { handle, path, request_time_max, gave_up, in_flight, pool: self.clone() })
     }
 
     fn path(&self, image: &str) -> String {
@@ -230,6 +232,8 @@ pub struct Image {
     handle: rbd_image_t,
     path: String,
     request_time_max: Duration,
+    /// Whether a request has had no answer in time.
+    gave_up: AtomicBool,
     in_flight: Arc<InFlight>,
     /// Must outlive the handle.
     pool: Pool,
@@ -243,7 +247,12 @@ unsafe impl Sync for Image {}
 
 impl Drop for Image {
     fn drop(&mut self) {
-        if !self.in_flight.wait_for_none(self.request_time_max) {
+        // What was given up once is not waited for again.
+        let time_max = match self.gave_up.load(Ordering::Relaxed) {
+            true => Duration::ZERO,
+            false => self.request_time_max,
+        };
+        if !self.in_flight.wait_for_none(time_max) {
             tracing::warn!(
                 image = self.path,
                 "an image stays open: librbd does not end what was asked of it"
@@ -381,9 +390,9 @@ impl Image {
     pub fn create_snapshot(&self, name: &str) -> Result<(), Error> {
         let c_name = c_string(name)?;
         // SAFETY: the image is open, and the name is valid for the call.
-        check(unsafe { rbd_snap_create(self.handle, c_name.as_ptr()) })
-            .map(drop)
-            .map_err(|code| Error::operation("take snapshot", format!("{}@{name}", self.path), code))
+        check(unsafe { rbd_snap_create(self.handle, c_name.as_ptr()) }).map(drop).map_err(|code| {
+            Error::operation("take snapshot", format!("{}@{name}", self.path), unanswered(code))
+        })
     }
 
     /// Removes a snapshot; says whether it was there.
@@ -392,7 +401,7 @@ impl Image {
         // SAFETY: the image is open, and the name is valid for the call.
         let code = unsafe { rbd_snap_remove(self.handle, c_name.as_ptr()) };
         let snapshot = || format!("{}@{name}", self.path);
-        match check(code).map_err(|code| Error::operation("remove snapshot", snapshot(), code)) {
+        match check(code).map_err(|code| Error::operation("remove snapshot", snapshot(), unanswered(code))) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
@@ -611,17 +620,15 @@ impl Image {
             Ok(Ok((code, _))) => Err(Error::operation(action, &self.path, code as c_int)),
             // Not reached: a request always answers.
             Ok(Err(_)) => Err(Error::operation(action, &self.path, -einval())),
-            Err(_) => Err(Error::Operation {
-                action,
-                object: self.path.clone(),
-                error: io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!(
-                        "no answer within {} s; has another client taken the image over, or is the cluster away?",
-                        self.request_time_max.as_secs()
-                    ),
-                ),
-            }),
+            Err(_) => {
+                self.gave_up.store(true, Ordering::Relaxed);
+                let why = format!(
+                    "timed out: no answer within {} s; has another client taken the image over, or is the cluster away?",
+                    self.request_time_max.as_secs()
+                );
+                let error = io::Error::new(io::ErrorKind::TimedOut, why);
+                Err(Error::Operation { action, object: self.path.clone(), error })
+            }
         }
     }
 }
@@ -698,6 +705,13 @@ impl InFlight {
 unsafe fn string(text: *const c_char) -> String {
     // SAFETY: says the caller.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+/// The code of a change that librbd asks whoever holds the image's lock to make. When nobody answers, it says that the
+/// answer cannot be read.
+fn unanswered(code: c_int) -> c_int {
+    let (unreadable, timed_out) = (rustix::io::Errno::BADMSG, rustix::io::Errno::TIMEDOUT);
+    if code == -unreadable.raw_os_error() { -timed_out.raw_os_error() } else { code }
 }
 
 /// The list is longer than the room that was given for it.
