@@ -59,7 +59,7 @@ impl RbdOrigin {
     /// later. Blocks.
     pub fn check_still_there(&self, taken: Option<&SourceSnapshot>) -> Result<(), Error> {
         let id = taken.and_then(|taken| taken.snapshot_id).or(self.named);
-        Ok(still_there(&self.pool, &self.location.image, &self.head.id()?, id)?)
+        still_there(&self.pool, &self.location.image, &self.head.id()?, id)
     }
 
     /// Its size now.
