@@ -366,6 +366,7 @@ impl Engine {
 
     /// Removes what an attempt has left that came to nothing, and nothing of the one that went on with its job, of which
     /// the record is `current`: that may be done by now.
+    #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
     async fn remove_attempt(&self, record: &Record, current: Option<&Record>) -> Result<(), Error> {
         let current = current.filter(|current| !matches!(current.state, RecordState::Deleting(_)));
         match &self.format {
