@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measures Backhaul on private Ceph clusters, beside what Cinder runs for the same work, and prints the tables that stand
-# in the documentation. Cinder's Ceph driver takes a snapshot and runs `rbd export-diff … - | rbd import-diff … -`.
+# Measures Backhaul on private Ceph clusters, beside Cinder's Ceph driver and beside the two commands that this runs to
+# move the bytes, `rbd export-diff … - | rbd import-diff … -`, and prints the tables that stand in the documentation.
 #   bench-ceph.sh [--gib N] [--runs N]   volumes of N GiB (4), medians of N runs (3)
-# Needs about 5 times the size of a volume on disk below the target folder, and removes what it made.
+# Needs about 6 times the size of a volume on disk below the target folder, and removes what it made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repository=$PWD
@@ -26,12 +26,14 @@ done
 bytes=$((gib * 1024 * mib))
 
 dev/install.sh bench
+python=$(dev/cinder.sh)
 cargo build --locked --release
 target=$(cargo metadata --locked --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 PATH=$target/release:$PATH
 work=$target/bench-ceph
 sockets=$(mktemp --directory) # the path of a socket must be short
 finish() {
+  stop_cinder
   stop_cluster
   cd /
   rm -rf "$work" "$sockets"
@@ -47,6 +49,35 @@ start_cluster() {
 stop_cluster() {
   "$repository/dev/ceph.sh" down "$work/ceph" >/dev/null 2>&1 || true
   rm -rf "$work/ceph" "${sockets:?}"/*
+}
+
+cinder_pid=''
+# Starts Cinder's driver, as one process for all that it is asked: its start is not measured.
+start_cinder() {
+  mkdir -p cinder
+  rm -f cinder/in cinder/out
+  mkfifo cinder/in cinder/out
+  "$python" "$repository/tests/peers/cinder_driver.py" "$work/cinder" cinder.backup.drivers.ceph.CephBackupDriver \
+    backup_ceph_conf="$conf" backup_ceph_user=cinder backup_ceph_pool=backups2 <cinder/in >cinder/out 2>cinder.log &
+  cinder_pid=$!
+  exec {to_cinder}>cinder/in {from_cinder}<cinder/out
+}
+
+stop_cinder() {
+  if [[ $cinder_pid ]]; then
+    exec {to_cinder}>&- {from_cinder}<&-
+    wait "$cinder_pid" || true
+    cinder_pid=''
+  fi
+  rm -rf "$work/cinder"
+}
+
+# Has Cinder's driver do something.
+cinder() {
+  local answer
+  printf '%s\n' "$1" >&"$to_cinder"
+  read -r answer <&"$from_cinder" || die "Cinder ended: $(tail -5 cinder.log)"
+  [[ $answer == '{"ok"'* ]] || die "Cinder: $answer"
 }
 
 rbd() { command rbd --conf "$conf" --id cinder "$@" 2>rbd.log || { cat rbd.log >&2; return 1; }; }
@@ -133,7 +164,7 @@ job() {
 of() { jq --raw-output ".data.$1" event.json; }
 
 # Each of these runs its work once, and keeps how long it took, and how much was written to Ceph.
-our_seconds=() their_seconds=() our_kib=0
+our_seconds=() their_seconds=() cinder_seconds=() our_kib=0
 ours() {
   local began before kib
   settle
@@ -157,23 +188,29 @@ theirs() {
   their_written=$(($(written) - before))
 }
 
-line() { printf '| %-58s | %9s | %9s | %7s | %12s | %11s | %10s |\n' "$@"; }
+line() { printf '| %-52s | %8s | %8s | %8s | %7s | %8s | %8s | %8s | %8s |\n' "$@"; }
 
 header() {
   printf '\n%s\n\n' "$1"
-  line work "${2-Backhaul s}" "${3-rbd s}" 'times' "${4-Backhaul MiB}" "${5-rbd MiB}" 'memory MiB'
-  line '---' '---:' '---:' '---:' '---:' '---:' '---:'
+  line work "${2-Backhaul}" "${3-rbd}" "${4-Cinder}" "x ${3-rbd}" 'x Cinder' "${5-MiB}" "${6-rbd MiB}" 'memory'
+  line '---' '---:' '---:' '---:' '---:' '---:' '---:' '---:' '---:'
 }
+
+times() { awk -v them="$1" -v us="$2" 'BEGIN { printf "%.1f", them / us }'; }
 
 # Prints the medians of what was run since the last row.
 row() {
-  local us them
+  local us them cinder='' by=''
   us=$(median "${our_seconds[@]}")
   them=$(median "${their_seconds[@]}")
-  line "$1" "$us" "$them" "$(awk "BEGIN { printf \"%.1f\", $them / $us }")" "$(in_mib "$our_written")" \
-    "$(in_mib "$their_written")" $((our_kib / 1024))
+  if ((${#cinder_seconds[@]})); then
+    cinder=$(median "${cinder_seconds[@]}")
+    by=$(times "$cinder" "$us")
+  fi
+  line "$1" "$us" "$them" "$cinder" "$(times "$them" "$us")" "$by" "$(in_mib "$our_written")" \
+    "$(in_mib "$their_written")" "$((our_kib / 1024)) MiB"
   our_median=$us
-  our_seconds=() their_seconds=() our_kib=0
+  our_seconds=() their_seconds=() cinder_seconds=() our_kib=0
 }
 
 in_mib() { awk "BEGIN { printf \"%.1f\", $1 / $mib }"; }
@@ -207,10 +244,33 @@ their_backup() {
   theirs snapshot_and_differential "$1" "$from" "$their_last" backups/theirs
 }
 
-# Removes all backups of a volume, of both.
+# Cinder's own backup of an image, by its driver; the chain of each image is one of a volume of its own.
+declare -A cinder_volume=() cinder_last=()
+cinder_backup() {
+  local image=$1 id parent=null began
+  id=$(</proc/sys/kernel/random/uuid)
+  if [[ ${2:-} == --incremental ]]; then
+    parent=\"${cinder_last[$image]}\"
+  else
+    cinder_volume[$image]=$(</proc/sys/kernel/random/uuid)
+    cinder "{\"do\": \"add_volume\", \"volume_id\": \"${cinder_volume[$image]}\", \"gib\": ${cinder_gib-$gib}}"
+  fi
+  settle
+  began=$EPOCHREALTIME
+  cinder "{\"do\": \"backup\", \"backup_id\": \"$id\", \"volume_id\": \"${cinder_volume[$image]}\", \
+\"source\": {\"image\": \"$image\"}, \"parent_id\": $parent}"
+  cinder_seconds+=("$(seconds_since "$began")")
+  cinder_last[$image]=$id
+}
+
+# Removes all backups of a volume, of all three.
 our_backups=()
 remove_backups() {
-  local index
+  local index image
+  for image in $(rbd ls backups2); do
+    rbd snap purge --no-progress "backups2/$image"
+    rbd rm --no-progress "backups2/$image"
+  done
   for ((index = ${#our_backups[@]} - 1; index >= 0; index--)); do
     job delete --backup-id "${our_backups[index]}"
   done
@@ -226,6 +286,7 @@ full_backups() {
     if ((run)); then remove_backups "$1"; fi
     our_backup "$1"
     their_backup "$1"
+    if [[ $cinder_pid ]]; then cinder_backup "$1"; fi
   done
 }
 
@@ -253,8 +314,9 @@ make_volume() {
 
 one_cluster() {
   local run disk stream_bytes
-  start_cluster "bluestore block size = $((5 * bytes + 4096 * mib))"
+  start_cluster "bluestore block size = $((6 * bytes + 4096 * mib))"
   configure
+  start_cinder
   disk=$(disk_mib_per_second)
   make_volume $volume "$bytes"
   header "One OSD on a disk; medians of $runs runs"
@@ -280,12 +342,14 @@ one_cluster() {
     scattered $((bytes / 100 / (4 * mib))) $((4 * mib)) "$bytes" "$run" | write_image $volume $((run + 2))
     our_backup $volume --incremental
     their_backup $volume --incremental
+    cinder_backup $volume --incremental
   done
   row "incremental, 1 % of $gib GiB in pieces of 4 MiB"
 
   for ((run = 0; run < runs; run++)); do
     our_backup $volume --incremental
     their_backup $volume --incremental
+    cinder_backup $volume --incremental
   done
   row "incremental, nothing changed"
   remove_backups $volume
@@ -298,9 +362,12 @@ one_cluster() {
     rbd create --size 1M backups/theirs
     their_last=base
     snapshot_and_differential volumes/scattered '' base backups/theirs
+    cinder_backup volumes/scattered
+    unset 'cinder_seconds[-1]' # only the incremental ones are counted
     scattered 2000 4096 "$bytes" "$run" | write_image volumes/scattered 2
     our_backup volumes/scattered --incremental
     their_backup volumes/scattered --incremental
+    cinder_backup volumes/scattered --incremental
     stream_bytes=$(rbd export-diff --no-progress --from-snap base "volumes/scattered@$their_last" - | wc -c)
     remove_backups volumes/scattered
     rbd rm --no-progress volumes/scattered
@@ -318,7 +385,7 @@ one_cluster() {
 
   rbd create --size 100G volumes/large
   scattered 16 $((4 * mib)) $((102400 * mib)) 1 | write_image volumes/large 1
-  full_backups volumes/large
+  cinder_gib=100 full_backups volumes/large
   row "full, an image of 100 GiB with 64 MiB in it"
   remove_backups volumes/large
   rbd rm --no-progress volumes/large
@@ -328,6 +395,7 @@ one_cluster() {
   share_of_disk "$disk"
   echo "For the scattered writes rbd moved $(in_mib "$stream_bytes") MiB from one of its processes to the other."
   to_posix
+  stop_cinder
   stop_cluster
 }
 
@@ -344,7 +412,7 @@ to_posix() {
     ours backup --store posix --volume-id $volume_id --source rbd:main/$volume --incremental
     theirs job backup --store posix --volume-id $file_id --source "$in_place" --incremental
   done
-  header "From an image into the posix store, beside the same bytes from a file, both with Backhaul" 'image s' 'file s' '' ''
+  header "From an image into the posix store, beside the same bytes from a file, both with Backhaul" 'image' 'file' '' '' ''
   our_written=0 their_written=0
   row "incremental, 1 % of $gib GiB in pieces of 4 MiB"
   rm -rf volume.img posix
@@ -370,5 +438,5 @@ trap finish EXIT
 one_cluster
 CEPH_OSDS=2 full_on "Two OSDs on one disk" "bluestore block size = $((3 * bytes + 4096 * mib))"
 full_on "One OSD in memory" "osd objectstore = memstore" "memstore device bytes = $((4 * bytes))"
-printf '\nOn %s cores, which the cluster shares. "times" is how much quicker Backhaul is, MiB what clients wrote to Ceph,\n' "$(nproc)"
-echo 'and "memory" the peak of the process of Backhaul.'
+printf '\nOn %s cores, which the cluster shares. "x" is how many times quicker Backhaul is, MiB what clients wrote to Ceph,\n' "$(nproc)"
+echo '"memory" the peak of the process of Backhaul. Cinder is its driver alone, in a process that runs already.'

@@ -17,7 +17,7 @@ finish() {
 }
 trap finish EXIT
 
-# Cinder is installed, and the second cluster starts, beside the first pass, which does not need them.
+# The clusters start, and Cinder is installed, while the tests are built.
 dev/cinder.sh >"$work/cinder" &
 cinder=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
@@ -32,13 +32,14 @@ BACKHAUL_TEST_S3=$(<"$work/ceph-1/s3")
 BACKHAUL_TEST_S3_TLS=$(<"$work/ceph-1/s3-tls")
 export BACKHAUL_TEST_AMQP_URL BACKHAUL_TEST_S3 BACKHAUL_TEST_S3_TLS BACKHAUL_TEST_S3_CA=$work/ceph-1/ca.pem
 
+cargo nextest run --locked --no-default-features --no-run
+wait "$cinder"
+BACKHAUL_TEST_CINDER=$(<"$work/cinder")
+export BACKHAUL_TEST_CINDER
 echo "test.sh: without the feature ceph" >&2
 cargo nextest run --locked --no-default-features "$@"
 
 wait "$second_cluster"
-wait "$cinder"
-BACKHAUL_TEST_CINDER=$(<"$work/cinder")
-export BACKHAUL_TEST_CINDER
 export BACKHAUL_TEST_CEPH_CONF=$work/ceph-1/ceph.conf BACKHAUL_TEST_CEPH_CONF_2=$work/ceph-2/ceph.conf
 echo "test.sh: with all features" >&2
 cargo nextest run --locked "$@"

@@ -246,8 +246,8 @@ fn chunked_settings(chunking: &Chunking) -> chunked::Settings {
         compression: chunking.compression,
         object_bytes: chunking.object_bytes as usize,
         sha_block_bytes: chunking.sha_block_bytes as usize,
-        unchanged_check_per_mille: 1,
-        source_snapshots_max: 1,
+        unchanged_check_per_mille: chunking.unchanged_check_per_mille,
+        source_snapshots_max: chunking.source_snapshots_max,
     }
 }
 

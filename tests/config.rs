@@ -97,7 +97,8 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::odd_object(&format!("{STORE}object_bytes = 100000"), &[], &["store.local.object_bytes (FILE): found 100000", "store.local.sha_block_bytes (default)", "32768, such as 98304"])]
 #[case::object_below_block(&format!("{STORE}object_bytes = 512"), &[], &["store.local.object_bytes (FILE): ", "such as 32768"])]
 #[case::huge_object(&format!("{STORE}object_bytes = 2147483648"), &[], &["store.local.object_bytes (FILE): found 2147483648; write a whole number from 512 to 2147483647"])]
-#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, object_bytes, sha_block_bytes"])]
+#[case::checks_of_more_than_all(&format!("{STORE}unchanged_check_per_mille = 1001"), &[], &["store.local.unchanged_check_per_mille (FILE)", "a whole number from 0 to 1000"])]
+#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
 #[case::rbd_setting_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__STRIPE_COUNT", "4")], &["store.local.stripe_count (environment variable BACKHAUL_STORE__LOCAL__STRIPE_COUNT): it is unknown to a store of kind \"posix\""])]
 #[case::no_seconds("[ceph.main]\noperation_seconds_max = 0", &[], &["ceph.main.operation_seconds_max (FILE): found 0; write a whole number from 1 to 3600"])]
 #[case::memory(&format!("{STORE}[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (default), 52428800", "at least 205520896", "at most 16777216"])]
@@ -201,6 +202,7 @@ fn what_is_not_set_has_its_default() {
     };
     assert_eq!(chunking.compression, Compression::Zstd);
     assert_eq!((chunking.object_bytes, chunking.sha_block_bytes), (52_428_800, 32_768));
+    assert_eq!((chunking.unchanged_check_per_mille, chunking.source_snapshots_max), (1, 1));
 }
 
 #[test]
@@ -310,24 +312,40 @@ fn store_path(store: &Store) -> &Path {
     }
 }
 
-/// The rows of the tables in the documents: setting, environment and default.
-fn documented() -> Vec<[String; 3]> {
-    let rows = include_str!("../docs/configuration.md").lines().filter(|line| line.starts_with("| `"));
-    let rows = rows.map(|row| {
-        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        [cells[1].replace('`', ""), cells[2].replace('`', ""), cells[4].to_owned()]
-    });
-    rows.collect()
+/// A row of the tables in the documents.
+struct Row {
+    /// The kind of the stores that have it; none of what is no store's or every store's.
+    kind: Option<&'static str>,
+    setting: String,
+    variable: String,
+    default: &'static str,
+}
+
+fn documented() -> Vec<Row> {
+    let (mut kind, mut rows) = (None, Vec::new());
+    for line in include_str!("../docs/configuration.md").lines() {
+        if line.starts_with('#') {
+            kind = line.strip_prefix("### `kind = \"").and_then(|line| line.strip_suffix("\"`"));
+        } else if line.starts_with("| `") {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            let (setting, variable) = (cells[1].replace('`', ""), cells[2].replace('`', ""));
+            rows.push(Row { kind, setting, variable, default: cells[4] });
+        }
+    }
+    rows
 }
 
 #[test]
 fn every_setting_is_documented_with_its_variable() {
-    let documented = documented();
-    let names: Vec<&str> = documented.iter().map(|[setting, ..]| setting.as_str()).collect();
-    assert_eq!(names, SETTINGS);
-    for [setting, variable, _] in &documented {
-        assert_eq!(*variable, format!("BACKHAUL_{}", setting.to_uppercase().replace('.', "__")));
+    let mut names: Vec<String> = Vec::new();
+    for Row { setting, variable, .. } in documented() {
+        assert_eq!(variable, format!("BACKHAUL_{}", setting.to_uppercase().replace('.', "__")));
+        // Stores of several kinds may have a setting in common.
+        if !names.contains(&setting) {
+            names.push(setting);
+        }
     }
+    assert_eq!(names, SETTINGS);
 }
 
 #[test]
@@ -346,23 +364,19 @@ fn every_setting_is_listed_and_every_listed_one_exists() {
 
 #[test]
 fn the_documented_defaults_are_the_defaults() {
-    let documents = include_str!("../docs/configuration.md");
-    let (others, of_images) = documents.split_once("### `kind = \"rbd\"`").unwrap();
-    let of_buckets = others.split_once("### `kind = \"s3\"`").unwrap().1;
     let required = "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\n\
                     store.far.kind = \"s3\"\nstore.far.endpoint = \"http://h\"\n\
                     store.far.access_key = \"a\"\nstore.far.secret_key = \"b\"\n";
     let of_ceph = "store.images.kind = \"rbd\"\nstore.images.pool = \"p\"\n";
     let required = if cfg!(feature = "ceph") { format!("{required}{of_ceph}") } else { required.into() };
     let mut explicit = required.clone();
-    for [setting, _, default] in documented() {
+    for Row { kind, setting, default, .. } in documented() {
         if let Some(value) = default.strip_prefix('`').and_then(|text| text.strip_suffix('`')) {
-            let is_in = |part: &str| part.contains(&format!("| `{setting}` |"));
-            let store = match (is_in(of_images), is_in(of_buckets)) {
-                (true, _) if cfg!(not(feature = "ceph")) => continue,
-                (true, _) => "store.images",
-                (false, true) => "store.far",
-                (false, false) => "store.NAME",
+            let store = match kind {
+                Some("rbd") if cfg!(not(feature = "ceph")) => continue,
+                Some("rbd") => "store.images",
+                Some("s3") => "store.far",
+                _ => "store.NAME",
             };
             explicit += &format!("{} = {value}\n", setting.replace("store.NAME", store));
         }

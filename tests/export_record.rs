@@ -104,6 +104,7 @@ fn own_record() -> Record {
         state: RecordState::Available,
         parent_id: Some("60a51657-cb82-4205-a137-0846b1dad5ec".parse().unwrap()),
         writer: String::new(),
+        displaced_writer: None,
         checkpoint: None,
         job_id: Some("0d9ec0a5-2e4f-4f0c-8a0e-3f4d9f0f2b11".parse().unwrap()),
         service: POSIX.into(),
@@ -120,6 +121,7 @@ fn own_record() -> Record {
         object_digests: vec![("prefix_metadata".into(), "00".into())],
         source: None,
         image_id: None,
+        fallback_reason: None,
         cinder_fields: Map::new(),
     }
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use backhaul::ceph::{Access, Clusters};
 use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::chunked::Budget;
-use backhaul::engine::rbd::{CHECKPOINT_BYTES, Rbd, Settings};
+use backhaul::engine::rbd::{CHECKPOINT_BYTES, Rbd, SERVICE, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::job::{BackupId, Context, Job, Location, Parent, Record, RestoreWork, VolumeId, Work};
 use backhaul::runner::plan;
@@ -64,7 +64,12 @@ impl Stage {
             Budget::new(MEMORY_BYTES),
         );
         let file_roots = FileRoots::new(&[folder.path().to_owned()]);
-        let cinder = Cinder::start(&ceph, POOL);
+        let options = [
+            format!("backup_ceph_conf={}", ceph.conf().display()),
+            "backup_ceph_user=cinder".into(),
+            format!("backup_ceph_pool={POOL}"),
+        ];
+        let cinder = Cinder::start(SERVICE, &options);
         (Self { engine: Engine::new(rbd, Volumes { file_roots, clusters }), ceph, folder }, cinder)
     }
 

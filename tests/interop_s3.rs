@@ -38,7 +38,7 @@ fn cinder() -> Cinder {
         format!("backup_s3_store_secret_key={}", url.password().unwrap()),
         format!("backup_s3_object_size={OBJECT_BYTES}"),
     ];
-    Cinder::start_driver("s3.S3BackupDriver", &options)
+    Cinder::start("cinder.backup.drivers.s3.S3BackupDriver", &options)
 }
 
 fn engine(bench: &Bench, compression: Compression, object_bytes: usize) -> Engine {
@@ -95,10 +95,7 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
     };
     let bucket = bench.bucket();
     let container: Container = bucket.parse().unwrap();
-    cinder.ask(
-        "configure",
-        json!({ "backup_s3_store_bucket": bucket, "backup_compression_algorithm": packing }),
-    );
+    cinder.ask("set", json!({ "backup_s3_store_bucket": bucket, "backup_compression_algorithm": packing }));
     let volume_id = VolumeId::random();
     cinder.add_volume(volume_id, 1);
     let mut volume = Volume::create(bench.volumes().join("volume"), 5 * MIB + 5000);

@@ -37,6 +37,8 @@ struct Bench {
     engine: Engine,
     store: Arc<Memory>,
     clusters: Clusters,
+    /// Whoever holds all of it keeps the engine from reading anything.
+    memory: Budget,
     folder: TempDir,
 }
 
@@ -71,26 +73,24 @@ impl Bench {
     }
 
     fn on(main: Ceph, settings: Settings) -> Self {
+        let seconds_max = if main.is_own() { 3 } else { 60 };
+        Self::beside(Arc::new(Memory::default()), main, settings, seconds_max)
+    }
+
+    /// Another one on the same records, as another worker has it.
+    fn beside(store: Arc<Memory>, main: Ceph, settings: Settings, operation_seconds_max: u32) -> Self {
         let other = Ceph::other();
-        let access = |ceph: &Ceph| Access {
-            conf: ceph.conf().into(),
-            user: "cinder".into(),
-            operation_seconds_max: if main.is_own() { 3 } else { 60 },
-        };
+        let access =
+            |ceph: &Ceph| Access { conf: ceph.conf().into(), user: "cinder".into(), operation_seconds_max };
         let clusters = BTreeMap::from([("main".into(), access(&main)), ("other".into(), access(&other))]);
         let clusters = Clusters::new(clusters);
         let folder = tempfile::tempdir().unwrap();
+        let memory = Budget::new(MEMORY_BYTES);
+        let cpu = Cpu::start(2).unwrap();
+        let rbd = Rbd::new(store.clone(), clusters.clone(), settings, cpu, memory.clone());
         let file_roots = FileRoots::new(&[folder.path().to_owned()]);
-        let store = Arc::new(Memory::default());
-        let rbd = Rbd::new(
-            store.clone(),
-            clusters.clone(),
-            settings,
-            Cpu::start(2).unwrap(),
-            Budget::new(MEMORY_BYTES),
-        );
         let engine = Engine::new(rbd, Volumes { file_roots, clusters: clusters.clone() });
-        Self { engine, store, clusters, main, other, folder }
+        Self { engine, store, clusters, memory, main, other, folder }
     }
 
     /// A volume in the shared cluster, under the name that Cinder gives it.
@@ -115,14 +115,17 @@ impl Bench {
 
     /// Runs the job to its end, as a worker does.
     async fn complete(&self, job: &Job) -> Completion {
-        let (report, attempts) = (Report::new(&Deaf, job), Attempts { current: 1, max: 1 });
-        let ended =
-            runner::run(&Context::default(), &self.engine, job, attempts, Duration::from_secs(60), &report)
-                .await;
-        match ended {
+        match self.end(job, 1).await {
             Ended::Over(completion) => *completion,
             ended => panic!("{ended:?}"),
         }
+    }
+
+    /// Runs the job as a worker does that may have `tries` more.
+    async fn end(&self, job: &Job, tries: u32) -> Ended {
+        let (report, attempts) = (Report::new(&Deaf, job), Attempts { current: 1, max: tries });
+        let progress_every = Duration::from_secs(60);
+        runner::run(&Context::default(), &self.engine, job, attempts, progress_every, &report).await
     }
 
     /// Backs up as a worker does; returns the record, by which method it was made, and why not by the first one.
@@ -298,8 +301,18 @@ async fn a_volume_that_has_grown_is_backed_up_incrementally_and_restored_to_each
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_why() {
-    for case in ["source snapshot", "backup snapshot", "other image", "backup image", "other snapshot", "map"]
-    {
+    for case in [
+        "source snapshot",
+        "backup snapshot",
+        "other image",
+        "backup image",
+        "other snapshot",
+        "map",
+        "lock",
+        "two snapshots",
+        "size",
+        "smaller",
+    ] {
         let bench = Bench::new();
         let (volume_id, volume) = bench.volume(16 * MIB);
         let source = location("main", volume.spec());
@@ -348,6 +361,31 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
                 volume.write(&[(12 * MIB, &noise(4, 4096))]);
                 "object map"
             }
+            "lock" => {
+                let features = ["fast-diff", "object-map", "exclusive-lock"];
+                let image = base(&full);
+                bench.main.rbd(&[["feature", "disable", &image].as_slice(), &features].concat());
+                "exclusive lock"
+            }
+            "two snapshots" => {
+                let again = format!("{}@backup.{}.snap.1.5", base(&full), full.backup_id);
+                bench.main.rbd(&["snap", "rename", &format!("{}@{snapshot}", base(&full)), &again]);
+                let other = format!("{}@backup.{}.snap.2.5", base(&full), full.backup_id);
+                bench.main.rbd(&["snap", "create", "--no-progress", &other]);
+                "more than one"
+            }
+            "size" => {
+                let image = base(&full);
+                remove(&image);
+                bench.main.rbd(&["resize", "--no-progress", "--size", "17M", &image]);
+                bench.main.rbd(&["snap", "create", "--no-progress", &format!("{image}@{snapshot}")]);
+                "differ in size"
+            }
+            "smaller" => {
+                let spec = volume.spec();
+                bench.main.rbd(&["resize", "--no-progress", "--allow-shrink", "--size", "15M", spec]);
+                "smaller now"
+            }
             _ => unreachable!(),
         };
         let second = volume.read();
@@ -356,9 +394,10 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
         assert_eq!(method, "rbd full", "{case}");
         assert!(reason.to_string().contains(expected), "{case}: {reason}");
         assert_eq!(again.parent_id, None, "{case}");
+        assert_eq!(again.fallback_reason, Some(reason), "{case}");
         assert!(bench.restored(again.backup_id).await == second, "{case}");
         // It has not harmed the one before.
-        if !case.starts_with("backup") {
+        if !case.starts_with("backup") && !["two snapshots", "size"].contains(&case) {
             assert!(bench.restored(full.backup_id).await == first, "{case}");
         }
     }
@@ -472,6 +511,8 @@ async fn a_target_that_is_in_use_or_too_small_is_refused_and_left_as_it_was() {
     let user = pool.open_image(name, None, OpenMode::Write).unwrap();
     let error = bench.restore(full.backup_id, &location("main", target.spec())).await.unwrap_err();
     assert!(Problem::new(error.class(), &error).to_string().contains("in use"), "{error:?}");
+    // It may be a restore that was killed, which the cluster has not forgotten yet.
+    assert_eq!(error.class(), Class::Transient);
     drop(user);
     assert!(target.read().starts_with(b"old"));
 
@@ -489,17 +530,25 @@ async fn a_target_that_is_in_use_or_too_small_is_refused_and_left_as_it_was() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_cannot_be_read_is_told_and_leaves_nothing_behind() {
     let bench = Bench::new();
-    let before = bench.images("backups").len();
     for (source, expected) in [
         ("volumes/no-such-image", "no-such-image"),
         ("no-such-pool/image", "no-such-pool"),
         ("volumes/no-such-image@snapshot", "no-such-image@snapshot"),
     ] {
-        let job = backup_job_of(VolumeId::random(), location("main", source), Parent::None);
+        let volume_id = VolumeId::random();
+        let job = backup_job_of(volume_id, location("main", source), Parent::None);
         let Outcome::Failed(problem) = bench.complete(&job).await.outcome else { panic!("{source}") };
         assert!(problem.to_string().contains(expected), "{problem}");
+        assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
     }
-    assert!(bench.images("backups").len() >= before);
+    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+    let (volume_id, volume) = bench.volume(MIB);
+    let mut job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    work.container = Some("no-such-pool".parse().unwrap());
+    let Outcome::Failed(problem) = bench.complete(&job).await.outcome else { panic!() };
+    assert!(problem.to_string().contains("no-such-pool"), "{problem}");
+    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -790,6 +839,208 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_was_taken_over_harms_nothing_of_the_one_that_went_on() {
+    // The one that goes on begins anew, or where the other one stopped.
+    for checkpoint_bytes in [u64::MAX, 8 * MIB] {
+        let bench = Bench::with(Settings { checkpoint_bytes, ..settings() });
+        // More than is under way at once.
+        let (volume_id, volume) = bench.volume(96 * MIB);
+        let source = location("main", volume.spec());
+        volume.write(&[(0, &noise(1, 96 << 20))]);
+        for parent in [Parent::None, Parent::Latest] {
+            let first = Bench::beside(
+                bench.store.clone(),
+                Ceph::shared(),
+                Settings { checkpoint_bytes, ..settings() },
+                2,
+            );
+            let job = backup_job_of(volume_id, source.clone(), parent);
+            let ctx = Context::default();
+            let engine = first.engine.clone();
+            let (task_ctx, task_job, method) = (ctx.clone(), job.clone(), first.methods(&job)[0]);
+            // With room for two pieces at a time it is in no hurry.
+            let little = 8 << 20;
+            let most = first.memory.reserve(MEMORY_BYTES - little).await;
+            let overtaken = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
+            while ctx.progress.read().counts.bytes_stored < 9 * MIB {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // It stands still in the middle, with the image's lock, and believes in itself.
+            let held = (first.memory.reserve(little).await, most);
+            assert!(!overtaken.is_finished());
+            let completion = loop {
+                match bench.end(&job, 2).await {
+                    Ended::Over(completion) => break completion,
+                    // The other one was just about to note how far it is.
+                    Ended::Later(problem) => assert!(problem.message.contains("taken over"), "{problem}"),
+                    ended => panic!("{ended:?}"),
+                }
+            };
+            assert_eq!(completion.outcome, Outcome::Succeeded);
+            let (snapshots, expected) =
+                (bench.snapshots(volume.spec()), bench.restored(job.backup_id()).await);
+            assert!(expected == volume.read());
+
+            drop(held);
+            let error = overtaken.await.unwrap().unwrap_err();
+
+            assert_eq!(error.class(), Class::Transient, "{error:?}");
+            verify(&bench.engine, job.backup_id()).await.unwrap();
+            assert!(bench.restored(job.backup_id()).await == expected);
+            assert_eq!(bench.snapshots(volume.spec()), snapshots);
+            volume.write(&[(0, &noise(3, 96 << 20))]);
+        }
+        // Nothing is left of the ones that were taken over.
+        for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
+            delete(&bench.engine, record.backup_id).await.unwrap();
+        }
+        assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+        assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
+        assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_is_removed_while_it_is_read_makes_no_backup() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(32 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 32 << 20))]);
+    volume.snapshot("named");
+    let named = location("main", &format!("{}@named", volume.spec()));
+    for source in [&named, &source] {
+        let job = backup_job_of(volume_id, source.clone(), Parent::None);
+        let held = bench.memory.reserve(MEMORY_BYTES).await;
+        let before = if source == &named { 1 } else { 0 };
+        let (result, ()) = tokio::join!(bench.run(&job), async {
+            // The engine has begun when the snapshot of the backup, or the image that it goes to, is there.
+            let begun = || match before {
+                0 => bench.snapshots(volume.spec()).len() == 1,
+                _ => bench.images("backups").iter().any(|i| i.contains(&job.backup_id().to_string())),
+            };
+            while !begun() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            bench.main.rbd(&["snap", "purge", "--no-progress", volume.spec()]);
+            volume.write(&[(MIB, &noise(2, 20 << 20))]);
+            drop(held);
+        });
+        let error = result.unwrap_err();
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        let told = Problem::new(error.class(), &error).to_string();
+        assert!(told.contains("removed while it was read"), "{told}");
+        let record = bench.record(job.backup_id()).await;
+        assert!(matches!(record.state, RecordState::Creating(_)), "{:?}", record.state);
+        if source != &named {
+            assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
+            assert!(bench.restored(job.backup_id()).await == volume.read());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_removed_while_it_is_restored_is_an_error() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(32 * MIB);
+    volume.write(&[(8 * MIB, &noise(1, 24 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    // As one of Cinder's, without digests, which would tell.
+    let record = Record { object_digests: Vec::new(), digest: None, ..full.clone() };
+    bench.engine.catalog().save(&record).await.unwrap();
+    let target = bench.folder.path().join("target");
+    let work =
+        RestoreWork { backup_id: full.backup_id, target: Location::File(target.clone()), volume_id: None };
+    let (ctx, job) = (Context::default(), job(Work::Restore(work)));
+    let held = bench.memory.reserve(MEMORY_BYTES).await;
+    let (result, ()) = tokio::join!(bench.engine.run(&ctx, &job, bench.methods(&job)[0]), async {
+        // The hole at the beginning needs no memory.
+        while ctx.progress.read().bytes_done == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        bench.main.rbd(&["snap", "purge", "--no-progress", &base(&full)]);
+        drop(held);
+    });
+    let error = result.unwrap_err();
+    let told = Problem::new(error.class(), &error).to_string();
+    assert!(told.contains("removed while it was read"), "{told}");
+    assert!(!target.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_snapshots_of_backups_that_are_being_made_are_not_trimmed() {
+    let bench = Bench::with(Settings { source_snapshots_max: 1, ..settings() });
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 16 << 20))]);
+    let at_first = volume.read();
+    let slow = Bench::beside(
+        bench.store.clone(),
+        Ceph::shared(),
+        Settings { source_snapshots_max: 1, ..settings() },
+        60,
+    );
+    let job = backup_job_of(volume_id, source.clone(), Parent::None);
+    let held = slow.memory.reserve(MEMORY_BYTES).await;
+    let (result, ()) = tokio::join!(slow.run(&job), async {
+        while bench.snapshots(volume.spec()).is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        for seed in 2..4 {
+            volume.write(&[(MIB, &noise(seed, 1 << 20))]);
+            bench.backup(volume_id, &source, Parent::None).await.unwrap();
+        }
+        assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+        drop(held);
+    });
+    result.unwrap();
+    assert!(bench.restored(job.backup_id()).await == at_first);
+    assert_eq!(bench.snapshots(volume.spec()).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_without_a_lock_is_backed_up_and_restored_onto() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(MIB, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let name = format!("volumes/plain-{}", full.backup_id);
+    bench.main.rbd(&["create", "--size", "8M", "--image-feature", "layering", &name]);
+    let plain = bench.main.existing(&name);
+    plain.write(&[(3 * MIB, &noise(2, 1 << 20))]);
+    bench.restore(full.backup_id, &location("main", &name)).await.unwrap();
+    assert!(plain.read() == volume.read());
+
+    let plain_id = VolumeId::random();
+    for parent in [Parent::None, Parent::Latest] {
+        let (record, _, reason) = bench.backup_somehow(plain_id, &location("main", &name), parent).await;
+        assert_eq!(reason, None, "{parent:?}");
+        assert!(bench.restored(record.backup_id).await == volume.read());
+    }
+    bench.main.rbd(&["snap", "purge", "--no-progress", &name]);
+    bench.main.rbd(&["rm", "--no-progress", &name]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_of_a_backup_is_found_again_when_there_are_more_clusters() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(MIB, &noise(1, 1 << 20))]);
+    let access = Access { conf: bench.main.conf().into(), user: "cinder".into(), operation_seconds_max: 60 };
+    let clusters = Clusters::new(BTreeMap::from([("main".into(), access)]));
+    let cpu = Cpu::start(1).unwrap();
+    let rbd = Rbd::new(bench.store.clone(), clusters.clone(), settings(), cpu, bench.memory.clone());
+    let engine = Engine::new(rbd, Volumes { file_roots: FileRoots::new(&[]), clusters });
+    let source = format!("rbd:{}", volume.spec()).parse().unwrap();
+    let job = backup_job_of(volume_id, source, Parent::None);
+    engine.run(&Context::default(), &job, bench.methods(&job)[0]).await.unwrap();
+    assert_eq!(bench.snapshots(volume.spec()).len(), 1);
+
+    delete(&bench.engine, job.backup_id()).await.unwrap();
+
+    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(64 * MIB);
@@ -797,7 +1048,9 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
     volume.write(&[(0, &noise(1, 64 << 20))]);
     for parent in [Parent::None, Parent::Latest] {
         let at_first = volume.read();
-        let job = backup_job_of(volume_id, source.clone(), parent);
+        let mut job = backup_job_of(volume_id, source.clone(), parent);
+        let Work::Backup(work) = &mut job.work else { unreachable!() };
+        work.volume_meta = Some("{}".into());
         let ctx = Context::default();
         let checkpoint = async {
             loop {
@@ -813,6 +1066,10 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
             checkpoint = checkpoint => checkpoint,
         };
         assert!(checkpoint.bytes_done >= 8 * MIB, "{checkpoint:?}");
+        // It may have died after it had written this.
+        let metadata = bench.file("metadata", b"{}");
+        let object = format!("backup.{}.meta", job.backup_id());
+        bench.main.rados(&["-p", "backups", "put", &object, metadata.to_str().unwrap()]);
         // What is written now is not of the backup: the snapshot is that of the first attempt.
         volume.write(&[(7 * MIB, &noise(2, 40 << 20))]);
         let completion = bench.complete(&job).await;

@@ -27,6 +27,14 @@ impl Clusters {
         Self(Arc::new(clusters))
     }
 
+    /// The name of the cluster that is meant by none, if that is clear: of the only one there is.
+    pub fn only_name(&self) -> Option<&str> {
+        match self.0.len() {
+            1 => self.0.keys().next().map(String::as_str),
+            _ => None,
+        }
+    }
+
     /// Connects to the cluster of this name; without one, to the only one there is.
     ///
     /// Each call makes a connection of its own. A job has its own, so that a worker that takes a job over can have the

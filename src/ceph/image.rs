@@ -3,13 +3,14 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::future::Future;
 use std::ops::Range;
-use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::time::Duration;
 use std::{fmt, io, ptr};
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::librbd::*;
 use super::rados::text_of;
@@ -17,6 +18,8 @@ use super::{Error, Pool, c_string, check};
 
 /// Snapshots, images or watchers that are asked for at first; when there are more, it is asked again.
 const LIST_MAX: usize = 64;
+/// How much longer than librados is waited for a request.
+const SECONDS_MORE: u32 = 5;
 /// Metadata values are never longer: ours are ids.
 const METADATA_BYTES_MAX: usize = 4096;
 
@@ -208,7 +211,11 @@ impl Pool {
         // `Image` gives it back once.
         check(unsafe { open(self.handle(), c_name.as_ptr(), &mut handle, snapshot_ptr) })
             .map_err(|code| Error::operation("open image", &path, code))?;
-        Ok(Image { handle, path, in_flight: Arc::default(), _pool: self.clone() })
+        // Whoever waits must outlive librados, which ends what takes too long itself.
+        let seconds = self.cluster().seconds_max().saturating_add(SECONDS_MORE);
+        let request_time_max = Duration::from_secs(seconds.into());
+        let (gave_up, in_flight) = (AtomicBool::new(false), Arc::default());
+        Ok(Image { handle, path, request_time_max, gave_up, in_flight, pool: self.clone() })
     }
 
     fn path(&self, image: &str) -> String {
@@ -217,12 +224,19 @@ impl Pool {
 }
 
 /// An open image, or an open snapshot of one. Dropping it waits for what is under way, and blocks.
+///
+/// librados gives up what takes longer than [`super::Access::operation_seconds_max`]. librbd does not: a client that the
+/// cluster has shut out may wait for the image's lock for ever. So a request is waited for a little longer than that and
+/// is then an error, and an image that still has one under way then is not closed, but left to the end of the process.
 pub struct Image {
     handle: rbd_image_t,
     path: String,
+    request_time_max: Duration,
+    /// Whether a request has had no answer in time.
+    gave_up: AtomicBool,
     in_flight: Arc<InFlight>,
     /// Must outlive the handle.
-    _pool: Pool,
+    pool: Pool,
 }
 
 // SAFETY: librbd serialises access to an open image itself, and allows any number of threads. What would not be safe,
@@ -233,7 +247,19 @@ unsafe impl Sync for Image {}
 
 impl Drop for Image {
     fn drop(&mut self) {
-        self.in_flight.wait_for_none();
+        // What was given up once is not waited for again.
+        let time_max = match self.gave_up.load(Ordering::Relaxed) {
+            true => Duration::ZERO,
+            false => self.request_time_max,
+        };
+        if !self.in_flight.wait_for_none(time_max) {
+            tracing::warn!(
+                image = self.path,
+                "an image stays open: librbd does not end what was asked of it"
+            );
+            std::mem::forget(self.pool.clone());
+            return;
+        }
         // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
         let code = unsafe { rbd_close(self.handle) };
         if code < 0 {
@@ -364,9 +390,9 @@ impl Image {
     pub fn create_snapshot(&self, name: &str) -> Result<(), Error> {
         let c_name = c_string(name)?;
         // SAFETY: the image is open, and the name is valid for the call.
-        check(unsafe { rbd_snap_create(self.handle, c_name.as_ptr()) })
-            .map(drop)
-            .map_err(|code| Error::operation("take snapshot", format!("{}@{name}", self.path), code))
+        check(unsafe { rbd_snap_create(self.handle, c_name.as_ptr()) }).map(drop).map_err(|code| {
+            Error::operation("take snapshot", format!("{}@{name}", self.path), unanswered(code))
+        })
     }
 
     /// Removes a snapshot; says whether it was there.
@@ -375,7 +401,7 @@ impl Image {
         // SAFETY: the image is open, and the name is valid for the call.
         let code = unsafe { rbd_snap_remove(self.handle, c_name.as_ptr()) };
         let snapshot = || format!("{}@{name}", self.path);
-        match check(code).map_err(|code| Error::operation("remove snapshot", snapshot(), code)) {
+        match check(code).map_err(|code| Error::operation("remove snapshot", snapshot(), unanswered(code))) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
@@ -558,7 +584,7 @@ impl Image {
         start: impl FnOnce(rbd_image_t, &mut Buffer, rbd_completion_t) -> c_int,
     ) -> impl Future<Output = Result<(isize, Buffer), Error>> + Send {
         let (sender, receiver) = oneshot::channel();
-        let answer = Answer { action, path: &self.path, receiver };
+        let answer = self.answer(action, receiver);
         let request = Box::new(Request { buffer, sender, in_flight: self.in_flight.clone() });
         let mut completion = ptr::null_mut();
         let request = Box::into_raw(request);
@@ -581,6 +607,29 @@ impl Image {
             }
         }
         answer
+    }
+
+    /// Waits for the end of a request.
+    async fn answer(
+        &self,
+        action: &'static str,
+        receiver: oneshot::Receiver<(isize, Buffer)>,
+    ) -> Result<(isize, Buffer), Error> {
+        match timeout(self.request_time_max, receiver).await {
+            Ok(Ok((result, buffer))) if result >= 0 => Ok((result, buffer)),
+            Ok(Ok((code, _))) => Err(Error::operation(action, &self.path, code as c_int)),
+            // Not reached: a request always answers.
+            Ok(Err(_)) => Err(Error::operation(action, &self.path, -einval())),
+            Err(_) => {
+                self.gave_up.store(true, Ordering::Relaxed);
+                let why = format!(
+                    "timed out: no answer within {} s; has another client taken the image over, or is the cluster away?",
+                    self.request_time_max.as_secs()
+                );
+                let error = io::Error::new(io::ErrorKind::TimedOut, why);
+                Err(Error::Operation { action, object: self.path.clone(), error })
+            }
+        }
     }
 }
 
@@ -619,26 +668,6 @@ impl Request {
     }
 }
 
-/// The end of a request, to be waited for.
-struct Answer<'a> {
-    action: &'static str,
-    path: &'a str,
-    receiver: oneshot::Receiver<(isize, Buffer)>,
-}
-
-impl Future for Answer<'_> {
-    type Output = Result<(isize, Buffer), Error>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.receiver).poll(context).map(|answer| match answer {
-            Ok((result, buffer)) if result >= 0 => Ok((result, buffer)),
-            Ok((code, _)) => Err(Error::operation(self.action, self.path, code as c_int)),
-            // Not reached: a request always answers.
-            Err(_) => Err(Error::operation(self.action, self.path, -einval())),
-        })
-    }
-}
-
 /// Counts the requests that are under way.
 #[derive(Default)]
 struct InFlight {
@@ -661,11 +690,11 @@ impl InFlight {
         self.changed.notify_all();
     }
 
-    fn wait_for_none(&self) {
-        let mut count = self.count();
-        while *count > 0 {
-            count = self.changed.wait(count).unwrap_or_else(PoisonError::into_inner);
-        }
+    /// Waits at most so long; says whether none is left.
+    fn wait_for_none(&self, time_max: Duration) -> bool {
+        let waited = self.changed.wait_timeout_while(self.count(), time_max, |count| *count > 0);
+        let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *count == 0
     }
 }
 
@@ -676,6 +705,13 @@ impl InFlight {
 unsafe fn string(text: *const c_char) -> String {
     // SAFETY: says the caller.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+/// The code of a change that librbd asks whoever holds the image's lock to make. When nobody answers, it says that the
+/// answer cannot be read.
+fn unanswered(code: c_int) -> c_int {
+    let (unreadable, timed_out) = (rustix::io::Errno::BADMSG, rustix::io::Errno::TIMEDOUT);
+    if code == -unreadable.raw_os_error() { -timed_out.raw_os_error() } else { code }
 }
 
 /// The list is longer than the room that was given for it.

@@ -16,6 +16,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use backon::{BlockingRetryable, ConstantBuilder};
 
 /// What went wrong in a cluster.
@@ -80,6 +82,10 @@ impl Error {
     pub fn kind(&self) -> io::ErrorKind {
         match self {
             Self::ZeroByte(_) | Self::UnknownCluster { .. } => io::ErrorKind::InvalidInput,
+            // The cluster has shut this client out, mostly because somebody else has taken over what it did.
+            Self::Operation { error, .. } if error.raw_os_error() == Some(Errno::SHUTDOWN.raw_os_error()) => {
+                io::ErrorKind::ConnectionAborted
+            }
             Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. } => {
                 error.kind()
             }

@@ -30,6 +30,7 @@ pub struct Cluster(Arc<Connection>);
 struct Connection {
     handle: rados::rados_t,
     name: String,
+    seconds_max: u32,
 }
 
 // SAFETY: librados serialises access to a cluster handle itself; its documentation allows any number of threads.
@@ -47,7 +48,7 @@ impl Cluster {
         // SAFETY: both pointers are valid for the call; librados keeps neither. After success the handle is ours, and
         // `Connection` gives it back once, when it is dropped.
         check(unsafe { rados::rados_create(&mut handle, id.as_ptr()) }).map_err(failed)?;
-        let connection = Connection { handle, name: conf.display().to_string() };
+        let connection = Connection { handle, name: conf.display().to_string(), seconds_max };
         // SAFETY: the handle was created above and is not yet connected; the path is valid for the call.
         check(unsafe { rados::rados_conf_read_file(connection.handle, path.as_ptr()) })
             .map_err(|code| Error::Conf { conf: conf.into(), error: os_error(code) })?;
@@ -70,6 +71,11 @@ impl Cluster {
         // SAFETY: the handle is valid, configured, and connected only here.
         check(unsafe { rados::rados_connect(connection.handle) }).map_err(failed)?;
         Ok(Self(Arc::new(connection)))
+    }
+
+    /// How long anything that is asked of the cluster may take.
+    pub(super) fn seconds_max(&self) -> u32 {
+        self.0.seconds_max
     }
 
     /// The cluster's own id, which tells it from every other one.

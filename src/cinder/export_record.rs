@@ -283,6 +283,7 @@ pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
         parent_id: fields.take("parent_id")?.map(|id| id.parse()).transpose()?,
         job_id: None,
         writer: String::new(),
+        displaced_writer: None,
         checkpoint: None,
         service,
         service_metadata,
@@ -300,6 +301,7 @@ pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
         object_digests: Vec::new(),
         source: None,
         image_id: None,
+        fallback_reason: None,
         cinder_fields: fields.0,
     })
 }

@@ -76,6 +76,9 @@ pub fn show(record: &Record) -> String {
         }
         None => line("made by", "Cinder"),
     }
+    if let Some(reason) = &record.fallback_reason {
+        line("fell back", &reason.to_string());
+    }
     let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
         record.counts;
     if is_counted(record) {
@@ -268,6 +271,7 @@ mod tests {
             state: RecordState::Available,
             parent_id: None,
             writer: String::new(),
+            displaced_writer: None,
             checkpoint: None,
             job_id: Some(JOB.parse().unwrap()),
             service: "cinder.backup.drivers.posix.PosixBackupDriver".into(),
@@ -284,6 +288,7 @@ mod tests {
             object_digests: Vec::new(),
             source: None,
             image_id: None,
+            fallback_reason: None,
             cinder_fields: serde_json::Map::new(),
         }
     }

@@ -18,7 +18,7 @@ pub use value::Queue;
 
 use value::{
     Kind, broker_url, bucket, ceph_user, cluster, compression, core_count, endpoint, host_name, kind, name,
-    number, path, paths, pool, prefix, proxy, queue, region, secret, some_path, whole,
+    number, path, paths, pool, prefix, proxy, queue, region, secret, some_path, some_whole, whole,
 };
 
 use crate::broker::AmqpUrl;
@@ -58,6 +58,8 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.compression",
     "store.NAME.object_bytes",
     "store.NAME.sha_block_bytes",
+    "store.NAME.unchanged_check_per_mille",
+    "store.NAME.source_snapshots_max",
     "store.NAME.endpoint",
     "store.NAME.region",
     "store.NAME.path_style",
@@ -75,7 +77,6 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.retries_max",
     "store.NAME.cluster",
     "store.NAME.pool",
-    "store.NAME.source_snapshots_max",
     "store.NAME.journaling",
     "store.NAME.stripe_unit_bytes",
     "store.NAME.stripe_count",
@@ -84,7 +85,8 @@ pub const SETTINGS: &[&str] = &[
 /// What all stores have.
 const OF_ALL: [&str; 2] = ["kind", "default"];
 /// What stores have besides that whose objects are in the form of Cinder's chunked drivers.
-const OF_CHUNKED: [&str; 3] = ["compression", "object_bytes", "sha_block_bytes"];
+const OF_CHUNKED: [&str; 5] =
+    ["compression", "object_bytes", "sha_block_bytes", "unchanged_check_per_mille", "source_snapshots_max"];
 /// What only stores that are folders have.
 const OF_POSIX: [&str; 1] = ["path"];
 /// What only stores behind S3 have.
@@ -105,7 +107,7 @@ const OF_S3: [&str; 15] = [
     "connections_max",
     "retries_max",
 ];
-/// What only stores of RBD images have.
+/// What stores of RBD images have.
 #[cfg(feature = "ceph")]
 const OF_RBD: [&str; 6] =
     ["cluster", "pool", "source_snapshots_max", "journaling", "stripe_unit_bytes", "stripe_count"];
@@ -269,6 +271,10 @@ pub struct Chunking {
     pub object_bytes: u64,
     /// How much of a volume has one digest; an incremental backup stores multiples of it.
     pub sha_block_bytes: u64,
+    /// How many of 1,000 blocks of an RBD volume that Ceph calls unchanged are read all the same.
+    pub unchanged_check_per_mille: u32,
+    /// How many snapshots of backups an RBD volume may keep; 0 for any number.
+    pub source_snapshots_max: u32,
 }
 
 impl Config {
@@ -407,8 +413,11 @@ struct StoreSection {
     cluster: Option<String>,
     #[serde(default, deserialize_with = "pool")]
     pool: Option<Container>,
-    #[serde(default, deserialize_with = "whole::<_, _, 0, 65_535>")]
-    source_snapshots_max: u32,
+    #[serde(default = "unchanged_check_per_mille", deserialize_with = "whole::<_, _, 0, 1_000>")]
+    unchanged_check_per_mille: u32,
+    /// What it is by default depends on the kind.
+    #[serde(default, deserialize_with = "some_whole::<_, 0, 65_535>")]
+    source_snapshots_max: Option<u32>,
     #[serde(default)]
     journaling: bool,
     #[serde(default, deserialize_with = "whole::<_, _, 0, 33_554_432>")]
@@ -425,6 +434,9 @@ impl StoreSection {
             compression: self.compression,
             object_bytes: self.object_bytes,
             sha_block_bytes: self.sha_block_bytes,
+            unchanged_check_per_mille: self.unchanged_check_per_mille,
+            // Only the newest one is of use to the next backup.
+            source_snapshots_max: self.source_snapshots_max.unwrap_or(1),
         };
         let kind = match self.kind {
             Kind::Posix => {
@@ -460,7 +472,7 @@ impl StoreSection {
             Kind::Rbd => StoreKind::Rbd {
                 cluster: self.cluster,
                 pool: self.pool.ok_or_else(|| missing("pool"))?,
-                source_snapshots_max: self.source_snapshots_max,
+                source_snapshots_max: self.source_snapshots_max.unwrap_or(0),
                 journaling: self.journaling,
                 stripes: match (self.stripe_unit_bytes, self.stripe_count) {
                     (0, 0) => None,
@@ -648,6 +660,10 @@ fn usual_region() -> String {
 
 fn usual_bucket() -> String {
     "volumebackups".into()
+}
+
+fn unchanged_check_per_mille() -> u32 {
+    1
 }
 
 fn ceph_conf() -> PathBuf {

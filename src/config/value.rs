@@ -71,6 +71,16 @@ where
     deserializer.deserialize_u64(Whole(PhantomData, MIN, MAX))
 }
 
+/// The same for a setting whose default is not told here.
+pub(super) fn some_whole<'de, D, const MIN: u64, const MAX: u64>(
+    deserializer: D,
+) -> Result<Option<u32>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    whole::<_, u32, MIN, MAX>(deserializer).map(Some)
+}
+
 /// Reads a text that `take` accepts; `expected` says which texts those are.
 fn text_that<'de, D, T>(
     deserializer: D,

@@ -19,12 +19,11 @@ pub use source::Source;
 pub use volumes::Volumes;
 
 use jiff::Timestamp;
-#[cfg(feature = "ceph")]
 use tracing::warn;
 
 #[cfg(feature = "ceph")]
-use crate::error::Causes;
-use crate::error::Problem;
+use crate::error::Class;
+use crate::error::{Causes, Problem};
 use crate::job::{
     BackupId, BackupWork, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
     RestoreWork, Strategy, VolumeId, Work,
@@ -32,8 +31,12 @@ use crate::job::{
 
 #[cfg(feature = "ceph")]
 use crate::job::Location;
+#[cfg(feature = "ceph")]
+use crate::volume::rbd::RbdOrigin;
 
 use chunked::Chunked;
+#[cfg(feature = "ceph")]
+use cpu::blocking;
 #[cfg(feature = "ceph")]
 use rbd::Rbd;
 use volumes::Target;
@@ -149,6 +152,8 @@ impl Engine {
             (Some(Mode::Full) | None, _) => None,
         };
         let source = self.volumes.source(&work.source).await?;
+        #[cfg(feature = "ceph")]
+        let origin = source.origin();
 
         let resumed = self.resumed(earlier.as_ref(), parent.as_ref(), &source, method).await?;
         let mut record = match resumed {
@@ -158,6 +163,7 @@ impl Engine {
             }
             None => self.begin(job_id, work, parent.as_ref(), &source, method, earlier).await?,
         };
+        record.fallback_reason = ctx.fallback_reason.clone().or(record.fallback_reason);
         // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
         if let Some(parent) = &parent {
             self.parent(parent.backup_id, work.volume_id).await?;
@@ -165,31 +171,52 @@ impl Engine {
 
         let copied = self.copy(ctx, &mut record, work, parent.as_ref(), source).await;
         let current = self.catalog.record(work.backup_id).await?;
-        let ours = |current: &Record| {
-            current.state == RecordState::Creating(job_id) && current.writer == record.writer
-        };
-        if !current.as_ref().is_some_and(ours) {
+        if !record.stands(current.as_ref()) {
             drop(copied);
-            // Whoever took over removed what there was of ours then, and does not know of what came after it.
-            self.remove(&record, &Context::default()).await?;
-            return Err(match current.map(|current| current.state) {
-                None | Some(RecordState::Deleting(_)) => Error::DeletedMeanwhile(work.backup_id),
-                Some(_) => Error::TakenOver(work.backup_id),
-            });
+            return Err(self.give_way(&record, current).await);
         }
-        match copied? {
-            Unfinished::Chunked(unfinished) => unfinished.finish().await?,
+        let unfinished = copied?;
+        #[cfg(feature = "ceph")]
+        if let Some(origin) = origin.clone() {
+            let taken = record.source.clone();
+            blocking(move || origin.check_still_there(taken.as_ref())).await??;
+        }
+        let finished = match unfinished {
+            Unfinished::Chunked(unfinished) => unfinished.finish().await,
             #[cfg(feature = "ceph")]
-            Unfinished::Rbd(unfinished) => unfinished.finish().await?,
+            Unfinished::Rbd(unfinished) => unfinished.finish().await,
+        };
+        if let Err(error) = finished {
+            // Another one may have taken over since, and have had the cluster shut this one out.
+            let current = self.catalog.record(work.backup_id).await?;
+            return Err(match record.stands(current.as_ref()) {
+                true => error,
+                false => self.give_way(&record, current).await,
+            });
         }
         record.state = RecordState::Available;
         record.checkpoint = None;
         self.catalog.save(&record).await?;
         #[cfg(feature = "ceph")]
-        if let Err(error) = self.trim(&record).await {
+        if let Some(origin) = origin
+            && let Err(error) = self.trim(&record, origin).await
+        {
             warn!(error = %Causes(&error), "snapshots of older backups stay on the volume");
         }
         Ok(receipt(&record))
+    }
+
+    /// Ends an attempt of which the record says that it is not its own any more; says why.
+    async fn give_way(&self, record: &Record, current: Option<Record>) -> Error {
+        // Whoever took over removed what there was of ours then, and does not know of what came after it.
+        if let Err(error) = self.remove_attempt(record, current.as_ref()).await {
+            // That must not look like the end of the job.
+            warn!(error = %Causes(&error), "some of what a job had written that was taken over could not be removed");
+        }
+        match current.map(|current| current.state) {
+            None | Some(RecordState::Deleting(_)) => Error::DeletedMeanwhile(record.backup_id),
+            Some(_) => Error::TakenOver(record.backup_id),
+        }
     }
 
     /// The record of an attempt that died, if this one can go on where that one stopped.
@@ -229,6 +256,7 @@ impl Engine {
             // Names have the time in them, in seconds; an attempt that died must not have the same ones.
             let after = earlier.created_at + jiff::SignedDuration::from_secs(1);
             record.created_at = record.created_at.max(after);
+            record.displaced_writer = Some(earlier.writer.clone());
         }
         if let Some(parent) = parent {
             // Clocks differ, and the time of the parent may have been put off as above; it is older all the same.
@@ -242,7 +270,7 @@ impl Engine {
             // What an attempt that died has left; its names are not ours, so that it can do no harm if it still lives.
             Some(earlier) => {
                 self.catalog.save(&record).await?;
-                self.remove(&earlier, &Context::default()).await?;
+                self.remove_attempt(&earlier, None).await?;
             }
             None => match self.catalog.create(&record).await {
                 Err(Error::BackupExists(id)) => {
@@ -257,16 +285,26 @@ impl Engine {
         Ok(record)
     }
 
-    /// Removes the snapshots that were taken for older backups from a volume, so that not too many stay. Those of other
-    /// stores, and of backups that are being made, are not ours to remove.
+    /// Removes the snapshots that were taken for older backups from a volume, so that not too many stay; never those of
+    /// backups that are being made.
     #[cfg(feature = "ceph")]
-    async fn trim(&self, record: &Record) -> Result<(), Error> {
-        let (Format::Chunked(chunked), Some(newest)) = (&self.format, &record.source) else { return Ok(()) };
-        let count_max = chunked.source_snapshots_max();
+    async fn trim(&self, record: &Record, origin: RbdOrigin) -> Result<(), Error> {
+        let Some(newest) = &record.source else { return Ok(()) };
+        let count_max = match &self.format {
+            Format::Chunked(chunked) => chunked.source_snapshots_max(),
+            Format::Rbd(rbd) => rbd.source_snapshots_max(),
+        };
         if count_max == 0 {
             return Ok(());
         }
-        let newest_first = self.catalog.records().await?.records.into_iter().rev();
+        let records = self.catalog.records().await?.records;
+        if let Format::Rbd(_) = self.format {
+            let is_being_made = |record: &&Record| matches!(record.state, RecordState::Creating(_));
+            let being_made = records.iter().filter(is_being_made).map(|record| record.backup_id).collect();
+            return blocking(move || rbd::trim(&origin, count_max as usize, &being_made)).await?;
+        }
+        // Those of other stores are not ours to remove.
+        let newest_first = records.into_iter().rev();
         let taken = newest_first
             .filter(|other| other.volume_id == record.volume_id && other.state == RecordState::Available)
             .filter_map(|other| other.source)
@@ -315,6 +353,34 @@ impl Engine {
         }
         #[cfg(feature = "ceph")]
         if let Some(taken) = &record.source {
+            match self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await {
+                // Its cluster may be known no more, and the backup is to go all the same.
+                Err(error) if error.class() == Class::Permanent => {
+                    warn!(error = %Causes(&error), "the snapshot of the backup stays on the volume");
+                }
+                removed => removed?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what an attempt has left that came to nothing, and nothing of the one that went on with its job, of which
+    /// the record is `current`: that may be done by now.
+    #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
+    async fn remove_attempt(&self, record: &Record, current: Option<&Record>) -> Result<(), Error> {
+        let current = current.filter(|current| !matches!(current.state, RecordState::Deleting(_)));
+        match &self.format {
+            // The names of its objects are its own.
+            Format::Chunked(chunked) => chunked.remove(record, &Context::default()).await?,
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.remove_attempt(record, current).await?,
+        }
+        #[cfg(feature = "ceph")]
+        if let Some(taken) = &record.source
+            && current
+                .and_then(|current| current.source.as_ref())
+                .is_none_or(|other| other.image != taken.image)
+        {
             self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await?;
         }
         Ok(())

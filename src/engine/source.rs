@@ -33,6 +33,15 @@ impl Source {
         }
     }
 
+    /// The image, if it is one.
+    #[cfg(feature = "ceph")]
+    pub fn origin(&self) -> Option<RbdOrigin> {
+        match self {
+            Self::File(_) => None,
+            Self::Rbd(origin) => Some(origin.clone()),
+        }
+    }
+
     /// Opens what is read for a backup: of an RBD image the snapshot that its record names, which is taken now. It is
     /// compared with the snapshot of the parent, where that can be done.
     #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]

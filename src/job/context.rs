@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio_util::sync::CancellationToken;
 
 use super::Counts;
+use crate::error::Problem;
 
 /// Says that somebody asked for the end of the job.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub struct Context {
     pub cancel: CancellationToken,
     /// Where engines count what they do.
     pub progress: Arc<Progress>,
+    /// Why the job is not done by the method that was planned first.
+    pub fallback_reason: Option<Problem>,
 }
 
 impl Context {

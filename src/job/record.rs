@@ -36,6 +36,9 @@ pub struct Record {
     /// Tells the attempt that writes it from any other attempt of the same job.
     #[serde(default)]
     pub writer: String,
+    /// The attempt before it, of which all was removed or taken over: what that one still says counts no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub displaced_writer: Option<String>,
     /// How far that attempt is known to be, if another one may go on from there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Checkpoint>,
@@ -57,6 +60,9 @@ pub struct Record {
     pub volume_bytes: u64,
     /// The method that made it.
     pub method: Option<Method>,
+    /// Why it was not made by the method that was planned first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback_reason: Option<Problem>,
     /// What was moved to make it.
     pub counts: Counts,
     /// The digest over the volume's block digests, as in the account of the job.
@@ -74,6 +80,19 @@ pub struct Record {
     /// Everything else of Cinder's record, kept so that an export gives back what an import took.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub cinder_fields: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Record {
+    /// Whether the attempt that writes this record still makes the backup, of which the store has `current`. The attempt
+    /// before it may have written its own over this one, before it knew that it was taken over.
+    pub fn stands(&self, current: Option<&Self>) -> bool {
+        current.is_some_and(|current| {
+            let is_own = current.writer == self.writer && current.state == self.state;
+            let is_displaced = self.displaced_writer.as_ref() == Some(&current.writer)
+                && matches!(current.state, RecordState::Creating(_) | RecordState::Available);
+            is_own || is_displaced
+        })
+    }
 }
 
 /// A snapshot of a volume that a backup was made of.

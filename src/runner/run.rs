@@ -68,6 +68,7 @@ pub async fn run(
         report.tell(Happening::Started { method, attempt: account.attempt_count }).await;
         info!(%method, attempt = account.attempt_count, "started");
 
+        let ctx = &Context { fallback_reason: account.fallback_reason.clone(), ..ctx.clone() };
         let error = match attempt(ctx, engine, job, method, progress_every, report).await {
             Ok(receipt) => {
                 take_in(&mut account, receipt);

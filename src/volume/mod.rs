@@ -118,6 +118,21 @@ pub enum Error {
         /// The path as it was asked for.
         path: String,
     },
+    /// An image that another client writes to, or did until just now: the cluster forgets one that died half a minute
+    /// later.
+    #[cfg(feature = "ceph")]
+    #[error("{path} is in use: another client has it open to write; detach it first")]
+    ImageInUse {
+        /// The pool and the image.
+        path: String,
+    },
+    /// A snapshot, or the image, is gone or replaced that was read until now.
+    #[cfg(feature = "ceph")]
+    #[error("{path} was removed while it was read, so that what was read is not certain")]
+    RemovedMeanwhile {
+        /// What was read.
+        path: String,
+    },
     /// A Ceph cluster said no.
     #[cfg(feature = "ceph")]
     #[error(transparent)]
@@ -141,6 +156,8 @@ impl Error {
             Self::Io { source, .. } => class(source),
             #[cfg(feature = "ceph")]
             Self::Ceph(error) => class_of(error.kind()),
+            #[cfg(feature = "ceph")]
+            Self::ImageInUse { .. } | Self::RemovedMeanwhile { .. } => Class::Transient,
             _ => Class::Permanent,
         }
     }
@@ -155,9 +172,12 @@ pub fn class(error: &io::Error) -> Class {
 pub fn class_of(kind: io::ErrorKind) -> Class {
     use io::ErrorKind as Kind;
     match kind {
-        Kind::Interrupted | Kind::TimedOut | Kind::StaleNetworkFileHandle | Kind::ResourceBusy => {
-            Class::Transient
-        }
+        Kind::Interrupted
+        | Kind::TimedOut
+        | Kind::StaleNetworkFileHandle
+        | Kind::ResourceBusy
+        | Kind::ConnectionAborted
+        | Kind::NotConnected => Class::Transient,
         _ => Class::Permanent,
     }
 }

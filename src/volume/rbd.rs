@@ -8,8 +8,9 @@ use bytes::Bytes;
 use futures_util::future;
 use tokio::runtime::Handle;
 
-use super::{Before, Error, Read, VolumeSource, VolumeTarget};
+use super::{Before, Error, Read, VolumeSource, VolumeTarget, class_of};
 use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool};
+use crate::error::Class;
 use crate::job::{RbdImage, SourceSnapshot};
 
 /// How much of an image is looked at for data, or for changes, at once: what is found must fit in memory.
@@ -26,6 +27,8 @@ pub struct RbdOrigin {
     location: RbdImage,
     head: Arc<Image>,
     bytes: u64,
+    /// The id of the snapshot that was named.
+    named: Option<u64>,
 }
 
 impl RbdOrigin {
@@ -39,7 +42,24 @@ impl RbdOrigin {
         if bytes == 0 {
             return Err(Error::Empty { path: head.path().into() });
         }
-        Ok(Self { pool, location: location.clone(), head: Arc::new(head), bytes })
+        let mut location = location.clone();
+        // Later there may be more clusters than one.
+        location.cluster = location.cluster.or_else(|| clusters.only_name().map(ToOwned::to_owned));
+        let named = match &location.snapshot {
+            Some(name) => {
+                head.snapshots()?.into_iter().find(|found| found.name == *name).map(|found| found.id)
+            }
+            None => None,
+        };
+        Ok(Self { pool, location, head: Arc::new(head), bytes, named })
+    }
+
+    /// Fails when the snapshot that a backup has been made of, the one `taken` for it or the one that was named, is not
+    /// there any more: librbd does not tell who reads a snapshot that is gone, and gives zeros, or what was written
+    /// later. Blocks.
+    pub fn check_still_there(&self, taken: Option<&SourceSnapshot>) -> Result<(), Error> {
+        let id = taken.and_then(|taken| taken.snapshot_id).or(self.named);
+        still_there(&self.pool, &self.location.image, &self.head.id()?, id)
     }
 
     /// Its size now.
@@ -174,7 +194,14 @@ impl VolumeSource for RbdSource {
         while at < end.min(self.bytes) {
             if !window.range.contains(&at) {
                 let range = at..self.bytes.min(at + WINDOW_BYTES);
-                let data = existing(&self.image, range.clone()).map_err(ceph::Error::into_io)?;
+                let data = match existing(&self.image, range.clone()) {
+                    Ok(data) => data,
+                    Err(error) if class_of(error.kind()) == Class::Transient => return Err(error.into_io()),
+                    Err(error) => {
+                        tracing::warn!(%error, "what an image has cannot be told: all of it is read");
+                        std::iter::once(range.clone()).collect()
+                    }
+                };
                 *window = Window { range, data };
             }
             let index = window.data.partition_point(|data| data.end <= at);
@@ -242,6 +269,20 @@ pub enum Incomparable {
     /// A Ceph cluster failed.
     #[error("the cluster failed: {0}")]
     Ceph(#[from] ceph::Error),
+}
+
+/// Fails unless an image, opened anew, still has this id, and a snapshot of that id if one is given. Blocks.
+pub fn still_there(pool: &Pool, name: &str, image_id: &str, snapshot_id: Option<u64>) -> Result<(), Error> {
+    let removed = || Error::RemovedMeanwhile { path: format!("{}/{name}", pool.name()) };
+    let image = match pool.open_image(name, None, Mode::Read) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(removed()),
+        image => image?,
+    };
+    let has = |id| Ok::<_, Error>(image.snapshots()?.iter().any(|snapshot| snapshot.id == id));
+    if image.id()? != image_id || !snapshot_id.map_or(Ok(true), has)? {
+        return Err(removed());
+    }
+    Ok(())
 }
 
 /// Removes snapshots that were taken of an image for backups, as far as they and the image are still there.
@@ -349,9 +390,12 @@ impl RbdTarget {
             image => {
                 let image = image?;
                 if image.watcher_count()? > 1 {
-                    return Err(Error::InUse { path: image.path().into() });
+                    return Err(Error::ImageInUse { path: image.path().into() });
                 }
-                image.lock().map_err(|error| in_use(&image, error))?;
+                // One without that feature cannot be locked, as those of a kernel client.
+                if image.features()?.has(Features::EXCLUSIVE_LOCK) {
+                    image.lock().map_err(|error| in_use(&image, error))?;
+                }
                 let target_bytes = image.bytes()?;
                 if target_bytes < bytes {
                     let path = image.path().into();
@@ -371,7 +415,7 @@ impl RbdTarget {
         // One that is there is left of a restore that was killed, or belongs to one that runs: that one has it open.
         match pool.remove_image(&hidden) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                return Err(Error::InUse { path: format!("{}/{name}", pool.name()) });
+                return Err(Error::ImageInUse { path: format!("{}/{name}", pool.name()) });
             }
             removed => removed?,
         };
@@ -407,7 +451,7 @@ fn partial(name: &str) -> String {
 fn in_use(image: &Image, error: ceph::Error) -> Error {
     match error.kind() {
         io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::ResourceBusy => {
-            Error::InUse { path: image.path().into() }
+            Error::ImageInUse { path: image.path().into() }
         }
         _ => error.into(),
     }

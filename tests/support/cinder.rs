@@ -1,4 +1,4 @@
-//! One of OpenStack Cinder's own backup drivers, in a process of its own: `tests/peers/cinder_backup.py`.
+//! OpenStack Cinder's own backup drivers, in a process of their own: `tests/peers/cinder_driver.py`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -8,9 +8,6 @@ use backhaul::cinder::export_record::{self, ExportRecord};
 use backhaul::job::{BackupId, Record, VolumeId};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-#[cfg(feature = "ceph")]
-use super::ceph::Ceph;
 
 /// What Cinder is to back up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +20,7 @@ pub(crate) enum Of<'a> {
     File(&'a str),
 }
 
-/// A Cinder with a database of its own, which backs up to one store.
+/// A Cinder with a database of its own, and one of its drivers.
 pub(crate) struct Cinder {
     process: Child,
     commands: ChildStdin,
@@ -32,28 +29,17 @@ pub(crate) struct Cinder {
 }
 
 impl Cinder {
-    /// Starts it on a pool, which takes some seconds. Its user is `cinder`.
-    #[cfg(feature = "ceph")]
-    pub(crate) fn start(ceph: &Ceph, pool: &str) -> Self {
-        let conf = ceph.conf().display();
-        let options = [
-            format!("backup_ceph_conf={conf}"),
-            "backup_ceph_user=cinder".into(),
-            format!("backup_ceph_pool={pool}"),
-        ];
-        Self::start_driver("ceph.CephBackupDriver", &options)
-    }
-
-    /// Starts it with a driver and options of that.
-    pub(crate) fn start_driver(driver: &str, options: &[String]) -> Self {
+    /// Starts it, which takes some seconds: with the driver of that name in Cinder's words, and options of its own,
+    /// each `OPTION=VALUE`.
+    pub(crate) fn start(driver: &str, options: &[String]) -> Self {
         let python = std::env::var_os("BACKHAUL_TEST_CINDER").expect(
             "BACKHAUL_TEST_CINDER names no Python that has Cinder: run `make test`, which installs one",
         );
         let folder = TempDir::new().unwrap();
         let mut process = Command::new(python)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_backup.py"))
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_driver.py"))
             .arg(folder.path())
-            .arg(format!("cinder.backup.drivers.{driver}"))
+            .arg(driver)
             .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -161,6 +161,7 @@ impl Chunked {
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
             writer: Uuid::new_v4().to_string(),
+            displaced_writer: None,
             checkpoint: None,
             // Cinder gives a backup to the driver that it names, with the whole chain.
             service: parent.map_or(self.naming.service(), |parent| &parent.service).into(),
@@ -177,6 +178,7 @@ impl Chunked {
             object_digests: Vec::new(),
             source: None,
             image_id: None,
+            fallback_reason: None,
             cinder_fields: serde_json::Map::new(),
         })
     }

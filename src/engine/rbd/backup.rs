@@ -1,11 +1,12 @@
 //! Makes a backup: an image for a chain, a snapshot of it for each backup.
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use tracing::{info, warn};
+use tracing::info;
 use uuid::Uuid;
 
 use super::digests::DigestWriter;
@@ -17,45 +18,35 @@ use crate::engine::Catalog;
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::engine::source::Source;
-use crate::job::{Checkpoint, Context, Counts, Method, Mode as Share, Record};
+use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record, RecordState};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{RbdSource, VolumeSource};
 
 /// The key under which an image says which job writes it.
 const JOB_KEY: &str = "backhaul.job";
+/// The key under which it says which attempt of that job does.
+pub(super) const WRITER_KEY: &str = "backhaul.writer";
 
 /// A backup that is whole but for the snapshot that makes it visible.
 pub struct Unfinished {
     image: Arc<Image>,
     snapshot: String,
-    source: Option<RbdOrigin>,
-    source_snapshots_max: usize,
 }
 
 impl Unfinished {
     /// Makes the backup visible.
     pub async fn finish(self) -> Result<(), Error> {
-        blocking(move || {
-            self.image.create_snapshot(&self.snapshot)?;
-            if let Some(source) = &self.source
-                && let Err(error) = trim(source, self.source_snapshots_max)
-            {
-                warn!(%error, "snapshots of older backups stay on the volume");
-            }
-            Ok(())
-        })
-        .await?
+        Ok(blocking(move || self.image.create_snapshot(&self.snapshot)).await??)
     }
 }
 
-/// Removes the oldest snapshots of backups from a volume, so that not more than `count_max` stay.
-fn trim(source: &RbdOrigin, count_max: usize) -> Result<(), Error> {
-    if count_max == 0 {
-        return Ok(());
-    }
+/// Removes the oldest snapshots of backups from a volume, so that not more than `count_max` stay beside those of the
+/// backups that are `being_made`. Blocks.
+pub fn trim(source: &RbdOrigin, count_max: usize, being_made: &BTreeSet<BackupId>) -> Result<(), Error> {
     let image = source.head();
     let snapshots = image.snapshots()?;
-    let of_backups: Vec<_> = snapshots.iter().filter(|s| names::backup_of(&s.name).is_some()).collect();
+    let may_go = |name: &str| names::backup_of(name).is_some_and(|id| !being_made.contains(&id));
+    let of_backups: Vec<_> = snapshots.iter().filter(|snapshot| may_go(&snapshot.name)).collect();
     for snapshot in &of_backups[..of_backups.len().saturating_sub(count_max)] {
         image.remove_snapshot(&snapshot.name)?;
     }
@@ -97,10 +88,6 @@ impl Rbd {
     ) -> Result<Unfinished, Error> {
         ctx.progress.begin(record.volume_bytes);
         let method = record.method.unwrap_or(Method { strategy: crate::job::Strategy::Copy, mode: None });
-        let origin = match &source {
-            Source::Rbd(origin) => Some(origin.clone()),
-            Source::File(_) => None,
-        };
         let plan = {
             let (engine, record, parent, ctx) = (self.clone(), record.clone(), parent.cloned(), ctx.clone());
             blocking(move || engine.prepare(&ctx, &record, parent.as_ref(), source, method)).await??
@@ -115,23 +102,30 @@ impl Rbd {
         let plan = Arc::new(plan);
         self.copy(ctx, record, plan.clone()).await?;
         plan.image.flush().await?;
+        // Whoever takes a job over removes the lists of the attempt before. One that has not seen that, because it noted
+        // at that moment how far it was, must not end with a record that names them.
+        if !self.has_lists(record).await? {
+            return Err(Error::TakenOver(record.backup_id));
+        }
         record.counts = ctx.progress.read().counts;
         record.digest = Some(digest(&record.object_digests));
         if let Some(metadata) = volume_meta.map(ToOwned::to_owned) {
             let (engine, wanted) = (self.clone(), record.clone());
             let written = blocking(move || {
                 let pool = engine.pool(&engine.connect()?, &wanted)?;
-                pool.create_object(&names::metadata_object(wanted.backup_id), metadata.as_bytes())?;
-                Ok::<_, Error>(())
+                let name = names::metadata_object(wanted.backup_id);
+                match pool.create_object(&name, metadata.as_bytes()) {
+                    // An attempt before this one may have come as far.
+                    Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                        let there = pool.read_object(&name, 0, metadata.len() + 1)?;
+                        if there != metadata.as_bytes() { Err(error.into()) } else { Ok::<_, Error>(()) }
+                    }
+                    created => Ok(created?),
+                }
             });
             written.await??;
         }
-        Ok(Unfinished {
-            image: plan.image.clone(),
-            snapshot: names::snapshot(record),
-            source: origin.filter(|_| record.source.is_some()),
-            source_snapshots_max: self.settings.source_snapshots_max as usize,
-        })
+        Ok(Unfinished { image: plan.image.clone(), snapshot: names::snapshot(record) })
     }
 
     /// Takes the snapshot of the volume, and opens both ends. Blocks.
@@ -208,7 +202,13 @@ impl Rbd {
         if self.settings.stripes.is_some() {
             features = features | Features::STRIPING;
         }
-        pool.create_image(&name, &NewImage { bytes, features, stripes: self.settings.stripes })?;
+        match pool.create_image(&name, &NewImage { bytes, features, stripes: self.settings.stripes }) {
+            // An attempt that was taken over has just made it, and removes it when it finds that out.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                return Err(Error::ImageInUse { image: format!("{}/{name}", pool.name()) });
+            }
+            created => created?,
+        }
         let image = pool.open_image(&name, None, Mode::Write)?;
         self.lock(&image, record)?;
         Ok(image)
@@ -223,7 +223,8 @@ impl Rbd {
             _ => source.into(),
         })?;
         let job = record.job_id.map_or_else(String::new, |id| id.to_string());
-        Ok(image.set_metadata(JOB_KEY, &job)?)
+        image.set_metadata(JOB_KEY, &job)?;
+        Ok(image.set_metadata(WRITER_KEY, &record.writer)?)
     }
 
     /// Finds the snapshots of the parent on both sides, and makes sure that they are what they were.
@@ -246,7 +247,15 @@ impl Rbd {
                 &format!("{} is another image than the one it was stored in", image.path()),
             ));
         }
-        let Some(on_image) = snapshot_of(&image, parent)? else {
+        if !image.features()?.has(Features::EXCLUSIVE_LOCK) {
+            let why = format!("{} has no exclusive lock, which keeps two writers apart", image.path());
+            return Err(unsuitable(parent, &why));
+        }
+        let on_image = match snapshot_of(&image, parent) {
+            Err(error @ Error::TwoSnapshots { .. }) => return Err(unsuitable(parent, &error.to_string())),
+            found => found?,
+        };
+        let Some(on_image) = on_image else {
             return Err(unsuitable(parent, &format!("its snapshot on {} is gone", image.path())));
         };
         let head = origin.head();
@@ -304,6 +313,9 @@ impl Rbd {
             && earlier.checkpoint.is_some()
             && earlier.parent_id == parent.map(|parent| parent.backup_id);
         let Some(source) = earlier.source.clone().filter(|_| same_work) else { return Ok(None) };
+        if !self.has_lists(earlier).await? {
+            return Ok(None);
+        }
         let (engine, origin, mut record) = (self.clone(), origin.clone(), earlier.clone());
         blocking(move || {
             let head = origin.head();
@@ -315,7 +327,8 @@ impl Rbd {
             if !taken || !written || head.id()? != source.image_id {
                 return Ok(None);
             }
-            record.writer = Uuid::new_v4().to_string();
+            let displaced = std::mem::replace(&mut record.writer, Uuid::new_v4().to_string());
+            record.displaced_writer = Some(displaced);
             Ok(Some(record))
         })
         .await?
@@ -391,11 +404,12 @@ impl Rbd {
 
     async fn save_checkpoint(&self, record: &Record) -> Result<(), Error> {
         let catalog = Catalog::new(self.store.clone());
-        match catalog.record(record.backup_id).await? {
-            Some(current) if current.writer == record.writer && current.state == record.state => {
-                catalog.save(record).await
+        let current = catalog.record(record.backup_id).await?;
+        match current {
+            current if record.stands(current.as_ref()) => catalog.save(record).await,
+            Some(current) if !matches!(current.state, RecordState::Deleting(_)) => {
+                Err(Error::TakenOver(record.backup_id))
             }
-            Some(current) if current.state == record.state => Err(Error::TakenOver(record.backup_id)),
             _ => Err(Error::DeletedMeanwhile(record.backup_id)),
         }
     }

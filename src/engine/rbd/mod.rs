@@ -13,6 +13,8 @@ mod read_back;
 mod remove;
 mod transfer;
 
+pub use backup::trim;
+
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -81,6 +83,11 @@ impl Rbd {
         self.store.clone()
     }
 
+    /// How many snapshots of backups a volume may keep; 0 for any number.
+    pub fn source_snapshots_max(&self) -> u32 {
+        self.settings.source_snapshots_max
+    }
+
     /// Makes the record that a backup begins with.
     pub fn begin(
         &self,
@@ -107,6 +114,7 @@ impl Rbd {
             parent_id: parent.map(|parent| parent.backup_id),
             job_id: Some(job_id),
             writer: Uuid::new_v4().to_string(),
+            displaced_writer: None,
             checkpoint: None,
             service: SERVICE.into(),
             service_metadata: names::service_metadata(&base),
@@ -122,6 +130,7 @@ impl Rbd {
             object_digests: Vec::new(),
             source: None,
             image_id: None,
+            fallback_reason: None,
             cinder_fields: serde_json::Map::new(),
         })
     }

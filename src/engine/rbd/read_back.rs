@@ -11,11 +11,11 @@ use super::digests::{self, DigestReader, block};
 use super::pieces::{Piece, pieces};
 use super::transfer::{From, Task, To, Transfer, zero};
 use super::{Rbd, names, open, snapshot_of};
-use crate::ceph::{Extent, Image};
+use crate::ceph::{Extent, Image, Pool};
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::job::{Context, Record};
-use crate::volume::rbd::{WINDOW_BYTES, existing};
+use crate::volume::rbd::{WINDOW_BYTES, existing, still_there};
 use crate::volume::{Before, VolumeTarget};
 
 impl Rbd {
@@ -34,9 +34,9 @@ impl Rbd {
                 "Cinder made this backup, or one that it builds on, without digests: what is read is checked in part only"
             );
         }
-        let image = {
+        let Opened { pool, name, image_id, snapshot_id, image } = {
             let (engine, record) = (self.clone(), record.clone());
-            Arc::new(blocking(move || engine.open_backup(&record)).await??)
+            blocking(move || engine.open_backup(&record)).await??
         };
         let before = match &to {
             To::Volume(volume) => volume.before(),
@@ -58,30 +58,53 @@ impl Rbd {
             Ok::<_, Error>(state.next().await?.map(|task| (task, state)))
         });
         let mut moved = std::pin::pin!(transfer.run(tasks));
-        while let Some(piece) = moved.try_next().await? {
-            ctx.check()?;
-            ctx.progress.add(&piece.counts);
-            ctx.progress.done(piece.counts.bytes_read + piece.counts.bytes_hole);
+        let read: Result<(), Error> = async {
+            while let Some(piece) = moved.try_next().await? {
+                ctx.check()?;
+                ctx.progress.add(&piece.counts);
+                ctx.progress.done(piece.counts.bytes_read + piece.counts.bytes_hole);
+            }
+            Ok(())
         }
+        .await;
+        // What is deleted while it is read looks damaged, or like zeros.
+        blocking(move || still_there(&pool, &name, &image_id, snapshot_id)).await??;
+        read?;
         finish(to, before, volume_bytes).await?;
         Ok(record.digest.clone())
     }
 
     /// Opens the snapshot of a backup, or the image of one that has none. Blocks.
-    fn open_backup(&self, record: &Record) -> Result<Image, Error> {
+    fn open_backup(&self, record: &Record) -> Result<Opened, Error> {
         let pool = self.pool(&self.connect()?, record)?;
         let name = names::image(record);
         let missing = |object: String| Error::MissingObject { object, backup_id: record.backup_id };
         let image =
             open(&pool, &name, None)?.ok_or_else(|| missing(format!("image {}/{name}", pool.name())))?;
-        match snapshot_of(&image, record)? {
-            Some(snapshot) => open(&pool, &name, Some(&snapshot.name))?
-                .ok_or_else(|| missing(format!("snapshot {}/{name}@{}", pool.name(), snapshot.name))),
+        let image_id = image.id()?;
+        let (image, snapshot_id) = match snapshot_of(&image, record)? {
+            Some(snapshot) => {
+                let opened = open(&pool, &name, Some(&snapshot.name))?
+                    .ok_or_else(|| missing(format!("snapshot {}/{name}@{}", pool.name(), snapshot.name)))?;
+                (opened, Some(snapshot.id))
+            }
             // Cinder takes none of what it copies as a whole.
-            None if record.job_id.is_none() && image.snapshots()?.is_empty() => Ok(image),
-            None => Err(missing(format!("snapshot {}/{name}@{}", pool.name(), names::snapshot(record)))),
-        }
+            None if record.job_id.is_none() && image.snapshots()?.is_empty() => (image, None),
+            None => {
+                return Err(missing(format!("snapshot {}/{name}@{}", pool.name(), names::snapshot(record))));
+            }
+        };
+        Ok(Opened { pool, name, image_id, snapshot_id, image: Arc::new(image) })
     }
+}
+
+/// What is read, and how it is found again.
+struct Opened {
+    pool: Pool,
+    name: String,
+    image_id: String,
+    snapshot_id: Option<u64>,
+    image: Arc<Image>,
 }
 
 /// Finds what is to be read, and what it must be.

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use tracing::warn;
 
-use super::backup::shut_out;
+use super::backup::{WRITER_KEY, shut_out};
 use super::digests;
 use super::{Rbd, backups_on, is_made_by, names, snapshot_of};
 use crate::ceph::{Mode, Pool, while_busy};
@@ -23,6 +23,73 @@ impl Rbd {
             .any(|other| other.container == record.container && names::image(other) == names::image(record));
         blocking(move || engine.remove_images(&wanted, shared)).await??;
         self.remove_lists(record, &[]).await
+    }
+
+    /// Removes what an attempt has left that came to nothing. It has the same names as an attempt that went on with its
+    /// job, of which the record is `current`; so nothing goes but what says that this one wrote it.
+    pub async fn remove_attempt(&self, record: &Record, current: Option<&Record>) -> Result<(), Error> {
+        // An attempt that goes on where this one stopped has the same image.
+        let is_same = |current: &Record| current.image_id.is_some() && current.image_id == record.image_id;
+        if !current.is_some_and(is_same) {
+            let (engine, wanted) = (self.clone(), record.clone());
+            blocking(move || engine.remove_attempt_from_image(&wanted)).await??;
+        }
+        let kept = current.map_or(&[][..], |current| &current.object_digests);
+        let (folder, own) = (digests::folder(), format!(".{}", record.writer));
+        for list in self.store.list(&folder, &digests::prefix(record.backup_id)).await? {
+            let named = |lists: &[(String, String)]| lists.iter().any(|(name, _)| *name == list.name);
+            if (list.name.ends_with(&own) || named(&record.object_digests)) && !named(kept) {
+                self.store.delete(&folder.object(&list.name)?).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_attempt_from_image(&self, record: &Record) -> Result<(), Error> {
+        let pool = self.pool(&self.connect()?, record)?;
+        let name = names::image(record);
+        let image = match pool.open_image(&name, None, Mode::Write) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            image => image?,
+        };
+        match image.metadata(WRITER_KEY)? {
+            Some(writer) if writer != record.writer => return Ok(()),
+            // It may still be writing.
+            Some(_) => drop(image.break_lock()?),
+            // It died before it had said so much.
+            None if is_made_by(&name, record) && image.snapshots()?.is_empty() => {}
+            None => return Ok(()),
+        }
+        // With the lock nobody else can go on with the image while this looks at it again.
+        match image.lock() {
+            Err(error)
+                if [ErrorKind::ReadOnlyFilesystem, ErrorKind::ResourceBusy].contains(&error.kind()) =>
+            {
+                return Ok(());
+            }
+            locked => locked?,
+        }
+        if image.metadata(WRITER_KEY)?.is_some_and(|writer| writer != record.writer) {
+            return Ok(());
+        }
+        while_busy(|| image.remove_snapshot(&names::snapshot(record)))?;
+        let unused = is_made_by(&name, record) && image.snapshots()?.is_empty();
+        drop(image);
+        if unused {
+            match pool.remove_image(&name) {
+                // Another attempt has begun to use it.
+                Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
+                removed => drop(removed?),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all lists of digests are there that a record names.
+    pub(super) async fn has_lists(&self, record: &Record) -> Result<bool, Error> {
+        let listed = self.store.list(&digests::folder(), &digests::prefix(record.backup_id)).await?;
+        let is_there = |(name, _): &(String, String)| listed.iter().any(|list| list.name == *name);
+        Ok(record.object_digests.iter().all(is_there))
     }
 
     /// Removes the lists of digests of a backup, but for those `kept`.

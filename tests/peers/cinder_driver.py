@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""One of OpenStack Cinder's own backup drivers, for tests: reads commands and runs them, as cinder-backup would.
+"""OpenStack Cinder's own backup drivers, for tests: reads commands and runs them, as cinder-backup would.
 
-    cinder_backup.py FOLDER SERVICE [OPTION=VALUE]...
+    cinder_driver.py FOLDER DRIVER [OPTION=VALUE ...]
 
-SERVICE is the class of the driver; each OPTION goes to the section DEFAULT of its configuration. Needs the Python that `dev/cinder.sh` prints. The database lies in FOLDER; there is no other service. A command is a
-line of JSON on standard input, {"do": NAME, ...arguments}; the answer is a line on standard output, {"ok": ...} or
-{"error": ...}. The methods of `Peer` are the commands. Volumes and backups are named by their ids. Where a volume is to
-be opened, that is {"image": "POOL/IMAGE"} or {"file": PATH}.
+Needs the Python that `dev/cinder.sh` prints. DRIVER is what Cinder calls backup_driver, an OPTION one of Cinder's in
+[DEFAULT]. The database lies in FOLDER; there is no other service. A command is a line of JSON on standard input,
+{"do": NAME, ...arguments}; the answer is a line on standard output, {"ok": ...} or {"error": ...}. The methods of `Peer`
+are the commands. Volumes and backups are named by their ids. Where a volume is to be opened, that is
+{"image": "POOL/IMAGE"} or {"file": PATH}.
 """
 import json
 import logging
@@ -18,8 +19,6 @@ warnings.filterwarnings('ignore')
 from oslo_config import cfg                                     # noqa: E402
 from oslo_log import log                                        # noqa: E402
 from oslo_utils import importutils                              # noqa: E402
-import rados                                                    # noqa: E402,F401
-from os_brick.initiator import linuxrbd                         # noqa: E402
 
 from cinder import objects                                      # noqa: E402
 objects.register_all()
@@ -37,7 +36,7 @@ CONFIGURATION = """
 state_path = {folder}
 transport_url = fake:/
 host = node1
-backup_driver = {service}
+backup_driver = {driver}
 {options}
 [database]
 connection = sqlite:///{folder}/cinder.sqlite
@@ -47,16 +46,16 @@ lock_path = {folder}/locks
 
 
 class Peer:
-    def __init__(self, folder, service, *options):
+    def __init__(self, folder, driver, *options):
         path = folder + '/cinder.conf'
         with open(path, 'w') as f:
-            f.write(CONFIGURATION.format(folder=folder, service=service, options='\n'.join(options)))
+            f.write(CONFIGURATION.format(folder=folder, driver=driver, options='\n'.join(options)))
         log.register_options(cfg.CONF)
         cfg.CONF([], project='cinder', default_config_files=[path])
         rpc.init(cfg.CONF)
         migration.db_sync()
-        self.service = service
-        self.driver_class = importutils.import_class(service)
+        self.driver_name = driver
+        self.driver_class = importutils.import_class(driver)
         self.context = context.RequestContext(user_id='user', project_id='project', is_admin=True)
         self.manager = manager.BackupManager(host='node1')
         self.manager.is_initialized = True
@@ -64,10 +63,10 @@ class Peer:
     def driver(self):
         return self.driver_class(self.context)
 
-    def configure(self, **options):
-        """Changes the configuration from now on."""
-        for name, value in options.items():
-            cfg.CONF.set_override(name, value)
+    def set(self, **options):
+        """Gives options of [DEFAULT] other values."""
+        for option, value in options.items():
+            cfg.CONF.set_override(option, value)
 
     def add_volume(self, volume_id, gib):
         """Enters a volume into the database."""
@@ -92,6 +91,7 @@ class Peer:
     def open(self, volume, mode):
         if 'file' in volume:
             return open(volume['file'], mode)
+        from os_brick.initiator import linuxrbd
         pool, name = volume['image'].split('/')
         user, conf = cfg.CONF.backup_ceph_user, cfg.CONF.backup_ceph_conf
         client = linuxrbd.RBDClient(user, pool, conffile=conf)
@@ -104,7 +104,7 @@ class Peer:
         db.backup_create(self.context, {
             'id': backup_id, 'user_id': 'user', 'project_id': 'project', 'volume_id': volume_id,
             'status': 'creating', 'display_name': 'nightly', 'size': volume.size, 'host': 'node1',
-            'availability_zone': 'nova', 'parent_id': parent_id, 'snapshot_id': snapshot_id, 'service': self.service,
+            'availability_zone': 'nova', 'parent_id': parent_id, 'snapshot_id': snapshot_id, 'service': self.driver_name,
             'container': container})
         backup = objects.Backup.get_by_id(self.context, backup_id)
         backup.parent = parent
@@ -117,8 +117,7 @@ class Peer:
             backup.status, backup.fail_reason = 'error', str(error)[:255]
             backup.save()
             raise
-        if updates:
-            backup.update(updates)
+        backup.update(updates or {})
         backup.status = 'available'
         backup.save()
 
@@ -126,10 +125,12 @@ class Peer:
         backup = objects.Backup.get_by_id(self.context, backup_id)
         backup.status = 'restoring'
         backup.save()
-        with self.open(target, 'r+b') as file:
-            self.driver().restore(backup, volume_id, file, new)
-        backup.status = 'available'
-        backup.save()
+        try:
+            with self.open(target, 'r+b') as file:
+                self.driver().restore(backup, volume_id, file, new)
+        finally:
+            backup.status = 'available'
+            backup.save()
 
     def delete(self, backup_id):
         backup = objects.Backup.get_by_id(self.context, backup_id)
