@@ -259,8 +259,9 @@ impl Engine {
             record.displaced_writer = Some(earlier.writer.clone());
         }
         if let Some(parent) = parent {
-            // Clocks differ, and the time of the parent may have been put off as above; it is older all the same.
-            let after = parent.created_at + jiff::SignedDuration::from_millis(1);
+            // Clocks differ, and the time of the parent may have been put off as above; it is older all the same. No more
+            // than needed, so that what is begun after this one is not older than it.
+            let after = parent.created_at + jiff::SignedDuration::from_nanos(1);
             record.created_at = record.created_at.max(after);
         }
         self.name(&mut record);
