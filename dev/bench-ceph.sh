@@ -55,7 +55,6 @@ cinder_pid=''
 # Starts Cinder's driver, as one process for all that it is asked: its start is not measured.
 start_cinder() {
   mkdir -p cinder
-  rm -f cinder/in cinder/out
   mkfifo cinder/in cinder/out
   "$python" "$repository/tests/peers/cinder_driver.py" "$work/cinder" cinder.backup.drivers.ceph.CephBackupDriver \
     backup_ceph_conf="$conf" backup_ceph_user=cinder backup_ceph_pool=backups2 <cinder/in >cinder/out 2>cinder.log &

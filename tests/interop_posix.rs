@@ -155,13 +155,7 @@ impl Stage {
                     Openstack => {
                         let new_volume = VolumeId::random();
                         self.cinder.add_volume(new_volume, 1);
-                        let arguments = json!({
-                            "backup_id": id,
-                            "volume_id": new_volume,
-                            "target": { "file": target },
-                            "new": new,
-                        });
-                        self.cinder.ask("restore", arguments);
+                        self.cinder.restore_file(id, new_volume, &target, new);
                     }
                 }
                 assert!(fs::read(&target).unwrap() == bytes, "{told}");
@@ -224,8 +218,7 @@ async fn cinder_puts_back_what_we_kept_about_a_volume() {
     stage.cinder.add_volume(new, 1);
     stage.cinder.ask("change_volume", json!({ "volume_id": new, "display_name": "", "metadata": {} }));
 
-    let target = json!({ "file": target });
-    stage.cinder.ask("restore", json!({ "backup_id": id, "volume_id": new, "target": target, "new": true }));
+    stage.cinder.restore_file(id, new, &target, true);
 
     let shown = stage.cinder.ask("show_volume", json!({ "volume_id": new }));
     assert_eq!(shown, json!({ "display_name": "data", "metadata": { "color": "blue" } }));

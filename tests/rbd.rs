@@ -911,12 +911,12 @@ async fn a_snapshot_that_is_removed_while_it_is_read_makes_no_backup() {
     for source in [&named, &source] {
         let job = backup_job_of(volume_id, source.clone(), Parent::None);
         let held = bench.memory.reserve(MEMORY_BYTES).await;
-        let before = if source == &named { 1 } else { 0 };
+        let is_named = source == &named;
         let (result, ()) = tokio::join!(bench.run(&job), async {
             // The engine has begun when the snapshot of the backup, or the image that it goes to, is there.
-            let begun = || match before {
-                0 => bench.snapshots(volume.spec()).len() == 1,
-                _ => bench.images("backups").iter().any(|i| i.contains(&job.backup_id().to_string())),
+            let begun = || match is_named {
+                true => bench.images("backups").iter().any(|i| i.contains(&job.backup_id().to_string())),
+                false => bench.snapshots(volume.spec()).len() == 1,
             };
             while !begun() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -931,7 +931,7 @@ async fn a_snapshot_that_is_removed_while_it_is_read_makes_no_backup() {
         assert!(told.contains("removed while it was read"), "{told}");
         let record = bench.record(job.backup_id()).await;
         assert!(matches!(record.state, RecordState::Creating(_)), "{:?}", record.state);
-        if source != &named {
+        if !is_named {
             assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
             assert!(bench.restored(job.backup_id()).await == volume.read());
         }

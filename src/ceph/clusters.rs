@@ -40,11 +40,7 @@ impl Clusters {
     /// Each call makes a connection of its own. A job has its own, so that a worker that takes a job over can have the
     /// cluster shut out the one that had it before, and nothing else.
     pub fn connect(&self, name: Option<&str>) -> Result<Cluster, Error> {
-        let access = match name {
-            Some(name) => self.0.get(name),
-            None if self.0.len() == 1 => self.0.values().next(),
-            None => None,
-        };
+        let access = name.or_else(|| self.only_name()).and_then(|name| self.0.get(name));
         let Some(Access { conf, user, operation_seconds_max }) = access else {
             let known = match self.0.is_empty() {
                 true => "none; write [ceph.NAME] with conf and user".into(),

@@ -16,9 +16,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::io::Errno;
-
 use backon::{BlockingRetryable, ConstantBuilder};
+use rustix::io::Errno;
 
 /// What went wrong in a cluster.
 #[derive(Debug, thiserror::Error)]

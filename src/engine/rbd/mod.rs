@@ -13,8 +13,6 @@ mod read_back;
 mod remove;
 mod transfer;
 
-pub use backup::trim;
-
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -29,7 +27,7 @@ use crate::ceph::{Cluster, Clusters, Image, Mode, Pool, Snapshot};
 use crate::job::{BackupId, BackupWork, Counts, JobId, Method, Mode as Share, Record, RecordState, Strategy};
 use crate::store::ObjectStore;
 
-pub use backup::Unfinished;
+pub use backup::{Unfinished, trim};
 pub use names::SERVICE;
 pub use transfer::To;
 
