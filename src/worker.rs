@@ -14,9 +14,12 @@ use jiff::Timestamp;
 use rayon_core::ThreadPoolBuildError;
 #[cfg(feature = "ceph")]
 use tokio::sync::OnceCell;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
+use uuid::Uuid;
 
 use crate::broker::{self, Broker, Delivery, Properties};
 #[cfg(feature = "ceph")]
@@ -28,8 +31,8 @@ use crate::engine::rbd::{self, Rbd};
 use crate::engine::{Cpu, Engine, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
-use crate::job::{Command, Context, Job, JobId, StoreName};
-use crate::message::{self, Reason, Rejection};
+use crate::job::{Command, Context, Job, JobId, Outcome, StoreName};
+use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
@@ -38,6 +41,8 @@ use crate::volume::FileRoots;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
 
+/// How long another worker may take to say that it runs a job.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
 
@@ -220,6 +225,11 @@ impl Stores {
         Ok(())
     }
 
+    /// The names of all stores.
+    fn names(&self) -> impl Iterator<Item = &StoreName> {
+        self.stores.keys()
+    }
+
     /// Names the default store in a job that names none, so that all who hear of the job know where it works.
     pub fn name_default(&self, job: &mut Job) {
         job.store = job.store.take().or_else(|| self.default.clone());
@@ -282,6 +292,7 @@ pub fn broker_settings(config: &Config, purpose: &str) -> Result<broker::Setting
             config::Queue::Classic => broker::QueueKind::Classic,
         },
         retry_delay_seconds: settings.retry_delay_seconds,
+        retry_delay_seconds_max: settings.retry_delay_seconds_max,
         reconnect_seconds_max: settings.reconnect_seconds_max,
         publish_seconds_max: settings.publish_seconds_max,
         message_bytes_max: settings.message_bytes_max,
@@ -305,16 +316,18 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     let message_bytes_max = settings.message_bytes_max;
     let broker = Broker::start(settings)?;
     let worker = Arc::new(Worker {
+        id: Uuid::new_v4().to_string(),
         stores,
         broker: broker.clone(),
         source: format!("/backhaul/worker/{}", config.worker.name),
         message_bytes_max,
         attempts_max: config.worker.attempts_max,
+        attempt_seconds_max: config.worker.attempt_seconds_max,
         progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
         jobs: Mutex::default(),
     });
     let mut deliveries = broker.jobs(config.worker.jobs_max.into());
-    let mut control = broker.control();
+    let (mut control, mut cancels) = (broker.control(), broker.cancels());
     let mut running = JoinSet::new();
     info!(jobs_max = config.worker.jobs_max, stores = config.stores.len(), "worker started");
 
@@ -325,6 +338,10 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
                 running.spawn(async move { worker.handle(delivery).await });
             }
             Some(notice) = control.next() => worker.take_control(&notice.body),
+            Some(delivery) = cancels.next() => {
+                let worker = worker.clone();
+                running.spawn(async move { worker.keep_cancel(delivery).await });
+            }
             Some(ended) = running.join_next() => lost_task(ended),
             () = shutdown.drain.cancelled() => break,
             () = shutdown.now.cancelled() => break,
@@ -333,6 +350,7 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
 
     info!(running = running.len(), "stopping: no more jobs are taken");
     deliveries.stop();
+    cancels.stop();
     loop {
         tokio::select! {
             ended = running.join_next() => match ended {
@@ -358,11 +376,14 @@ fn lost_task(ended: Result<(), tokio::task::JoinError>) {
 }
 
 struct Worker {
+    /// Tells this process from all other workers.
+    id: String,
     stores: Stores,
     broker: Broker,
     source: String,
     message_bytes_max: usize,
     attempts_max: u32,
+    attempt_seconds_max: u32,
     progress_every: Duration,
     jobs: Mutex<Jobs>,
 }
@@ -373,6 +394,8 @@ struct Jobs {
     running: HashMap<JobId, Running>,
     /// The latest ids that were cancelled without running here.
     cancelled: VecDeque<JobId>,
+    /// Who is to hear which jobs run elsewhere.
+    asked: HashMap<JobId, oneshot::Sender<()>>,
 }
 
 struct Running {
@@ -427,40 +450,131 @@ impl Worker {
             jobs.running.insert(job.id, Running { cancel: ctx.cancel.clone(), adopted: Vec::new() });
             delivery
         };
-        let attempts = Attempts { current: delivery.properties.attempt, max: self.attempts_max };
+        let attempts = Attempts {
+            current: delivery.properties.attempt,
+            max: self.attempts_max,
+            seconds_max: self.attempt_seconds_max,
+            earlier: delivery.properties.story.as_deref().map(message::parse_attempts).unwrap_or_default(),
+            revival_count: delivery.properties.revival_count,
+        };
+        // Somebody was handed the message before, and may still be at it.
+        if (delivery.redelivered || delivery.properties.parked) && self.runs_elsewhere(job.id).await {
+            info!("job runs on another worker, delivery parked");
+            let adopted =
+                self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
+            let mut settled = Ok(());
+            for delivery in std::iter::once(delivery).chain(adopted) {
+                settled = delivery.park().await;
+            }
+            return settled;
+        }
         let sink = Native::new(self.broker.clone(), self.source.clone(), delivery.properties.clone());
         let report = Report::new(&sink, job);
         let engine = self.stores.engine(job.store.as_ref()).await;
         let ended = match &engine {
-            Ok(engine) => runner::run(&ctx, engine, job, attempts, self.progress_every, &report).await,
-            Err(problem) => runner::refuse(job, problem.clone(), attempts, &report).await,
+            Ok(engine) => runner::run(&ctx, engine, job, &attempts, self.progress_every, &report).await,
+            Err(problem) => runner::refuse(job, problem.clone(), &attempts, &report).await,
         };
 
-        let adopted = self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
+        let adopted = match self.jobs().running.get_mut(&job.id) {
+            Some(running) => std::mem::take(&mut running.adopted),
+            None => Vec::new(),
+        };
         // Of several, all but the last are lost: the broker took each back before it handed out the next. So it is how
         // the last one is settled that counts.
+        let attempt = attempts.current;
+        let story = match &ended {
+            Ended::Later(problem) => message::encode_attempts(attempts.and_this(problem)),
+            _ => String::new(),
+        };
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {
-                Ended::Over(_) => delivery.ack().await,
-                Ended::Later(_) => delivery.retry_later().await,
+                Ended::Over(completion) => match &completion.outcome {
+                    // For people to look at, and to bring back when they have mended what was wrong.
+                    Outcome::Failed(problem) => delivery.dead_letter(&format!("failed: {problem}")).await,
+                    Outcome::Succeeded | Outcome::Cancelled => delivery.ack().await,
+                },
+                Ended::Later(_) => delivery.retry_later(&story).await,
                 Ended::Untold(_) => delivery.requeue().await,
             };
         }
         match ended {
-            Ended::Over(_) => {
-                if let (Ok(()), Ok(engine)) = (&settled, &engine)
-                    && let Err(error) = engine.catalog().settle(job.id).await
-                {
-                    warn!(error = %Causes(&error), "the outcome of a job that was told stays in the store");
+            Ended::Over(completion) => {
+                if let Ok(engine) = &engine {
+                    let kept = match &settled {
+                        Ok(()) => engine.catalog().settle(job.id).await,
+                        // It comes again, here or elsewhere, and is not to be told once more.
+                        Err(_) => engine.catalog().keep_told(&completion).await,
+                    };
+                    if let Err(error) = kept {
+                        warn!(error = %Causes(&error), "the outcome of the job in the store is not what it should be");
+                    }
+                }
+                if settled.is_ok() && ctx.cancel.is_cancelled() {
+                    self.forget_cancel(job.id).await;
                 }
             }
             Ended::Later(problem) => {
-                warn!(error = %problem, attempt = attempts.current, "failed for now, trying again later");
+                warn!(error = %problem, attempt, "failed for now, trying again later");
             }
             Ended::Untold(error) => warn!(error = %Causes(&error), "the end of the job could not be told"),
         }
+        // Only now: until all is written down, no other worker is to begin the job.
+        let late = self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
+        for delivery in late {
+            if let Err(error) = delivery.requeue().await {
+                warn!(error = %Causes(&error), "a delivery that came at the end of its job was not given back");
+            }
+        }
         settled
+    }
+
+    /// Keeps in every store that somebody asked for the end of a job, so that it is known whenever the job is taken up, and
+    /// by whom.
+    async fn keep_cancel(self: &Arc<Self>, delivery: Delivery) {
+        let Ok(Control::Cancel(id)) = message::parse_control(&delivery.body) else {
+            // `take_control` has said so.
+            return if let Err(error) = delivery.ack().await {
+                warn!(error = %Causes(&error), "a control message was not settled");
+            };
+        };
+        // It may be from before this worker listened.
+        self.take_control(&delivery.body);
+        let mut later = None;
+        for name in self.stores.names() {
+            let kept = match self.stores.engine(Some(name)).await {
+                Ok(engine) => {
+                    engine.catalog().cancel(id).await.map_err(|error| Problem::new(error.class(), &error))
+                }
+                Err(problem) => Err(problem),
+            };
+            if let Err(problem) = kept {
+                warn!(job = %id, store = %name, error = %problem, "that a job was cancelled could not be kept");
+                later = later.or(Some(problem).filter(|problem| problem.class == Class::Transient));
+            }
+        }
+        let settled = match later {
+            None => delivery.ack().await,
+            // It comes back through the job queue, and goes to all workers again.
+            Some(problem) => {
+                let attempts = Attempts { current: delivery.properties.attempt, ..Attempts::one() };
+                delivery.retry_later(&message::encode_attempts(attempts.and_this(&problem))).await
+            }
+        };
+        if let Err(error) = settled {
+            warn!(error = %Causes(&error), "a cancel was not settled");
+        }
+    }
+
+    /// Forgets in every store that somebody asked for the end of a job, because it has ended.
+    async fn forget_cancel(&self, id: JobId) {
+        for name in self.stores.names() {
+            let Ok(engine) = self.stores.engine(Some(name)).await else { continue };
+            if let Err(error) = engine.catalog().forget_cancel(id).await {
+                warn!(store = %name, error = %Causes(&error), "that a job was cancelled stays in the store");
+            }
+        }
     }
 
     /// A cancel that came through the job queue goes to all workers.
@@ -489,9 +603,48 @@ impl Worker {
         delivery.dead_letter(&format!("{}: {rejection}", rejection.reason)).await
     }
 
-    fn take_control(&self, body: &[u8]) {
-        match message::parse_command(body) {
-            Ok(Command::Cancel(id)) => {
+    /// Whether another worker that lives runs the job.
+    async fn runs_elsewhere(&self, id: JobId) -> bool {
+        let (sender, answer) = oneshot::channel();
+        self.jobs().asked.insert(id, sender);
+        let question = Control::WhoRuns { job_id: id, worker: self.id.clone() };
+        let asked =
+            self.broker.publish_control(message::encode_control(question).into(), command_properties()).await;
+        let answered = match asked {
+            Ok(_) => timeout(ANSWER_MAX, answer).await.is_ok_and(|answer| answer.is_ok()),
+            Err(error) => {
+                warn!(error = %Causes(&error), "the other workers could not be asked who runs the job");
+                false
+            }
+        };
+        self.jobs().asked.remove(&id);
+        answered
+    }
+
+    fn take_control(self: &Arc<Self>, body: &[u8]) {
+        match message::parse_control(body) {
+            Ok(Control::WhoRuns { job_id, worker }) => {
+                if worker == self.id || !self.jobs().running.contains_key(&job_id) {
+                    return;
+                }
+                let worker = self.clone();
+                tokio::spawn(async move {
+                    let answer = Control::Runs { job_id, worker: worker.id.clone() };
+                    let body = message::encode_control(answer).into();
+                    if let Err(error) = worker.broker.publish_control(body, command_properties()).await {
+                        warn!(error = %Causes(&error), "another worker could not be told who runs a job");
+                    }
+                });
+            }
+            Ok(Control::Runs { job_id, worker }) => {
+                if worker != self.id
+                    && let Some(asked) = self.jobs().asked.remove(&job_id)
+                {
+                    // Who asked may have waited for long enough.
+                    asked.send(()).ok();
+                }
+            }
+            Ok(Control::Cancel(id)) => {
                 let mut jobs = self.jobs();
                 if let Some(running) = jobs.running.get(&id) {
                     info!(job = %id, "cancelling");
@@ -503,7 +656,6 @@ impl Worker {
                     jobs.cancelled.push_back(id);
                 }
             }
-            Ok(Command::Run(_)) => warn!("a job came where only cancels belong; it is ignored"),
             Err(rejection) => warn!(error = %rejection, "a control message could not be read"),
         }
     }

@@ -36,6 +36,7 @@ fn settings(url: &str) -> Settings {
         tls: Tls::default(),
         queue_kind: QueueKind::Auto,
         retry_delay_seconds: 1,
+        retry_delay_seconds_max: 8,
         reconnect_seconds_max: 1,
         publish_seconds_max: 100,
         message_bytes_max: 1024,
@@ -112,8 +113,9 @@ async fn a_publish_is_confirmed_and_says_when_no_queue_wanted_it() {
     assert_eq!(nowhere.unwrap(), Routed::Nowhere);
     let nowhere = broker.publish_reply("no-such-queue", Bytes::new(), Properties::default()).await;
     assert_eq!(nowhere.unwrap(), Routed::Nowhere);
-    let nowhere = broker.publish_control(Bytes::new(), Properties::default()).await;
-    assert_eq!(nowhere.unwrap(), Routed::Nowhere);
+    // One of the workers keeps it, once there is one.
+    let kept = broker.publish_control(Bytes::new(), Properties::default()).await;
+    assert_eq!(kept.unwrap(), Routed::Queued);
 }
 
 #[tokio::test]
@@ -294,7 +296,7 @@ async fn a_job_that_is_put_off_comes_back_later_as_it_was_with_its_attempt_count
             assert!(put_off.elapsed() > Duration::from_millis(900), "it came back too early");
         }
         put_off = Some(Instant::now());
-        delivery.retry_later().await.unwrap();
+        delivery.retry_later("").await.unwrap();
     }
     next(&mut jobs).await.requeue().await.unwrap();
     jobs.stop();
@@ -331,7 +333,7 @@ async fn nobody_waits_for_the_delay_of_a_job_that_is_put_off() {
     let broker = Broker::connect(settings.clone()).await.unwrap();
     publish(&broker, "a").await;
     let mut jobs = broker.jobs(1);
-    soon("the end of it", next(&mut jobs).await.retry_later()).await.unwrap();
+    soon("the end of it", next(&mut jobs).await.retry_later("")).await.unwrap();
     publish(&broker, "b").await;
     let other = next(&mut jobs).await;
     assert_eq!(text(&other.body), "b");
@@ -361,6 +363,92 @@ async fn a_job_that_is_given_up_lies_in_the_dead_queue_with_the_reason() {
     let from = AMQPValue::LongString(format!("{}.jobs", settings.prefix).as_str().into());
     assert_eq!(headers["x-backhaul-exchange"], from);
     assert_eq!(headers["x-backhaul-routing-key"], AMQPValue::LongString("job".into()));
+}
+
+#[tokio::test]
+async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
+    let (broker, settings) = shared().await;
+    let mut jobs = broker.jobs(1);
+    let before = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    for body in ["a", "b", "c"] {
+        publish(&broker, body).await;
+        next(&mut jobs).await.retry_later("told").await.unwrap();
+        next(&mut jobs).await.dead_letter(&format!("{body} is bad")).await.unwrap();
+    }
+
+    // Looking at them changes nothing.
+    for _ in 0..2 {
+        let mut letters = broker.dead_letters().await.unwrap();
+        for body in ["a", "b", "c"] {
+            let letter = letters.next().await.unwrap().unwrap();
+            assert_eq!(
+                (text(&letter.body), letter.reason.as_str()),
+                (body, format!("{body} is bad").as_str())
+            );
+            assert_eq!((letter.properties.attempt, letter.properties.story.as_deref()), (2, Some("told")));
+            assert!(letter.died_at_seconds.unwrap() >= before);
+        }
+        assert!(letters.next().await.unwrap().is_none());
+        drop(letters);
+        soon("the letters are back", async { while count(&settings, "dead").await < 3 {} }).await;
+    }
+
+    let mut letters = broker.dead_letters().await.unwrap();
+    let (a, b) = (letters.next().await.unwrap().unwrap(), letters.next().await.unwrap().unwrap());
+    letters.retry(a).await.unwrap();
+    letters.drop(b).await.unwrap();
+    drop(letters);
+    let back = next(&mut jobs).await;
+    let expected = Properties { revival_count: 1, ..Properties::default() };
+    assert_eq!((text(&back.body), &back.properties), ("a", &expected), "as if it were new");
+    back.dead_letter("bad again").await.unwrap();
+    assert_none(&mut jobs).await;
+    soon("c is back", async { while count(&settings, "dead").await < 2 {} }).await;
+    let mut letters = broker.dead_letters().await.unwrap();
+    let mut left = Vec::new();
+    while let Some(letter) = letters.next().await.unwrap() {
+        left.push((text(&letter.body).to_owned(), letter.properties.revival_count));
+    }
+    left.sort();
+    assert_eq!(left, [("a".to_owned(), 1), ("c".to_owned(), 0)]);
+}
+
+#[tokio::test]
+async fn a_job_waits_longer_each_time_up_to_a_limit_and_never_as_long_as_another() {
+    let delays =
+        Settings { retry_delay_seconds: 1, retry_delay_seconds_max: 100, ..settings(Rabbit::shared().url()) };
+    let broker = Broker::connect(delays.clone()).await.unwrap();
+    // One that waits for long keeps none back that waits less.
+    let channel = raw(&delays, Rabbit::shared().url()).await;
+    for queue in ["delay.1s", "delay.4s", "delay.16s", "delay.64s", "delay.100s"] {
+        assert_eq!(count(&delays, queue).await, 0, "{queue}");
+    }
+    let mut waits = Vec::new();
+    for attempt in [1, 2, 3, 7, 20] {
+        let properties = Properties { attempt, ..Properties::default() };
+        broker.publish_job(Bytes::from_static(b"x"), properties).await.unwrap();
+        let mut jobs = broker.jobs(1);
+        next(&mut jobs).await.retry_later("").await.unwrap();
+        drop(jobs);
+    }
+    for queue in ["delay.100s", "delay.64s", "delay.16s", "delay.4s"] {
+        while let Some(got) = channel
+            .basic_get(format!("{}.{queue}", delays.prefix).into(), BasicGetOptions::default())
+            .await
+            .unwrap()
+        {
+            let wait: u64 = got.properties.expiration().as_ref().unwrap().as_str().parse().unwrap();
+            let headers = got.properties.headers().as_ref().unwrap().inner();
+            let AMQPValue::LongUInt(attempt) = headers["x-backhaul-attempt"] else { panic!("{headers:?}") };
+            waits.push((attempt - 1, wait));
+        }
+    }
+    for (attempt, wait) in &waits {
+        let limit = (1000_u64 << (attempt - 1)).min(100_000);
+        assert!(*wait <= limit, "attempt {attempt} waits {wait} ms");
+    }
+    assert!(waits.iter().any(|(attempt, _)| *attempt == 20), "{waits:?}");
+    assert!(waits.iter().any(|(_, wait)| *wait > 1000), "{waits:?}");
 }
 
 #[tokio::test]
@@ -506,7 +594,7 @@ async fn classic_queues_heed_priorities() {
     assert_eq!(text(&high.body), "high");
     high.ack().await.unwrap();
     let low = next(&mut jobs).await;
-    low.retry_later().await.unwrap();
+    low.retry_later("").await.unwrap();
     let low = next(&mut jobs).await;
     assert_eq!((text(&low.body), low.properties.attempt, low.properties.priority), ("low", 2, Some(1)));
     low.dead_letter("bad").await.unwrap();
@@ -650,7 +738,7 @@ async fn a_worker_outlives_its_broker() {
     let lost = held.lost();
     rabbit.ctl(&["close_all_connections", "test"]);
     soon("the loss", lost).await;
-    assert!(matches!(held.retry_later().await, Err(Error::DeliveryLost)));
+    assert!(matches!(held.retry_later("").await, Err(Error::DeliveryLost)));
     let again = next(&mut jobs).await;
     assert!(again.redelivered);
     again.ack().await.unwrap();

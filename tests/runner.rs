@@ -91,8 +91,13 @@ impl Scene {
     }
 
     async fn run(&self, engine: &Engine, sink: &Recorder, current: u32, max: u32) -> Ended {
+        let attempts = Attempts { current, max, seconds_max: 3600, ..Attempts::one() };
+        self.run_as(engine, sink, &attempts).await
+    }
+
+    async fn run_as(&self, engine: &Engine, sink: &Recorder, attempts: &Attempts) -> Ended {
         let report = Report::new(sink, &self.job);
-        runner::run(&Context::default(), engine, &self.job, Attempts { current, max }, NEVER, &report).await
+        runner::run(&Context::default(), engine, &self.job, attempts, NEVER, &report).await
     }
 
     /// The calls of a run that nothing happens to.
@@ -236,4 +241,63 @@ async fn an_incremental_backup_without_anything_to_build_on_falls_back_and_says_
     assert_eq!(completion.account.method.unwrap().mode, Some(Mode::Full));
     let reason = completion.account.fallback_reason.unwrap();
     assert!(reason.message.contains("no earlier backup"), "{reason}");
+}
+
+#[tokio::test]
+async fn the_last_attempt_tells_of_those_before_it_and_is_the_last_when_the_time_is_over() {
+    let scene = Scene::new(Parent::None);
+    let sink = Recorder::default();
+    let mut attempts = Attempts { current: 1, max: 100, seconds_max: 3600, ..Attempts::one() };
+    for current in 1..=20 {
+        let (_, engine) = scene.faulty(2);
+        let Ended::Later(problem) = scene.run_as(&engine, &sink, &attempts).await else {
+            panic!("{current}")
+        };
+        let earlier = attempts.and_this(&problem);
+        attempts = Attempts { current: current + 1, max: 100, seconds_max: 3600, earlier, ..Attempts::one() };
+    }
+    // It was put off for the first time a moment ago, and that is too long.
+    attempts.seconds_max = 0;
+    let (_, engine) = scene.faulty(2);
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts).await else {
+        panic!("no time is left")
+    };
+    assert!(matches!(completion.outcome, Outcome::Failed(_)), "{:?}", completion.outcome);
+    let told = completion.account.earlier_attempts;
+    let numbers: Vec<u32> = told.iter().map(|attempt| attempt.attempt).collect();
+    assert_eq!(numbers, [1, 12, 13, 14, 15, 16, 17, 18, 19, 20], "the first one and the latest");
+    assert!(told[0].error.contains("the store failed"), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_job_that_is_brought_back_is_done_anew_and_not_told_again() {
+    let scene = Scene::new(Parent::None);
+    let sink = Recorder::default();
+    let path = scene.bench.volumes().join("volume");
+    let away = scene.bench.volumes().join("away");
+    std::fs::rename(&path, &away).unwrap();
+    let engine = scene.bench.engine(SETTINGS);
+    let Ended::Over(failed) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
+    assert!(matches!(failed.outcome, Outcome::Failed(_)), "{failed:?}");
+    // How it ended is not forgotten yet: a delivery of before only tells it again.
+    let Ended::Over(again) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
+    assert_eq!(again, failed);
+
+    std::fs::rename(&away, &path).unwrap();
+    let attempts = Attempts { revival_count: 1, ..Attempts::one() };
+    let Ended::Over(done) = scene.run_as(&engine, &sink, &attempts).await else { panic!("it ends") };
+    assert_eq!((done.outcome, done.account.revival_count), (Outcome::Succeeded, 1));
+    verify(&engine, scene.job.backup_id()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    engine.catalog().cancel(scene.job.id).await.unwrap();
+    let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
+    assert_eq!(completion.outcome, Outcome::Cancelled);
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    engine.catalog().forget_cancel(scene.job.id).await.unwrap();
+    assert!(scene.bench.everything([]).await.is_empty(), "{:?}", scene.bench.everything([]).await);
 }

@@ -30,6 +30,7 @@ fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
         tls: Tls::default(),
         queue_kind: QueueKind::Auto,
         retry_delay_seconds: 1,
+        retry_delay_seconds_max: 8,
         reconnect_seconds_max: 1,
         publish_seconds_max: 30,
         message_bytes_max: 1 << 20,
@@ -221,9 +222,64 @@ async fn dead_letters(rabbit: &Rabbit, stack: &Stack, count: usize) -> BTreeMap<
     reasons
 }
 
-/// Asks for the end of the job, again until a worker hears it: one that takes jobs may listen only a moment later.
 fn cancel(stack: &Stack, job_id: &str) {
-    until("a worker listens", || stack.run(&["cancel", job_id]).status.success());
+    stack.ok(&["cancel", job_id]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_no_worker_heard_ends_the_job_when_one_is_there() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);
+    fs::write(stack.volume("a.img"), noise(3, 64 << 20)).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+    cancel(&stack, job_id);
+
+    let _worker = stack.worker();
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.cancelled.v1", "{ended}");
+    until("nothing is left", || stack.objects().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_failed_is_brought_back_and_done() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let _worker = stack.worker();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+    let failed = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(failed["type"], "backhaul.job.failed.v1", "there is no such file: {failed}");
+
+    let mut letters = Value::Null;
+    until("the letter is there", || {
+        letters = serde_json::from_str(&stack.ok(&["dead", "list", "--json"])).unwrap();
+        letters[0].is_object()
+    });
+    assert_eq!(
+        (&letters[0]["job_id"], &letters[0]["operation"]),
+        (&json!(job_id), &json!("backup")),
+        "{letters}"
+    );
+    let table = stack.ok(&["dead", "list"]);
+    assert!(table.contains(job_id) && table.contains("a.img"), "{table}");
+    let shown = stack.ok(&["dead", "show", letters[0]["letter"].as_str().unwrap()]);
+    assert!(shown.contains(job_id) && shown.contains("\"operation\":\"backup\""), "{shown}");
+    let unknown = stack.run(&["dead", "retry", BACKUP]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("dead list"), "{unknown:?}");
+
+    fs::write(stack.volume("a.img"), noise(3, 3_000_000)).unwrap();
+    assert_eq!(stack.ok(&["dead", "retry", job_id]), "1 message brought back\n");
+    let done = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(done["type"], "backhaul.job.succeeded.v1", "{done}");
+    assert_eq!(done["data"]["revival_count"], 1);
+    assert_ne!(done["id"], failed["id"]);
+    assert_eq!(stack.ok(&["dead", "list", "--json"]), "[]\n");
 }
 
 #[test]
@@ -266,6 +322,56 @@ fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
 
     assert_eq!(second.wait().unwrap().code(), Some(3));
     until("all is settled", || stack.objects().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_take_longer_than_the_broker_allows_end_once() {
+    // It takes back what was not acknowledged for this long, and hands it out again.
+    let rabbit = Rabbit::start_with(&["consumer_timeout = 2000"]);
+    rabbit.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 500)."]);
+    let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 2", SLOW);
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let mut workers = [stack.worker(), stack.worker()];
+    for (index, megabytes) in [(1, 48), (2, 48), (3, 48)] {
+        fs::write(stack.volume(&format!("{index}.img")), noise(index, megabytes << 20)).unwrap();
+        let (volume_id, source) =
+            (format!("3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e8{index}"), stack.location(&format!("{index}.img")));
+        stack.ok(&["submit", "backup", "--volume-id", &volume_id, "--source", &source]);
+    }
+
+    let mut ended = BTreeMap::new();
+    for _ in 0..3 {
+        let event = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+        assert_eq!(event["type"], "backhaul.job.succeeded.v1", "{event}");
+        assert_eq!(event["data"]["attempt_count"], 1, "nobody began it again: {event}");
+        *ended.entry(event["data"]["job_id"].to_string()).or_insert(0) += 1;
+    }
+    assert_eq!(ended.len(), 3, "{ended:?}");
+    let queues = ["jobs", "delay.1s", "delay.4s"];
+    until("no message comes again", || {
+        let told = rabbit.ctl(&["list_queues", "--silent", "name", "messages"]);
+        let waits = |name: &str| {
+            told.lines().any(|line| {
+                line.starts_with(&format!("{}.{name}\t", stack.prefix())) && !line.ends_with("\t0")
+            })
+        };
+        !queues.iter().any(|name| waits(name))
+    });
+    let logs: Vec<String> = workers.iter().map(|worker| worker.log()).collect();
+    assert!(
+        logs.iter().any(|log| log.contains("delivery adopted") || log.contains("delivery parked")),
+        "{logs:?}"
+    );
+    for worker in &mut workers {
+        worker.terminate();
+        assert_eq!(worker.ended(), 0);
+    }
+    broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
+    let next = event(&mut events, &["succeeded", "failed", "cancelled", "end"]).await;
+    assert_eq!(next, json!({}), "one completion event of each");
+    let objects = stack.objects();
+    assert!(!objects.iter().any(|object| object.contains("outcomes")), "{objects:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,9 @@
 //! A message that was handed to us, and the ways to settle it.
 
+use std::time::Duration;
+
 use bytes::Bytes;
-use lapin::options::{BasicAckOptions, BasicRejectOptions};
+use lapin::options::{BasicAckOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel};
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
@@ -60,9 +62,16 @@ impl Delivery {
         self.lost.clone().cancelled_owned()
     }
 
-    /// Says that all is done. The broker does not answer; if this gets lost, the message comes again.
+    /// Says that all is done, and waits until the broker has heard it. After an error the message comes again, or it does
+    /// not.
     pub async fn ack(self) -> Result<(), Error> {
-        match self.acker.ack(BasicAckOptions::default()).await {
+        let heard = async {
+            let acked = self.acker.ack(BasicAckOptions::default()).await?;
+            // An ack is not answered. What is asked after it on its channel is, and only once the ack was read.
+            self.channel.basic_qos(1, BasicQosOptions::default()).await?;
+            Ok::<_, lapin::Error>(acked)
+        };
+        match self.link.bounded(|| "acknowledge a message".into(), async { Ok(heard.await) }).await? {
             Ok(true) => Ok(()),
             Ok(false) | Err(_) => Err(Error::DeliveryLost),
         }
@@ -76,11 +85,28 @@ impl Delivery {
         }
     }
 
-    /// Puts the message off for `retry_delay_seconds`, with its attempt counted: a copy of it goes to the delay
-    /// queue, and once the broker has that safely, the message itself is gone.
-    pub async fn retry_later(self) -> Result<(), Error> {
-        let properties = message::next_attempt(&self.raw);
-        let delay = self.link.topology.delay.clone();
+    /// Puts the message off, with its attempt counted and the story of the attempts so far: a copy of it goes to a delay
+    /// queue, and once the broker has that safely, the message itself is gone. It waits for a time by chance, up to a
+    /// limit that doubles with each attempt, so that those that failed together do not come back together.
+    pub async fn retry_later(self, story: &str) -> Result<(), Error> {
+        let settings = &self.link.settings;
+        let doubled = 1_u64 << self.properties.attempt.saturating_sub(1).min(32);
+        let longest = settings.retry_delay_seconds_max.max(settings.retry_delay_seconds);
+        let limit = (u64::from(settings.retry_delay_seconds) * doubled).min(longest.into());
+        let wait = Duration::from_millis(fastrand::u64(1..=limit * 1000));
+        let properties = message::next_attempt(&self.raw, story, wait);
+        self.put_off(wait, properties).await
+    }
+
+    /// Puts the message off for `retry_delay_seconds`, because another worker has its job; that is no attempt.
+    pub async fn park(self) -> Result<(), Error> {
+        let wait = Duration::from_secs(self.link.settings.retry_delay_seconds.into());
+        let properties = message::parked(&self.raw, wait);
+        self.put_off(wait, properties).await
+    }
+
+    async fn put_off(self, wait: Duration, properties: BasicProperties) -> Result<(), Error> {
+        let delay = self.link.topology.delay(wait).cloned().unwrap_or_default();
         self.move_to(ShortString::default(), delay, properties).await
     }
 

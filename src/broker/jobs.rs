@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
-use lapin::types::FieldTable;
+use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Consumer};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
@@ -33,11 +33,16 @@ pub struct Jobs {
 }
 
 impl Jobs {
-    pub(super) fn start(link: &Link, slot_count: usize) -> Self {
+    pub(super) fn start(link: &Link, queue: &ShortString, slot_count: usize) -> Self {
         let (sender, deliveries) = mpsc::channel(slot_count.max(1));
         let stopping = CancellationToken::new();
         for _ in 0..slot_count {
-            let slot = Slot { link: link.clone(), sender: sender.clone(), stopping: stopping.clone() };
+            let slot = Slot {
+                link: link.clone(),
+                queue: queue.clone(),
+                sender: sender.clone(),
+                stopping: stopping.clone(),
+            };
             link.tasks.spawn(slot.run());
         }
         Self { deliveries, stopping }
@@ -64,6 +69,7 @@ impl Drop for Jobs {
 
 struct Slot {
     link: Link,
+    queue: ShortString,
     sender: mpsc::Sender<Delivery>,
     stopping: CancellationToken,
 }
@@ -123,7 +129,7 @@ impl Slot {
 
     async fn open(&self, live: &Live) -> Result<(Channel, Consumer), Error> {
         let channel = open_channel(&live.connection).await?;
-        let queue = self.link.topology.jobs.clone();
+        let queue = self.queue.clone();
         let consume = async {
             channel.basic_qos(1, BasicQosOptions::default()).await?;
             let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());

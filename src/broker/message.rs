@@ -1,11 +1,20 @@
 //! The properties of a message as we know them, and how they travel.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use super::Error;
 
 const ATTEMPT: &str = "x-backhaul-attempt";
+const REVIVAL: &str = "x-backhaul-revival";
+const STORY: &str = "x-backhaul-story";
+const REASON: &str = "x-backhaul-reason";
+const EXCHANGE: &str = "x-backhaul-exchange";
+const ROUTING_KEY: &str = "x-backhaul-routing-key";
+const PARKED: &str = "x-backhaul-parked";
+const DIED_AT: &str = "x-backhaul-died-at";
 const PERSISTENT: u8 = 2;
 
 /// What a message carries beside its body, as far as we use it.
@@ -23,6 +32,12 @@ pub struct Properties {
     pub priority: Option<u8>,
     /// Counts the times that the message was put off with `retry_later`, from 1.
     pub attempt: u32,
+    /// What was told of those times, in words that are not ours.
+    pub story: Option<String>,
+    /// Counts the times that the message was brought back from the dead-letter queue.
+    pub revival_count: u32,
+    /// The message was put off because another worker had its job.
+    pub parked: bool,
 }
 
 impl Default for Properties {
@@ -34,6 +49,9 @@ impl Default for Properties {
             message_id: None,
             priority: None,
             attempt: 1,
+            story: None,
+            revival_count: 0,
+            parked: false,
         }
     }
 }
@@ -48,6 +66,36 @@ pub(super) fn read(raw: &BasicProperties) -> Properties {
         message_id: text(raw.message_id()),
         priority: *raw.priority(),
         attempt: attempt(raw),
+        story: header(raw, STORY),
+        revival_count: count(raw, REVIVAL).unwrap_or(0),
+        parked: count(raw, PARKED).is_some(),
+    }
+}
+
+/// Why a message was given up, and where it came from.
+pub(super) struct Death {
+    pub reason: String,
+    pub exchange: ShortString,
+    pub routing_key: ShortString,
+    /// In seconds since 1970.
+    pub at: Option<u64>,
+}
+
+/// Reads what `dead` has written.
+pub(super) fn death(raw: &BasicProperties) -> Death {
+    let name = |key| header(raw, key).and_then(|text| ShortString::try_new(text).ok()).unwrap_or_default();
+    Death {
+        reason: header(raw, REASON).unwrap_or_default(),
+        exchange: name(EXCHANGE),
+        routing_key: name(ROUTING_KEY),
+        at: header(raw, DIED_AT).and_then(|text| text.parse().ok()),
+    }
+}
+
+fn header(raw: &BasicProperties, key: &str) -> Option<String> {
+    match raw.headers().as_ref()?.inner().get(key)? {
+        AMQPValue::LongString(text) => Some(String::from_utf8_lossy(text.as_bytes()).into_owned()),
+        _ => None,
     }
 }
 
@@ -75,9 +123,35 @@ pub(super) fn write(properties: &Properties) -> Result<BasicProperties, Error> {
     Ok(raw)
 }
 
-/// Makes the properties of a copy that is put off: all that the sender set, and the attempt counted.
-pub(super) fn next_attempt(raw: &BasicProperties) -> BasicProperties {
-    copied(raw, [(ATTEMPT, AMQPValue::LongUInt(attempt(raw).saturating_add(1)))])
+/// Makes the properties of a copy that is put off for `wait`: all that the sender set, the attempt counted, and the story
+/// of those so far.
+pub(super) fn next_attempt(raw: &BasicProperties, story: &str, wait: Duration) -> BasicProperties {
+    let ours = [
+        (ATTEMPT, AMQPValue::LongUInt(attempt(raw).saturating_add(1))),
+        (STORY, AMQPValue::LongString(story.into())),
+    ];
+    copied(raw, ours).with_expiration(milliseconds(wait))
+}
+
+/// Makes the properties of a copy that is put off for `wait` because another worker has its job: nothing is counted.
+pub(super) fn parked(raw: &BasicProperties, wait: Duration) -> BasicProperties {
+    copied(raw, [(PARKED, AMQPValue::LongUInt(1))]).with_expiration(milliseconds(wait))
+}
+
+fn milliseconds(wait: Duration) -> ShortString {
+    wait.as_millis().to_string().as_str().into()
+}
+
+/// Makes the properties of a copy that begins anew: all that the sender set.
+pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    for (name, value) in raw.headers().iter().flat_map(FieldTable::inner) {
+        if ![ATTEMPT, STORY, PARKED, REASON, EXCHANGE, ROUTING_KEY, DIED_AT].contains(&name.as_str()) {
+            headers.insert(name.clone(), value.clone());
+        }
+    }
+    let revival_count = count(raw, REVIVAL).unwrap_or(0).saturating_add(1);
+    copied(&raw.clone().with_headers(headers), [(REVIVAL, AMQPValue::LongUInt(revival_count))])
 }
 
 /// Makes the properties of a copy that is given up: all that the sender set, and why and where from.
@@ -90,12 +164,14 @@ pub(super) fn dead(
     // The broker refuses headers that do not fit into a frame, and the reason may quote what the sender wrote.
     let reason: String = reason.chars().take(1000).collect();
     let value = |text: &str| AMQPValue::LongString(text.into());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     copied(
         raw,
         [
-            ("x-backhaul-reason", value(&reason)),
-            ("x-backhaul-exchange", value(exchange)),
-            ("x-backhaul-routing-key", value(routing_key)),
+            (REASON, value(&reason)),
+            (EXCHANGE, value(exchange)),
+            (ROUTING_KEY, value(routing_key)),
+            (DIED_AT, value(&now.to_string())),
         ],
     )
 }
@@ -143,19 +219,22 @@ fn copied<const N: usize>(raw: &BasicProperties, ours: [(&'static str, AMQPValue
 }
 
 fn attempt(raw: &BasicProperties) -> u32 {
-    let value = raw.headers().as_ref().and_then(|headers| headers.inner().get(ATTEMPT));
+    count(raw, ATTEMPT).unwrap_or(1).max(1)
+}
+
+fn count(raw: &BasicProperties, key: &str) -> Option<u32> {
     // Other clients choose the width of an integer as they like.
-    let number = match value {
-        Some(AMQPValue::ShortShortInt(n)) => i64::from(*n),
-        Some(AMQPValue::ShortShortUInt(n)) => i64::from(*n),
-        Some(AMQPValue::ShortInt(n)) => i64::from(*n),
-        Some(AMQPValue::ShortUInt(n)) => i64::from(*n),
-        Some(AMQPValue::LongInt(n)) => i64::from(*n),
-        Some(AMQPValue::LongUInt(n)) => i64::from(*n),
-        Some(AMQPValue::LongLongInt(n)) => *n,
-        _ => 1,
+    let number = match raw.headers().as_ref()?.inner().get(key)? {
+        AMQPValue::ShortShortInt(n) => i64::from(*n),
+        AMQPValue::ShortShortUInt(n) => i64::from(*n),
+        AMQPValue::ShortInt(n) => i64::from(*n),
+        AMQPValue::ShortUInt(n) => i64::from(*n),
+        AMQPValue::LongInt(n) => i64::from(*n),
+        AMQPValue::LongUInt(n) => i64::from(*n),
+        AMQPValue::LongLongInt(n) => *n,
+        _ => return None,
     };
-    u32::try_from(number).unwrap_or(1).max(1)
+    u32::try_from(number).ok()
 }
 
 /// Takes a text into AMQP's short string, which has at most 255 bytes.

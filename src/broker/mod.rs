@@ -8,6 +8,7 @@
 //! or disk, so then nothing is settled either; that is right for us, for nothing is settled before its event is out.
 
 mod connection;
+mod dead;
 mod delivery;
 mod dial;
 mod error;
@@ -18,6 +19,7 @@ mod settings;
 mod subscription;
 mod topology;
 
+pub use dead::{DeadLetter, DeadLetters};
 pub use delivery::Delivery;
 pub use error::{Cause, Error};
 pub use jobs::Jobs;
@@ -103,7 +105,7 @@ impl Broker {
         self.publish(Outgoing { exchange, routing_key: JOB.into(), body, properties }).await
     }
 
-    /// Publishes a message to all workers. `Routed::Nowhere` means that there are none.
+    /// Publishes a message to all workers, and to a queue for one of them to keep.
     pub async fn publish_control(&self, body: Bytes, properties: Properties) -> Result<Routed, Error> {
         let exchange = self.link.topology.control.to_string();
         self.publish(Outgoing { exchange, routing_key: String::new(), body, properties }).await
@@ -132,7 +134,12 @@ impl Broker {
 
     /// Takes jobs, at most `slot_count` at a time: the next one comes when one of those was settled or dropped.
     pub fn jobs(&self, slot_count: usize) -> Jobs {
-        Jobs::start(&self.link, slot_count)
+        Jobs::start(&self.link, &self.link.topology.jobs, slot_count)
+    }
+
+    /// Takes what is published to all workers once for all of them, one at a time, so that one of them keeps it.
+    pub fn cancels(&self) -> Jobs {
+        Jobs::start(&self.link, &self.link.topology.cancels, 1)
     }
 
     /// Listens to what is published to all workers, from the moment on that there is a connection.
@@ -153,6 +160,11 @@ impl Broker {
         let opened = async { opened.await.unwrap_or(Err(Error::Closed)) };
         self.link.bounded(|| "listen to events".into(), opened).await?;
         Ok(subscription)
+    }
+
+    /// Opens the queue of messages that were given up.
+    pub async fn dead_letters(&self) -> Result<DeadLetters, Error> {
+        DeadLetters::open(&self.link).await
     }
 
     /// Leaves the broker. What was handed out and not settled goes back.

@@ -24,8 +24,10 @@ pub struct Settings {
     pub tls: Tls,
     /// The kind of the queues that hold jobs.
     pub queue_kind: QueueKind,
-    /// How long a message that is to be retried later waits.
+    /// How long a message that is to be retried later waits at most the first time; the limit doubles each time.
     pub retry_delay_seconds: u32,
+    /// What that limit grows to.
+    pub retry_delay_seconds_max: u32,
     /// The longest pause between two attempts to connect.
     pub reconnect_seconds_max: u32,
     /// How long anything that needs the broker waits for it, reconnects included, before it fails.

@@ -2,6 +2,9 @@
 //!
 //! Declaring is repeatable: it makes what is missing and changes nothing that is there.
 
+use std::iter;
+use std::time::Duration;
+
 use lapin::options::{ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Connection, ExchangeKind};
@@ -17,6 +20,8 @@ pub(super) const JOB: &str = "job";
 const CONSUMER_TIMEOUT_MILLISECONDS: i64 = 24 * 60 * 60 * 1000;
 
 const PRIORITY_MAX: u8 = 9;
+/// How many times as long as in the one before it a message waits in a delay queue.
+const DELAY_STEP: u32 = 4;
 
 /// The names of our exchanges and queues.
 #[derive(Debug)]
@@ -25,14 +30,15 @@ pub(super) struct Topology {
     pub jobs: ShortString,
     /// The exchange of messages to all workers.
     pub control: ShortString,
+    /// The queue that has each of them once, for one of the workers to keep.
+    pub cancels: ShortString,
     /// The exchange of events.
     pub events: ShortString,
     /// The exchange and the queue of messages that nobody can work on.
     pub dead: ShortString,
-    /// The queue where jobs wait before they come back to the job queue.
-    pub delay: ShortString,
+    /// The queues where jobs wait before they come back to the job queue, by the seconds that nobody waits longer than.
+    delays: Vec<(u32, ShortString)>,
     kind: QueueKind,
-    delay_seconds: u32,
 }
 
 impl Topology {
@@ -42,13 +48,21 @@ impl Topology {
         Ok(Self {
             jobs: name("jobs")?,
             control: name("control")?,
+            cancels: name("cancels")?,
             events: name("events")?,
             dead: name("dead")?,
-            // The delay is part of the name, for a queue cannot change it.
-            delay: name(&format!("delay.{}s", settings.retry_delay_seconds))?,
+            delays: delay_seconds(settings)
+                // The delay is part of the name, for a queue cannot change it.
+                .map(|seconds| Ok((seconds, name(&format!("delay.{seconds}s"))?)))
+                .collect::<Result<_, Error>>()?,
             kind: settings.queue_kind,
-            delay_seconds: settings.retry_delay_seconds,
         })
+    }
+
+    /// The queue for a message that is to wait for so long.
+    pub(super) fn delay(&self, wait: Duration) -> Option<&ShortString> {
+        let fits = |(seconds, _): &&(u32, ShortString)| wait <= Duration::from_secs((*seconds).into());
+        self.delays.iter().find(fits).or(self.delays.last()).map(|(_, name)| name)
     }
 
     /// Declares everything that workers and clients share.
@@ -68,13 +82,18 @@ impl Topology {
                 .map_err(|error| declaring("exchange", name, &error))?;
         }
         declare_queue(connection, &self.jobs, &[self.job_arguments()]).await?;
-        declare_queue(connection, &self.dead, &[self.typed(self.kind)]).await?;
-        declare_queue(connection, &self.delay, &self.delay_arguments()).await?;
-        for name in [&self.jobs, &self.dead] {
+        declare_queue(connection, &self.cancels, &[self.limitless(self.typed(self.kind))]).await?;
+        declare_queue(connection, &self.dead, &[self.limitless(self.typed(self.kind))]).await?;
+        for (seconds, name) in &self.delays {
+            declare_queue(connection, name, &self.delay_arguments(*seconds)).await?;
+        }
+        for (name, exchange) in
+            [(&self.jobs, &self.jobs), (&self.dead, &self.dead), (&self.cancels, &self.control)]
+        {
             channel
                 .queue_bind(
                     name.clone(),
-                    name.clone(),
+                    exchange.clone(),
                     JOB.into(),
                     QueueBindOptions::default(),
                     FieldTable::default(),
@@ -98,20 +117,25 @@ impl Topology {
         arguments.insert("x-dead-letter-exchange".into(), long_string(&self.dead));
         // Brokers before 3.12 keep it without heeding it.
         arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(CONSUMER_TIMEOUT_MILLISECONDS));
-        let (name, value) = if self.kind == QueueKind::Classic {
-            ("x-max-priority", AMQPValue::ShortShortUInt(PRIORITY_MAX))
-        } else {
+        if self.kind == QueueKind::Classic {
+            arguments.insert("x-max-priority".into(), AMQPValue::ShortShortUInt(PRIORITY_MAX));
+        }
+        self.limitless(arguments)
+    }
+
+    /// A message is delivered as often as need be.
+    fn limitless(&self, mut arguments: FieldTable) -> FieldTable {
+        if self.kind != QueueKind::Classic {
             // From 4.0 on a message is given up after 20 deliveries unless told otherwise. -1 would mean without end,
             // but older brokers take it for a limit, and give up at once.
-            ("x-delivery-limit", AMQPValue::LongInt(i32::MAX))
-        };
-        arguments.insert(name.into(), value);
+            arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(i32::MAX));
+        }
         arguments
     }
 
-    fn delay_arguments(&self) -> Vec<FieldTable> {
+    fn delay_arguments(&self, seconds: u32) -> Vec<FieldTable> {
         let waiting = |mut arguments: FieldTable| {
-            let milliseconds = i64::from(self.delay_seconds) * 1000;
+            let milliseconds = i64::from(seconds) * 1000;
             arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(milliseconds));
             arguments.insert("x-dead-letter-exchange".into(), long_string(&self.jobs));
             arguments.insert("x-dead-letter-routing-key".into(), AMQPValue::LongString(JOB.into()));
@@ -128,6 +152,15 @@ impl Topology {
         quorum.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
         vec![quorum, classic]
     }
+}
+
+/// The longest waits of the delay queues. A message that is to come back soon waits behind those before it in its queue,
+/// so those that wait for long have queues of their own.
+fn delay_seconds(settings: &Settings) -> impl Iterator<Item = u32> {
+    let longest = settings.retry_delay_seconds_max.max(settings.retry_delay_seconds);
+    iter::successors(Some(settings.retry_delay_seconds), move |seconds| {
+        (*seconds < longest).then(|| seconds.saturating_mul(DELAY_STEP).min(longest))
+    })
 }
 
 /// Opens a channel on which every message is confirmed.

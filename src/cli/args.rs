@@ -104,6 +104,10 @@ Examples:
         job_id: JobId,
     },
 
+    /// Look at the jobs that failed and the messages that could be no jobs, bring them back or drop them.
+    #[command(subcommand)]
+    Dead(DeadCommand),
+
     /// List the backups in a store.
     #[command(after_help = "\
 Examples:
@@ -274,6 +278,43 @@ Examples:
         #[arg(long, value_name = "ID")]
         backup_id: BackupId,
     },
+}
+
+/// What to do with the messages that were given up.
+#[derive(Debug, Subcommand)]
+pub enum DeadCommand {
+    /// List them, the oldest first.
+    List {
+        /// Print them as a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one: why it was given up, each attempt, and the message itself.
+    Show {
+        /// The letter or the job, as `dead list` prints them.
+        #[arg(value_name = "LETTER|JOB")]
+        id: String,
+    },
+    /// Bring them back to where they came from, as if they were new.
+    #[command(after_help = "\
+Examples:
+  backhaul dead retry 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3
+  backhaul dead retry --all")]
+    Retry(LettersArgs),
+    /// Remove them for good.
+    Drop(LettersArgs),
+}
+
+/// Which of the messages that were given up.
+#[derive(Debug, clap::Args)]
+pub struct LettersArgs {
+    /// The letters or jobs, as `dead list` prints them.
+    #[arg(value_name = "LETTER|JOB", required_unless_present = "all")]
+    pub ids: Vec<String>,
+
+    /// All of them.
+    #[arg(long, conflicts_with = "ids")]
+    pub all: bool,
 }
 
 #[derive(Debug, Clone, clap::Args)]

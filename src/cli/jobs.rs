@@ -128,8 +128,8 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let terminal = Terminal { bar: Bar::new(job.operation()), last: Mutex::default() };
     let report = Report::new(&terminal, &job);
     let ctx = Context::default();
-    let attempts = Attempts { current: 1, max: 1 };
-    let work = runner::run(&ctx, engine, &job, attempts, BAR_EVERY, &report);
+    let attempts = Attempts::one();
+    let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report);
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     let interrupted = async {
@@ -178,10 +178,10 @@ pub(super) async fn cancel(config: &Config, job_id: JobId) -> Result<u8, Error> 
     let body = message::encode_command(&Command::Cancel(job_id));
     match broker.publish_control(body.into(), worker::command_properties()).await? {
         Routed::Queued => {
-            say(format_args!("the workers that are up were asked to end job {job_id}"));
+            say(format_args!("job {job_id} is to end: at once if it runs, otherwise when it is taken up"));
             Ok(0)
         }
-        Routed::Nowhere => Err(Error::Nowhere("no worker is there to end a job: the broker knows of none")),
+        Routed::Nowhere => Err(Error::Nowhere("the queue of cancels is gone: run `backhaul check`")),
     }
 }
 

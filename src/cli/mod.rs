@@ -4,6 +4,7 @@
 
 pub mod args;
 mod check;
+mod dead;
 mod jobs;
 mod records;
 pub mod render;
@@ -103,6 +104,7 @@ async fn dispatch(args: Args) -> Result<u8, Error> {
         Command::Worker => work(&config).await,
         Command::Submit(args) => jobs::submit(&config, &args).await,
         Command::Run(args) => jobs::run(&config, &args).await,
+        Command::Dead(command) => dead::run(&config, &command).await,
         Command::Cancel { job_id } => jobs::cancel(&config, job_id).await,
         Command::List { store, volume_id, json } => records::list(&config, store, volume_id, json).await,
         Command::Show { backup_id, store, json } => records::show(&config, backup_id, store, json).await,

@@ -8,6 +8,7 @@ use std::error::Error;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 
+use super::dead::Letter;
 use crate::error::Problem;
 use crate::job::{Completion, Counts, Event, Happening, Operation, Outcome, Reading, Record, RecordState};
 
@@ -42,6 +43,52 @@ pub fn table(records: &[Record]) -> String {
         format!("{c0:b$}  {c1:v$}  {c2:s$}  {c3:k$}  {c4:p$}  {c5:>size$}  {c6:>stored$}  {c7}\n")
     });
     lines.collect()
+}
+
+/// Messages that were given up, one a line.
+pub fn letters(letters: &[Letter]) -> String {
+    let mut rows = vec![["LETTER", "TIME (UTC)", "JOB", "OPERATION", "BACKUP", "REASON"].map(String::from)];
+    for letter in letters {
+        rows.push([
+            letter.letter.clone(),
+            letter.time.map_or(UNKNOWN.into(), time),
+            letter.job_id.map_or(UNKNOWN.into(), |id| id.to_string()),
+            letter.operation.map_or(UNKNOWN.into(), |operation| operation.to_string()),
+            letter.backup_id.map_or(UNKNOWN.into(), |id| id.to_string()),
+            plain(&letter.reason),
+        ]);
+    }
+    let mut widths = [0; 6];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.len().max(*width);
+        }
+    }
+    let [l, t, j, o, b, _] = widths;
+    let lines = rows
+        .iter()
+        .map(|[c0, c1, c2, c3, c4, c5]| format!("{c0:l$}  {c1:t$}  {c2:j$}  {c3:o$}  {c4:b$}  {c5}\n"));
+    lines.collect()
+}
+
+/// All that is known of a message that was given up.
+pub fn letter(letter: &Letter) -> String {
+    let mut text = String::new();
+    let mut line = |what: &str, value: &str| text += &format!("{what:<17} {}\n", plain(value));
+    line("letter", &letter.letter);
+    let mut known = |what, value: Option<String>| line(what, value.as_deref().unwrap_or(UNKNOWN));
+    known("given up", letter.time.map(|at| format!("{} UTC", time(at))));
+    known("job", letter.job_id.map(|id| id.to_string()));
+    known("operation", letter.operation.map(|operation| operation.to_string()));
+    known("backup", letter.backup_id.map(|id| id.to_string()));
+    known("message id", letter.message_id.clone());
+    for attempt in &letter.earlier_attempts {
+        let what = format!("attempt {}", attempt.attempt);
+        line(&what, &format!("{} UTC: {}", time(attempt.time), attempt.error));
+    }
+    line("reason", &letter.reason);
+    line("message", &letter.body);
+    text
 }
 
 /// All that is known of a backup, one thing a line.

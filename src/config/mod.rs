@@ -36,6 +36,7 @@ pub const SETTINGS: &[&str] = &[
     "broker.queue",
     "broker.heartbeat_seconds",
     "broker.retry_delay_seconds",
+    "broker.retry_delay_seconds_max",
     "broker.reconnect_seconds_max",
     "broker.publish_seconds_max",
     "broker.message_bytes_max",
@@ -48,6 +49,7 @@ pub const SETTINGS: &[&str] = &[
     "worker.cpu_threads_max",
     "worker.file_roots",
     "worker.attempts_max",
+    "worker.attempt_seconds_max",
     "worker.progress_seconds",
     "ceph.NAME.conf",
     "ceph.NAME.user",
@@ -143,9 +145,12 @@ pub struct Broker {
     /// How often both ends show that they live.
     #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 1, 3600>")]
     pub heartbeat_seconds: u16,
-    /// How long a job that is to be tried again waits on the delay queue.
+    /// How long a job that is to be tried again waits at most the first time; twice as long each time.
     #[serde(default = "number::<_, 30>", deserialize_with = "whole::<_, _, 1, 86400>")]
     pub retry_delay_seconds: u32,
+    /// How long it waits at most, however often it was tried.
+    #[serde(default = "number::<_, 1800>", deserialize_with = "whole::<_, _, 1, 86400>")]
+    pub retry_delay_seconds_max: u32,
     /// The longest pause between two attempts to reach a lost broker.
     #[serde(default = "number::<_, 30>", deserialize_with = "whole::<_, _, 1, 3600>")]
     pub reconnect_seconds_max: u32,
@@ -200,6 +205,9 @@ pub struct Worker {
     /// How often a job is tried before it has failed.
     #[serde(default = "number::<_, 3>", deserialize_with = "whole::<_, _, 1, 100>")]
     pub attempts_max: u32,
+    /// How long after its first attempt a job is tried again.
+    #[serde(default = "number::<_, 86_400>", deserialize_with = "whole::<_, _, 1, 2_592_000>")]
+    pub attempt_seconds_max: u32,
     /// How often the progress of a job is published.
     #[serde(default = "number::<_, 1>", deserialize_with = "whole::<_, _, 1, 3600>")]
     pub progress_seconds: u32,

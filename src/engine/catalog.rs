@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -36,6 +37,15 @@ pub struct Listing {
     pub records: Vec<Record>,
     /// What is wrong with each of the others.
     pub damaged: Vec<Error>,
+}
+
+/// How a job ended, as it is kept until its message is gone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KeptOutcome {
+    /// That it ended so is known to have been told.
+    pub told: bool,
+    /// How it ended.
+    pub completion: Completion,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -163,25 +173,51 @@ impl Catalog {
         self.forget(&record_name(id)?).await
     }
 
-    /// How a job ended whose end may not have been told yet.
-    pub async fn outcome(&self, id: JobId) -> Result<Option<Completion>, Error> {
+    /// How a job ended that may come once more.
+    pub async fn outcome(&self, id: JobId) -> Result<Option<KeptOutcome>, Error> {
         self.read(&outcome_name(id)?).await
     }
 
     /// Keeps how a job ended until that is told. The last step of a delete is here, because the record must not go
     /// before it is known that its delete succeeded.
     pub async fn conclude(&self, completion: &Completion) -> Result<(), Error> {
-        let name = outcome_name(completion.job_id)?;
-        self.store.replace(&name, seal(&name, completion)?).await?;
+        self.keep_outcome(completion, false).await?;
         if completion.operation == Operation::Delete && completion.outcome == Outcome::Succeeded {
             self.remove(completion.backup_id).await?;
         }
         Ok(())
     }
 
-    /// Forgets how a job ended, because it has been told.
+    /// Keeps how a job ended that has been told, because it comes once more.
+    pub async fn keep_told(&self, completion: &Completion) -> Result<(), Error> {
+        self.keep_outcome(completion, true).await
+    }
+
+    async fn keep_outcome(&self, completion: &Completion, told: bool) -> Result<(), Error> {
+        let name = outcome_name(completion.job_id)?;
+        let kept = KeptOutcome { told, completion: completion.clone() };
+        Ok(self.store.replace(&name, seal(&name, &kept)?).await?)
+    }
+
+    /// Forgets how a job ended, because it has been told and does not come again.
     pub async fn settle(&self, id: JobId) -> Result<(), Error> {
         self.forget(&outcome_name(id)?).await
+    }
+
+    /// Keeps that somebody asked for the end of a job, for whenever it is taken up.
+    pub async fn cancel(&self, id: JobId) -> Result<(), Error> {
+        let name = cancel_name(id)?;
+        Ok(self.store.replace(&name, seal(&name, &Timestamp::now())?).await?)
+    }
+
+    /// Whether somebody asked for the end of a job.
+    pub async fn is_cancelled(&self, id: JobId) -> Result<bool, Error> {
+        Ok(self.read::<Timestamp>(&cancel_name(id)?).await?.is_some())
+    }
+
+    /// Forgets that somebody asked for the end of a job, because it has ended.
+    pub async fn forget_cancel(&self, id: JobId) -> Result<(), Error> {
+        self.forget(&cancel_name(id)?).await
     }
 
     async fn forget(&self, name: &ObjectName) -> Result<(), Error> {
@@ -230,6 +266,10 @@ fn seal<T: Serialize>(name: &ObjectName, content: &T) -> Result<Bytes, Error> {
 
 fn record_name(id: BackupId) -> Result<ObjectName, Error> {
     Ok(Folder::own("records").object(&format!("{id}.json"))?)
+}
+
+fn cancel_name(id: JobId) -> Result<ObjectName, Error> {
+    Ok(Folder::own("cancels").object(&format!("{id}.json"))?)
 }
 
 fn outcome_name(id: JobId) -> Result<ObjectName, Error> {

@@ -12,7 +12,7 @@ pub mod rbd;
 mod source;
 mod volumes;
 
-pub use catalog::{Catalog, Listing, describe};
+pub use catalog::{Catalog, KeptOutcome, Listing, describe};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use source::Source;
@@ -140,6 +140,8 @@ impl Engine {
                 // The job was done, and whoever did it died before it could say so.
                 RecordState::Available if record.job_id == Some(job_id) => return Ok(receipt(record)),
                 RecordState::Creating(owner) if *owner == job_id => {}
+                // Somebody has brought the job back.
+                RecordState::Error(_) if record.job_id == Some(job_id) => {}
                 _ => return Err(Error::BackupExists(work.backup_id)),
             }
         }
@@ -155,7 +157,9 @@ impl Engine {
         #[cfg(feature = "ceph")]
         let origin = source.origin();
 
-        let resumed = self.resumed(earlier.as_ref(), parent.as_ref(), &source, method).await?;
+        // Of what has failed for good nothing is left to go on with.
+        let unfinished = earlier.as_ref().filter(|record| matches!(record.state, RecordState::Creating(_)));
+        let resumed = self.resumed(unfinished, parent.as_ref(), &source, method).await?;
         let mut record = match resumed {
             Some(resumed) => {
                 self.catalog.save(&resumed).await?;

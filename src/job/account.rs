@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{BackupId, JobId, Operation, StoreName, VolumeId};
@@ -87,6 +88,17 @@ pub enum Outcome {
     Cancelled,
 }
 
+/// An attempt that failed, and was not the last one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// Which one, from 1.
+    pub attempt: u32,
+    /// When it had failed.
+    pub time: Timestamp,
+    /// Why, with all causes.
+    pub error: String,
+}
+
 /// What a job did on its way to its end.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Account {
@@ -94,6 +106,13 @@ pub struct Account {
     pub method: Option<Method>,
     /// How often a method was begun for this job, over all deliveries.
     pub attempt_count: u32,
+    /// How often people brought the job back after it had failed.
+    #[serde(default)]
+    pub revival_count: u32,
+    /// The attempts before the last one, each of which ended in an error that might have passed: the first of them, and
+    /// the latest.
+    #[serde(default)]
+    pub earlier_attempts: Vec<Attempt>,
     /// Why the first method of the plan was given up, where it was.
     pub fallback_reason: Option<Problem>,
     /// The backup that this one builds on; of a backup only.

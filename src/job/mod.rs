@@ -11,7 +11,7 @@ mod location;
 mod names;
 mod record;
 
-pub use account::{Account, Completion, Counts, Method, Mode, Outcome, Strategy};
+pub use account::{Account, Attempt, Completion, Counts, Method, Mode, Outcome, Strategy};
 pub use context::{Cancelled, Context, Progress, Reading};
 pub use event::{Event, Happening};
 pub use ids::{BackupId, InvalidId, JobId, VolumeId};

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use tracing::{info, warn};
 
 use super::Report;
@@ -9,15 +10,52 @@ use super::plan::plan;
 use crate::engine::{self, Engine, Receipt};
 use crate::error::{Causes, Class, Problem};
 use crate::event;
-use crate::job::{Account, Completion, Context, Happening, Job, Method, Operation, Outcome};
+use crate::job::{Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome};
+
+/// How often a running job looks into the store whether somebody asked for its end.
+const CANCEL_LOOK: Duration = Duration::from_secs(5);
+/// Attempts that are told of; of more the first one and the latest.
+const ATTEMPTS_TOLD_MAX: usize = 10;
+/// How much is told of each.
+const ATTEMPT_CHARS_MAX: usize = 500;
 
 /// How often a job is tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attempts {
     /// Which try this is, from 1.
     pub current: u32,
     /// How many there may be.
     pub max: u32,
+    /// How long after the first one had failed there may be more.
+    pub seconds_max: u32,
+    /// Those before this one.
+    pub earlier: Vec<Attempt>,
+    /// How often people brought the job back after it had failed; it begins anew then.
+    pub revival_count: u32,
+}
+
+impl Attempts {
+    /// A job that is tried once.
+    pub fn one() -> Self {
+        Self { current: 1, max: 1, seconds_max: 0, earlier: Vec::new(), revival_count: 0 }
+    }
+
+    fn is_last(&self) -> bool {
+        let is_late = |first: &Attempt| {
+            Timestamp::now().duration_since(first.time) >= SignedDuration::from_secs(self.seconds_max.into())
+        };
+        self.current >= self.max || self.earlier.first().is_some_and(is_late)
+    }
+
+    /// The attempts with this one, which failed so.
+    pub fn and_this(mut self, problem: &Problem) -> Vec<Attempt> {
+        let error = problem.to_string().chars().take(ATTEMPT_CHARS_MAX).collect();
+        self.earlier.push(Attempt { attempt: self.current, time: Timestamp::now(), error });
+        if self.earlier.len() > ATTEMPTS_TOLD_MAX {
+            self.earlier.remove(1);
+        }
+        self.earlier
+    }
 }
 
 /// Where a try has led to.
@@ -39,23 +77,33 @@ pub async fn run(
     ctx: &Context,
     engine: &Engine,
     job: &Job,
-    attempts: Attempts,
+    attempts: &Attempts,
     progress_every: Duration,
     report: &Report<'_>,
 ) -> Ended {
     let started = Instant::now();
     match engine.catalog().outcome(job.id).await {
-        Ok(Some(completion)) => {
+        // One of before it was brought back says nothing of how it goes now.
+        Ok(Some(kept)) if kept.completion.account.revival_count >= attempts.revival_count => {
+            if kept.told {
+                info!("job was done before, and that was told");
+                return Ended::Over(Box::new(kept.completion));
+            }
             info!("job was done before, telling it again");
-            return tell(report, completion).await;
+            return tell(report, kept.completion).await;
         }
-        Ok(None) => {}
+        Ok(_) => {}
         // The store cannot say how the job stands.
+        Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
+    }
+    match engine.catalog().is_cancelled(job.id).await {
+        Ok(true) => ctx.cancel.cancel(),
+        Ok(false) => {}
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
     }
     report.tell(Happening::Accepted).await;
 
-    let mut account = Account { attempt_count: attempts.current - 1, ..Account::default() };
+    let mut account = account(attempts);
     let mut methods = plan(job, &engine.strategies(&job.work)).into_iter().peekable();
     let outcome = loop {
         let Some(method) = methods.next() else {
@@ -90,7 +138,7 @@ pub async fn run(
             (Class::Cancelled, _) => break Outcome::Cancelled,
             // Whoever took over ends the job; giving up here would take it from under them.
             _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
-            (Class::Transient, _) if attempts.current < attempts.max => return Ended::Later(problem),
+            (Class::Transient, _) if !attempts.is_last() => return Ended::Later(problem),
             (Class::Unsuitable | Class::Transient | Class::Permanent, _) => break Outcome::Failed(problem),
         }
     };
@@ -117,8 +165,8 @@ pub async fn run(
 }
 
 /// Ends a job that cannot even be begun, or puts it off where the problem may pass.
-pub async fn refuse(job: &Job, problem: Problem, attempts: Attempts, report: &Report<'_>) -> Ended {
-    if problem.class == Class::Transient && attempts.current < attempts.max {
+pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &Report<'_>) -> Ended {
+    if problem.class == Class::Transient && !attempts.is_last() {
         return Ended::Later(problem);
     }
     let completion = Completion {
@@ -128,9 +176,19 @@ pub async fn refuse(job: &Job, problem: Problem, attempts: Attempts, report: &Re
         volume_id: job.volume_id(),
         store: job.store.clone(),
         outcome: Outcome::Failed(problem),
-        account: Account::default(),
+        account: account(attempts),
     };
     tell(report, completion).await
+}
+
+/// What an account begins with.
+fn account(attempts: &Attempts) -> Account {
+    Account {
+        attempt_count: attempts.current.saturating_sub(1),
+        earlier_attempts: attempts.earlier.clone(),
+        revival_count: attempts.revival_count,
+        ..Account::default()
+    }
 }
 
 /// Does the job by one method, telling meanwhile how far it is.
@@ -149,9 +207,19 @@ async fn attempt(
             report.tell(Happening::Progress(ctx.progress.read())).await;
         }
     };
+    // Whoever asked for the end of the job may not have reached this worker.
+    let cancel = async {
+        loop {
+            tokio::time::sleep(CANCEL_LOOK).await;
+            if engine.catalog().is_cancelled(job.id).await.unwrap_or(false) {
+                ctx.cancel.cancel();
+            }
+        }
+    };
     tokio::select! {
         result = engine.run(ctx, job, method) => result,
         never = progress => never,
+        never = cancel => never,
     }
 }
 

@@ -2,9 +2,9 @@
 
 use backhaul::error::{Class, Problem};
 use backhaul::job::{
-    Account, BackupId, BackupWork, Command, Completion, Counts, Event, Happening, Job, JobId, Location,
-    Method, Mode, Operation, Outcome, Parent, Reading, RestoreWork, StoreName, Strategy as Engine, VolumeId,
-    Work,
+    Account, Attempt, BackupId, BackupWork, Command, Completion, Counts, Event, Happening, Job, JobId,
+    Location, Method, Mode, Operation, Outcome, Parent, Reading, RestoreWork, StoreName, Strategy as Engine,
+    VolumeId, Work,
 };
 use jiff::Timestamp;
 use proptest::collection::{btree_map, vec};
@@ -142,14 +142,31 @@ fn problem() -> impl Strategy<Value = Problem> {
     })
 }
 
+/// Years 1677 to 2262: more than any clock shows.
+fn time() -> impl Strategy<Value = Timestamp> {
+    any::<i64>().prop_map(|nanos| Timestamp::from_nanosecond(nanos.into()).unwrap())
+}
+
+fn attempt() -> impl Strategy<Value = Attempt> {
+    (1..=u32::MAX, time(), any::<String>()).prop_map(|(attempt, time, error)| Attempt {
+        attempt,
+        time,
+        error,
+    })
+}
+
 fn account() -> impl Strategy<Value = Account> {
-    let head = (of(method()), any::<u32>(), of(problem()), of(backup_id()));
+    let attempts = (any::<u32>(), vec(attempt(), 0..3), any::<u32>());
+    let head = (of(method()), attempts, of(problem()), of(backup_id()));
     let digest = "[0-9a-f]{64}".prop_map(|hex| format!("sha256-list:{hex}"));
     (head, of(any::<u64>()), counts(), 0.0..1e9, of(digest)).prop_map(
-        |((method, attempt_count, fallback_reason, parent_id), volume_bytes, counts, seconds, digest)| {
+        |((method, attempts, fallback_reason, parent_id), volume_bytes, counts, seconds, digest)| {
+            let (attempt_count, earlier_attempts, revival_count) = attempts;
             Account {
                 method,
                 attempt_count,
+                earlier_attempts,
+                revival_count,
                 fallback_reason,
                 parent_id,
                 volume_bytes,
@@ -202,9 +219,7 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         Just(Operation::Verify)
     ];
     let job = (job_id(), operation, backup_id(), of(volume_id()), of(store()));
-    // Years 1677 to 2262: more than any clock shows.
-    let time = any::<i64>().prop_map(|nanos| Timestamp::from_nanosecond(nanos.into()).unwrap());
-    (job, time, any::<u64>(), change()).prop_map(|(job, time, sequence, change)| {
+    (job, time(), any::<u64>(), change()).prop_map(|(job, time, sequence, change)| {
         let (job_id, operation, backup_id, volume_id, store) = job;
         let happening = match change {
             Change::Going(happening) => happening,

@@ -116,7 +116,7 @@ impl Bench {
             walk(root, "", &mut found);
             return found;
         }
-        let own = ["records", "outcomes", "checksums"].map(Folder::own);
+        let own = ["records", "outcomes", "checksums", "cancels"].map(Folder::own);
         for folder in own.into_iter().chain(containers.into_iter().map(Folder::from)) {
             for listed in self.store.list(&folder, "").await.unwrap() {
                 found.insert(format!("{}/{}", folder.as_str(), listed.name));

@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use crate::error::{Class, Problem};
 use crate::job::{
-    Account, BackupId, Completion, Counts, Event, Happening, JobId, Method, Mode, Operation, Outcome,
-    Reading, StoreName, Strategy, VolumeId,
+    Account, Attempt, BackupId, Completion, Counts, Event, Happening, JobId, Method, Mode, Operation,
+    Outcome, Reading, StoreName, Strategy, VolumeId,
 };
 use crate::message::rejection::Rejection;
 
@@ -33,7 +33,11 @@ pub fn event_id(event: &Event) -> String {
     let (job_id, state) = (event.job_id, state(&event.happening));
     match event.happening {
         // A job ends once: whoever tells of it again tells of the same event.
-        Happening::Ended(_) => format!("{job_id}.{state}"),
+        Happening::Ended(ref completion) => match completion.account.revival_count {
+            0 => format!("{job_id}.{state}"),
+            // It ends once more each time that it is brought back.
+            count => format!("{job_id}.{state}.revival-{count}"),
+        },
         // A job that is delivered again counts its events from 1 again, so the time is part of their names.
         _ => format!("{job_id}.{state}.{}.{}", event.sequence, event.time.as_microsecond()),
     }
@@ -376,6 +380,10 @@ struct AccountWire {
     strategy: Option<StrategyText>,
     mode: Option<ModeText>,
     attempt_count: u32,
+    #[serde(default)]
+    revival_count: u32,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier_attempts: Vec<AttemptWire>,
     fallback_reason: Option<ProblemText>,
     parent_id: Option<BackupId>,
     volume_bytes: Option<u64>,
@@ -385,6 +393,31 @@ struct AccountWire {
     digest: Option<String>,
 }
 
+/// An attempt as it is told of, and as it travels with a job that is put off.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Attempt")]
+struct AttemptFields {
+    attempt: u32,
+    time: Timestamp,
+    error: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct AttemptWire(#[serde(with = "AttemptFields")] Attempt);
+
+/// Writes the attempts of a job so far, for the message that comes back for the next one.
+pub fn encode_attempts(attempts: Vec<Attempt>) -> String {
+    let wire: Vec<AttemptWire> = attempts.into_iter().map(AttemptWire).collect();
+    // Texts and numbers: none of them can fail to be written.
+    serde_json::to_string(&wire).unwrap_or_default()
+}
+
+/// Reads what `encode_attempts` wrote; nothing from what it did not write.
+pub fn parse_attempts(text: &str) -> Vec<Attempt> {
+    let wire: Vec<AttemptWire> = serde_json::from_str(text).unwrap_or_default();
+    wire.into_iter().map(|attempt| attempt.0).collect()
+}
+
 impl From<Account> for AccountWire {
     fn from(account: Account) -> Self {
         Self {
@@ -392,6 +425,8 @@ impl From<Account> for AccountWire {
             strategy: account.method.map(|method| StrategyText(method.strategy)),
             mode: account.method.and_then(|method| method.mode).map(ModeText),
             attempt_count: account.attempt_count,
+            revival_count: account.revival_count,
+            earlier_attempts: account.earlier_attempts.into_iter().map(AttemptWire).collect(),
             fallback_reason: account.fallback_reason.map(ProblemText),
             parent_id: account.parent_id,
             volume_bytes: account.volume_bytes,
@@ -408,6 +443,8 @@ impl From<AccountWire> for Account {
         Self {
             method: wire.strategy.map(|strategy| Method { strategy: strategy.0, mode }),
             attempt_count: wire.attempt_count,
+            revival_count: wire.revival_count,
+            earlier_attempts: wire.earlier_attempts.into_iter().map(|attempt| attempt.0).collect(),
             fallback_reason: wire.fallback_reason.map(|problem| problem.0),
             parent_id: wire.parent_id,
             volume_bytes: wire.volume_bytes,

@@ -1,0 +1,85 @@
+//! Messages that were given up: looked at, brought back, dropped.
+
+use bytes::Bytes;
+use lapin::options::{BasicAckOptions, BasicGetOptions};
+use lapin::{BasicProperties, Channel};
+
+use super::connection::Link;
+use super::message::Death;
+use super::publisher::{self, Routed};
+use super::topology::open_channel;
+use super::{Error, Properties, message};
+
+/// The messages in the dead-letter queue, one after the other. Those that are neither brought back nor dropped go back
+/// when this is dropped.
+pub struct DeadLetters {
+    channel: Channel,
+    link: Link,
+}
+
+/// A message that was given up.
+pub struct DeadLetter {
+    /// The body.
+    pub body: Bytes,
+    /// What came with it.
+    pub properties: Properties,
+    /// Why it was given up.
+    pub reason: String,
+    /// When, in seconds since 1970, if that is known.
+    pub died_at_seconds: Option<u64>,
+    raw: BasicProperties,
+    death: Death,
+    acker: lapin::Acker,
+}
+
+impl DeadLetters {
+    pub(super) async fn open(link: &Link) -> Result<Self, Error> {
+        let open = async {
+            let live = link.live().await?;
+            open_channel(&live.connection).await
+        };
+        let channel = link.bounded(|| "open the dead-letter queue".into(), open).await?;
+        Ok(Self { channel, link: link.clone() })
+    }
+
+    /// The next one; none when all were seen.
+    pub async fn next(&mut self) -> Result<Option<DeadLetter>, Error> {
+        let queue = self.link.topology.dead.clone();
+        let got = self.channel.basic_get(queue.clone(), BasicGetOptions::default()).await;
+        let got = got.map_err(|error| Error::doing(format!("read queue {queue}"), &error))?;
+        Ok(got.map(|got| {
+            let delivery = got.delivery;
+            let death = message::death(&delivery.properties);
+            DeadLetter {
+                body: delivery.data.into(),
+                properties: message::read(&delivery.properties),
+                reason: death.reason.clone(),
+                died_at_seconds: death.at,
+                raw: delivery.properties,
+                death,
+                acker: delivery.acker,
+            }
+        }))
+    }
+
+    /// Publishes the message again where it came from, as if it were new; once the broker has that safely, the dead
+    /// letter is gone.
+    pub async fn retry(&self, letter: DeadLetter) -> Result<(), Error> {
+        let Death { exchange, routing_key, .. } = &letter.death;
+        let destination = || publisher::destination(exchange, routing_key);
+        let properties = message::revived(&letter.raw);
+        let copy = publisher::publish_on(&self.channel, exchange, routing_key, &letter.body, properties);
+        match self.link.bounded(|| format!("move a message to {}", destination()), copy).await? {
+            Routed::Queued => self.drop(letter).await,
+            Routed::Nowhere => Err(Error::NoRoute { destination: destination() }),
+        }
+    }
+
+    /// Removes the message for good.
+    pub async fn drop(&self, letter: DeadLetter) -> Result<(), Error> {
+        match letter.acker.ack(BasicAckOptions::default()).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(Error::DeliveryLost),
+        }
+    }
+}
