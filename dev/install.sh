@@ -24,7 +24,7 @@ test)
   tools=(cargo-nextest@0.9.143)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
-bench) packages+=("${cluster_packages[@]}" python3-rados python3-rbd python3-venv time) ;;
+bench) packages+=("${cluster_packages[@]}" borgbackup openssl python3-rados python3-rbd python3-venv radosgw restic time) ;;
 *) die "usage: install.sh [ceph|test|check|bench]" ;;
 esac
 

@@ -155,7 +155,7 @@ async fn a_chain_of_cinder_is_taken_in_verified_restored_built_on_and_deleted(
     assert_eq!(records.len(), 3);
     for (record, point) in records.iter().zip(&chain.points) {
         assert_eq!(record.volume_bytes, point.bytes);
-        chain.run(Work::Verify(record.backup_id), None).await.unwrap();
+        chain.run(Work::Verify(record.backup_id.into()), None).await.unwrap();
         let name = format!("{}.img", record.backup_id);
         assert_eq!(chain.restore(record.backup_id, &name).await, point.sha256, "onto a new target");
         fs::write(chain.path("old.img"), vec![0xa5; point.bytes as usize]).unwrap();
@@ -171,7 +171,7 @@ async fn a_chain_of_cinder_is_taken_in_verified_restored_built_on_and_deleted(
     let receipt = chain.run(chain.backup(own, parent), Some(Mode::Incremental)).await.unwrap();
     assert_eq!(receipt.counts.object_count, 2, "one for the zeros, one for the last block");
     assert_eq!(receipt.counts.bytes_unchanged, 9 * BLOCK_BYTES as u64);
-    chain.run(Work::Verify(own), None).await.unwrap();
+    chain.run(Work::Verify(own.into()), None).await.unwrap();
     assert_eq!(chain.restore(own, "own.img").await, sha256(&content));
 
     chain.delete(own).await;
@@ -217,13 +217,13 @@ async fn a_damaged_object_anywhere_in_a_chain_of_cinder_is_found(
         let whole = fs::read(&path).unwrap();
         fs::write(&path, damage(whole.clone())).unwrap();
 
-        let error = chain.run(Work::Verify(newest), None).await.unwrap_err();
+        let error = chain.run(Work::Verify(newest.into()), None).await.unwrap_err();
 
         let name = path.file_name().unwrap().to_str().unwrap();
         assert!(matches!(&error, Error::Damaged { object, .. } if object.ends_with(name)), "{name}: {error}");
         fs::write(path, whole).unwrap();
     }
-    chain.run(Work::Verify(newest), None).await.unwrap();
+    chain.run(Work::Verify(newest.into()), None).await.unwrap();
 }
 
 #[tokio::test]

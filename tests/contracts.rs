@@ -215,6 +215,8 @@ const INVALID: &[(&str, Reason, &str)] = &[
     ("unknown-version-zero", Reason::UnknownVersion, "unknown version 0"),
     ("utf-16", Reason::NotJson, "not UTF-8"),
     ("verify-backup-id-missing", Reason::Schema, "backup_id: missing"),
+    ("verify-sample-of-nothing", Reason::Schema, "sample_percent: 0 is not allowed: write a whole number from 1 to 100"),
+    ("verify-sample-with-fraction", Reason::Schema, "sample_percent: 2.5 is not allowed: write a whole number from 1 to 100"),
     ("version-as-text", Reason::Schema, "version: missing or no number: write 1"),
     ("version-missing", Reason::Schema, "version: missing"),
 ];

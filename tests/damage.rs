@@ -14,7 +14,7 @@ use std::sync::Arc;
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Volumes};
 use backhaul::error::{Causes, Class, Problem};
-use backhaul::job::{BackupId, Parent, Record, RecordState, VolumeId, Work};
+use backhaul::job::{BackupId, Parent, Record, RecordState, VerifyWork, VolumeId, Work};
 use backhaul::store::{Posix, Reason};
 use backhaul::volume::{self, FileRoots};
 use rstest::rstest;
@@ -22,7 +22,7 @@ use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 
 use support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, object_at, paths_of, restore, run, verify,
+    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, job, object_at, paths_of, restore, run, verify,
 };
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume, junk};
@@ -137,6 +137,11 @@ async fn chain(bench: &Bench, engine: &Engine, name: &str, length: usize, seed: 
     points
 }
 
+/// The path of one of a backup's data objects.
+fn data_path(record: &Record, number: u64) -> String {
+    format!("{}/{}-{number:05}", record.container, record.service_metadata)
+}
+
 /// What the error says, with all its causes.
 fn text(error: &Error) -> String {
     Causes(error).to_string()
@@ -236,6 +241,11 @@ async fn a_harmed_object_is_named_and_harms_no_other_backup(
                 assert!(matches!(error, Error::UnknownBackup(_)), "{told}: {text}")
             }
             (Part::Record, _) => assert!(matches!(error, Error::DamagedRecord { .. }), "{told}: {text}"),
+            _ if matches!(error, Error::DamagedBackup { .. }) => {
+                for point in &shelf.chain[age..shelf.chain.len() - 1] {
+                    assert!(text.contains(&point.id().to_string()), "{told}: {text}");
+                }
+            }
             (_, Harm::Missing) => assert!(matches!(error, Error::MissingObject { .. }), "{told}: {text}"),
             _ => assert!(matches!(error, Error::Damaged { .. }), "{told}: {text}"),
         }
@@ -572,6 +582,83 @@ async fn a_second_backup_under_an_id_that_is_taken_is_refused_and_the_first_stay
     }
     assert_eq!(shelf.bench.everything([]).await, everything);
     shelf.all_whole(&shelf.chain, "after the refusal").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verify_names_all_that_is_damaged_and_who_shares_it() {
+    let shelf = Shelf::new(Kind::Posix, Compression::None).await;
+    let [oldest, middle, newest] = shelf.chain.as_slice() else { panic!("three") };
+    let at = |path: &str| shelf.bench.root().join(path);
+    let (flipped, missing, longer) =
+        (data_path(&oldest.record, 1), data_path(&oldest.record, 3), data_path(&newest.record, 1));
+    let mut bytes = fs::read(at(&flipped)).unwrap();
+    bytes[7] ^= 1;
+    fs::write(at(&flipped), bytes).unwrap();
+    fs::remove_file(at(&missing)).unwrap();
+    fs::write(at(&longer), [fs::read(at(&longer)).unwrap(), b"x".to_vec()].concat()).unwrap();
+
+    let error = verify(&shelf.engine, newest.id()).await.unwrap_err();
+    let told = text(&error);
+    assert_eq!(error.class(), Class::Permanent);
+    for path in [&flipped, &missing, &longer] {
+        assert_eq!(told.matches(path.as_str()).count(), 1, "{path}: {told}");
+    }
+    let sharing = format!("the backups {}, {} share what is damaged", oldest.id(), middle.id());
+    assert!(told.ends_with(&sharing), "{told}");
+    assert!(!told.contains(&shelf.other[0].id().to_string()), "{told}");
+    assert_eq!(shelf.engine.catalog().verified(newest.id()).await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sample_reads_a_part_and_still_sees_what_is_missing() {
+    let bench = Bench::new(Kind::Posix);
+    let engine = bench.engine(settings(Compression::None));
+    let bytes = 400 * 4 * BLOCK_BYTES;
+    let mut volume = Volume::create(bench.volumes().join("volume"), bytes);
+    volume.fill(0..bytes, Fill::Noise(1));
+    let record = backup(&engine, VolumeId::random(), &volume.path, Parent::None).await.unwrap();
+    let sample = |percent: u8| {
+        let sample = Some(percent.try_into().unwrap());
+        job(Work::Verify(VerifyWork { backup_id: record.backup_id, sample }))
+    };
+
+    let receipt = run(&engine, &sample(10)).await.unwrap();
+    assert!((10..100).contains(&receipt.counts.object_count), "{:?}", receipt.counts);
+    assert_eq!(receipt.digest, None, "not all of it was read");
+    let verified = engine.catalog().verified(record.backup_id).await.unwrap().unwrap();
+    assert_eq!(verified.sample_percent.map(|sample| sample.percent()), Some(10));
+    assert_eq!(run(&engine, &sample(100)).await.unwrap().counts.object_count, 400);
+
+    // Ten objects of 400 are harmed in a way that only reading tells; samples find them sooner or later.
+    for number in (1..=10).map(|n| n * 37) {
+        let path = bench.root().join(data_path(&record, number));
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[0] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    let mut found = 0;
+    for _ in 0..20 {
+        found += usize::from(run(&engine, &sample(30)).await.is_err());
+    }
+    assert!(found > 10, "each has a chance of 97 %: {found} of 20");
+    fs::remove_file(bench.root().join(data_path(&record, 400))).unwrap();
+    let error = run(&engine, &sample(1)).await.unwrap_err();
+    assert!(text(&error).contains("-00400"), "{}", text(&error));
+}
+
+#[tokio::test]
+async fn when_a_backup_was_verified_goes_with_it() {
+    let bench = Bench::new(Kind::Posix);
+    let engine = bench.engine(settings(Compression::Zstd));
+    let volume = Volume::create(bench.volumes().join("volume"), 5000);
+    let record = backup(&engine, VolumeId::random(), &volume.path, Parent::None).await.unwrap();
+    assert_eq!(engine.catalog().verified(record.backup_id).await.unwrap(), None);
+    let before = jiff::Timestamp::now();
+    verify(&engine, record.backup_id).await.unwrap();
+    let verified = engine.catalog().verified(record.backup_id).await.unwrap().unwrap();
+    assert!(verified.at >= before && verified.sample_percent.is_none(), "{verified:?}");
+    delete(&engine, record.backup_id).await.unwrap();
+    assert_eq!(bench.everything([]).await.len(), 0, "{:?}", bench.everything([]).await);
 }
 
 #[tokio::test]

@@ -9,7 +9,8 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::job::{
-    BackupId, BackupWork, Container, Job, JobId, Location, Parent, RestoreWork, StoreName, VolumeId, Work,
+    BackupId, BackupWork, Container, Job, JobId, Location, Parent, RestoreWork, Sample, StoreName,
+    VerifyWork, VolumeId, Work,
 };
 
 /// Above the options that every command has.
@@ -269,14 +270,19 @@ Examples:
         backup_id: BackupId,
     },
 
-    /// Read a whole backup and compare it with its digests.
+    /// Read a whole backup, or a sample of it, and compare it with its digests.
     #[command(after_help = "\
 Examples:
-  backhaul submit verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait --json")]
+  backhaul submit verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait --json
+  backhaul submit verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --sample 5% --wait")]
     Verify {
         /// Check this backup.
         #[arg(long, value_name = "ID")]
         backup_id: BackupId,
+
+        /// Read so much of the data, another part each time, such as 5% [default: all of it].
+        #[arg(long, value_name = "PERCENT")]
+        sample: Option<Sample>,
     },
 }
 
@@ -403,7 +409,7 @@ impl JobArgs {
                 Work::Restore(RestoreWork { backup_id, target, volume_id })
             }
             WorkArgs::Delete { backup_id } => Work::Delete(backup_id),
-            WorkArgs::Verify { backup_id } => Work::Verify(backup_id),
+            WorkArgs::Verify { backup_id, sample } => Work::Verify(VerifyWork { backup_id, sample }),
         };
         Ok(Job { id: self.job_id.unwrap_or_else(JobId::random), store: self.store.clone(), work })
     }
@@ -530,7 +536,7 @@ mod tests {
         let line = format!("backhaul run restore --backup-id {ID} --target file:/b --volume-id {ID}");
         assert_eq!(job(&line).work, Work::Restore(restore));
         assert_eq!(job(&format!("backhaul run delete --backup-id {ID}")).work, Work::Delete(id));
-        assert_eq!(job(&format!("backhaul submit verify --backup-id {ID}")).work, Work::Verify(id));
+        assert_eq!(job(&format!("backhaul submit verify --backup-id {ID}")).work, Work::Verify(id.into()));
     }
 
     #[test]

@@ -4,11 +4,13 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
+use serde::Serialize;
+
 use super::{Error, FAILED, print_json, render, say};
 use crate::cinder::export_record::{self, Form};
 use crate::config::{Config, StoreKind};
 use crate::engine;
-use crate::job::{BackupId, StoreName, VolumeId};
+use crate::job::{BackupId, Record, StoreName, Verified, VolumeId};
 use crate::worker::Stores;
 
 /// Lists the backups of a store, the oldest first.
@@ -43,12 +45,21 @@ pub(super) async fn show(
     let stores = Stores::open(config)?;
     let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
     let record = engine.catalog().record(id).await?.ok_or(engine::Error::UnknownBackup(id))?;
+    let verified = engine.catalog().verified(id).await?;
     if json {
-        print_json(&record)?;
+        print_json(&Shown { record: &record, verified })?;
     } else {
-        say(render::show(&record).trim_end());
+        say(render::show(&record, verified.as_ref()).trim_end());
     }
     Ok(0)
+}
+
+/// All that the store keeps about a backup.
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    record: &'a Record,
+    verified: Option<Verified>,
 }
 
 /// Prints Cinder's export record of a backup.

@@ -10,7 +10,9 @@ use jiff::Timestamp;
 
 use super::dead::Letter;
 use crate::error::Problem;
-use crate::job::{Completion, Counts, Event, Happening, Operation, Outcome, Reading, Record, RecordState};
+use crate::job::{
+    Completion, Counts, Event, Happening, Operation, Outcome, Reading, Record, RecordState, Verified,
+};
 
 /// Stands where something is not known.
 const UNKNOWN: &str = "-";
@@ -92,7 +94,7 @@ pub fn letter(letter: &Letter) -> String {
 }
 
 /// All that is known of a backup, one thing a line.
-pub fn show(record: &Record) -> String {
+pub fn show(record: &Record, verified: Option<&Verified>) -> String {
     let mut text = String::new();
     let mut line = |what: &str, value: &str| text += &format!("{what:<17} {}\n", plain(value));
     line("backup", &record.backup_id.to_string());
@@ -126,6 +128,14 @@ pub fn show(record: &Record) -> String {
     if let Some(reason) = &record.fallback_reason {
         line("fell back", &reason.to_string());
     }
+    let verified = match verified {
+        None => "never".to_owned(),
+        Some(Verified { at, sample_percent: None }) => format!("{} UTC", time(*at)),
+        Some(Verified { at, sample_percent: Some(sample) }) => {
+            format!("{} UTC, a sample of {sample}", time(*at))
+        }
+    };
+    line("verified", &verified);
     let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
         record.counts;
     if is_counted(record) {
@@ -396,7 +406,7 @@ mod tests {
 
     #[test]
     fn a_record_is_shown_line_by_line_without_control_characters() {
-        let text = show(&record());
+        let text = show(&record(), None);
         for line in [
             "state             available",
             "kind              full",
@@ -415,7 +425,7 @@ mod tests {
     #[test]
     fn what_is_not_known_of_a_backup_that_was_taken_in_is_not_shown_as_zero() {
         let taken_in = Record { method: None, job_id: None, counts: Counts::default(), ..record() };
-        let text = show(&taken_in);
+        let text = show(&taken_in, None);
         for line in ["made by           Cinder", "read              -", "stored            -"] {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
         }

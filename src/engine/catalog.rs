@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 
 use super::chunked::digest::sha256;
 use super::error::Error;
-use crate::job::{BackupId, Completion, JobId, Operation, Outcome, Record, RecordState, VolumeId};
+use crate::job::{BackupId, Completion, JobId, Operation, Outcome, Record, RecordState, Verified, VolumeId};
 use crate::store::{Folder, ObjectName, ObjectStore, Reason};
 
 /// No record is larger: most of it is a volume's metadata in Cinder's fields.
@@ -170,7 +170,32 @@ impl Catalog {
 
     /// Removes a record, if it is there.
     pub async fn remove(&self, id: BackupId) -> Result<(), Error> {
+        self.forget(&verified_name(id)?).await?;
         self.forget(&record_name(id)?).await
+    }
+
+    /// When a backup was last found whole, if it ever was.
+    pub async fn verified(&self, id: BackupId) -> Result<Option<Verified>, Error> {
+        self.read(&verified_name(id)?).await
+    }
+
+    /// Keeps that a backup was found whole. Beside the record and not in it: a delete may change that meanwhile.
+    pub async fn keep_verified(&self, id: BackupId, verified: &Verified) -> Result<(), Error> {
+        let name = verified_name(id)?;
+        Ok(self.store.replace(&name, seal(&name, verified)?).await?)
+    }
+
+    /// These backups and all that build on one of them, the oldest first. Damaged records are left out.
+    pub async fn with_all_children(&self, ids: &[BackupId]) -> Result<Vec<BackupId>, Error> {
+        let mut found: Vec<BackupId> = Vec::new();
+        // The oldest first, so that a parent comes before its children.
+        for record in self.records().await?.records {
+            let builds_on_one = record.parent_id.is_some_and(|parent_id| found.contains(&parent_id));
+            if ids.contains(&record.backup_id) || builds_on_one {
+                found.push(record.backup_id);
+            }
+        }
+        Ok(found)
     }
 
     /// How a job ended that may come once more.
@@ -270,6 +295,10 @@ fn record_name(id: BackupId) -> Result<ObjectName, Error> {
 
 fn cancel_name(id: JobId) -> Result<ObjectName, Error> {
     Ok(Folder::own("cancels").object(&format!("{id}.json"))?)
+}
+
+fn verified_name(id: BackupId) -> Result<ObjectName, Error> {
+    Ok(Folder::own("verified").object(&format!("{id}.json"))?)
 }
 
 fn outcome_name(id: JobId) -> Result<ObjectName, Error> {

@@ -264,6 +264,17 @@ pub enum Error {
         source: Broken,
     },
 
+    /// A backup was looked at as a whole, and this is all that is wrong with it.
+    #[error("backup {backup_id} is damaged: {faults}{shared}")]
+    DamagedBackup {
+        /// The backup.
+        backup_id: BackupId,
+        /// What was found, for people.
+        faults: String,
+        /// Which other backups lack the same, for people; empty if none.
+        shared: String,
+    },
+
     /// The backup was written in a version of the format that nobody here knows.
     #[error("{object} is of version {version:?}, and this version of backhaul reads 1.0.0 only")]
     UnknownVersion {
@@ -300,6 +311,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it tells of a backup that is not what was stored.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Damaged { .. }
+                | Self::MissingObject { .. }
+                | Self::ExtraObject { .. }
+                | Self::BrokenChain { .. }
+                | Self::UnknownVersion { .. }
+        )
+    }
+
     /// What it means for the job.
     pub fn class(&self) -> Class {
         match self {

@@ -26,7 +26,7 @@ use crate::error::Class;
 use crate::error::{Causes, Problem};
 use crate::job::{
     BackupId, BackupWork, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
-    RestoreWork, Strategy, VolumeId, Work,
+    RestoreWork, Strategy, Verified, VerifyWork, VolumeId, Work,
 };
 
 #[cfg(feature = "ceph")]
@@ -39,7 +39,6 @@ use chunked::Chunked;
 use cpu::blocking;
 #[cfg(feature = "ceph")]
 use rbd::Rbd;
-use volumes::Target;
 
 /// What a method did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -122,7 +121,7 @@ impl Engine {
         match &job.work {
             Work::Backup(work) => self.backup(ctx, job.id, work, method).await,
             Work::Restore(work) => self.restore(ctx, work).await,
-            Work::Verify(id) => self.read_back(ctx, *id, None).await,
+            Work::Verify(work) => self.verify(ctx, job.id, *work).await,
             Work::Delete(id) => self.delete(ctx, job.id, *id).await,
         }
     }
@@ -414,24 +413,67 @@ impl Engine {
     async fn restore(&self, ctx: &Context, work: &RestoreWork) -> Result<Receipt, Error> {
         let record = self.catalog.available(work.backup_id).await?;
         let target = self.volumes.target(&work.target, record.volume_bytes).await?;
-        self.read_back(ctx, work.backup_id, Some(target)).await
+        let chain = self.catalog.chain(work.backup_id).await?;
+        let digest = match &self.format {
+            Format::Chunked(chunked) => Some(chunked.restore(ctx, &chain, target.into_volume()).await?),
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into(), None).await?,
+        };
+        Ok(read_receipt(ctx, &chain[0], digest))
     }
 
-    async fn read_back(&self, ctx: &Context, id: BackupId, target: Option<Target>) -> Result<Receipt, Error> {
-        let chain = self.catalog.chain(id).await?;
-        let digest = match &self.format {
-            Format::Chunked(chunked) => {
-                Some(chunked.read_back(ctx, &chain, target.map(Target::into_volume)).await?)
-            }
+    /// Reads a backup, or a sample of it, to find all that is wrong with it. Keeps when it was found whole.
+    async fn verify(&self, ctx: &Context, job_id: JobId, work: VerifyWork) -> Result<Receipt, Error> {
+        let chain = self.catalog.chain(work.backup_id).await?;
+        // A job that is tried again takes the same sample, the next job another one.
+        let sample = work.sample.map(|sample| (sample, job_id.seed()));
+        let mut faults = Faults::default();
+        let read = match &self.format {
+            Format::Chunked(chunked) => chunked.verify(ctx, &chain, sample, &mut faults).await.map(Some),
             #[cfg(feature = "ceph")]
-            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into()).await?,
+            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, rbd::To::Nowhere, sample).await,
         };
-        Ok(Receipt {
-            parent_id: chain[0].parent_id,
-            volume_bytes: chain[0].volume_bytes,
-            counts: ctx.progress.read().counts,
-            digest,
-        })
+        let digest = match read {
+            Err(error) if error.is_damage() => {
+                faults.add(error);
+                None
+            }
+            read => read?,
+        };
+        if !faults.found.is_empty() {
+            return Err(self.damaged(&chain, &faults).await);
+        }
+        let verified = Verified { at: Timestamp::now(), sample_percent: work.sample };
+        self.catalog.keep_verified(work.backup_id, &verified).await?;
+        Ok(read_receipt(ctx, &chain[0], digest.filter(|_| work.sample.is_none())))
+    }
+
+    /// Says what is wrong with `chain[0]`, and which other backups lack the same.
+    async fn damaged(&self, chain: &[Record], faults: &Faults) -> Error {
+        let backup_id = chain[0].backup_id;
+        let owner = |error: &Error| {
+            let text = error.to_string();
+            let named = |record: &&Record| {
+                text.contains(&record.service_metadata) && !record.service_metadata.is_empty()
+                    || text.contains(&record.backup_id.to_string())
+            };
+            chain.iter().find(named).map_or(backup_id, |record| record.backup_id)
+        };
+        let owners: Vec<BackupId> = faults.found.iter().map(owner).collect();
+        // That must not hide what was found.
+        let sharing = self.catalog.with_all_children(&owners).await.unwrap_or_default();
+        let others: Vec<String> =
+            sharing.iter().filter(|id| **id != backup_id).map(ToString::to_string).collect();
+        let shared = match others.as_slice() {
+            [] => String::new(),
+            [one] => format!("; backup {one} shares what is damaged"),
+            several => format!("; the backups {} share what is damaged", several.join(", ")),
+        };
+        let mut texts: Vec<String> = faults.found.iter().map(|error| Causes(error).to_string()).collect();
+        if faults.more_count > 0 {
+            texts.push(format!("and {} more", faults.more_count));
+        }
+        Error::DamagedBackup { backup_id, faults: texts.join("; "), shared }
     }
 
     /// Removes the data of a backup. Its record goes with [`Catalog::conclude`].
@@ -499,6 +541,35 @@ impl Engine {
         record.state = RecordState::Available;
         self.catalog.create(&record).await?;
         Ok(record)
+    }
+}
+
+/// What a verification has found to be wrong.
+#[derive(Debug, Default)]
+pub struct Faults {
+    found: Vec<Error>,
+    more_count: u64,
+}
+
+impl Faults {
+    /// More are counted, but not told one by one.
+    const FOUND_MAX: usize = 20;
+
+    fn add(&mut self, error: Error) {
+        if self.found.len() < Self::FOUND_MAX {
+            self.found.push(error);
+        } else {
+            self.more_count += 1;
+        }
+    }
+}
+
+fn read_receipt(ctx: &Context, record: &Record, digest: Option<String>) -> Receipt {
+    Receipt {
+        parent_id: record.parent_id,
+        volume_bytes: record.volume_bytes,
+        counts: ctx.progress.read().counts,
+        digest,
     }
 }
 

@@ -96,12 +96,11 @@ impl Volumes {
 }
 
 #[cfg(feature = "ceph")]
-impl From<Option<Target>> for To {
-    fn from(target: Option<Target>) -> Self {
+impl From<Target> for To {
+    fn from(target: Target) -> Self {
         match target {
-            None => Self::Nowhere,
-            Some(Target::File(file)) => Self::Volume(file),
-            Some(Target::Rbd(image)) => Self::Rbd(image),
+            Target::File(file) => Self::Volume(file),
+            Target::Rbd(image) => Self::Rbd(image),
         }
     }
 }

@@ -74,6 +74,13 @@ id!(
     JobId,
     "job"
 );
+impl JobId {
+    /// A number that is another one for each job.
+    pub fn seed(self) -> u64 {
+        self.0.as_u64_pair().1
+    }
+}
+
 id!(
     /// Names a backup, in our records and in Cinder's database.
     BackupId,

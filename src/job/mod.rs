@@ -10,6 +10,7 @@ mod ids;
 mod location;
 mod names;
 mod record;
+mod sample;
 
 pub use account::{Account, Attempt, Completion, Counts, Method, Mode, Outcome, Strategy};
 pub use context::{Cancelled, Context, Progress, Reading};
@@ -17,7 +18,8 @@ pub use event::{Event, Happening};
 pub use ids::{BackupId, InvalidId, JobId, VolumeId};
 pub use location::{InvalidLocation, Location, RbdImage};
 pub use names::{Container, InvalidName, StoreName};
-pub use record::{Checkpoint, Record, RecordState, SourceSnapshot};
+pub use record::{Checkpoint, Record, RecordState, SourceSnapshot, Verified};
+pub use sample::{InvalidSample, Sample};
 
 use std::fmt;
 
@@ -76,7 +78,7 @@ pub enum Work {
     /// Removes a backup.
     Delete(BackupId),
     /// Checks a backup.
-    Verify(BackupId),
+    Verify(VerifyWork),
 }
 
 /// What a backup job works on.
@@ -124,6 +126,22 @@ pub struct RestoreWork {
     pub volume_id: Option<VolumeId>,
 }
 
+/// What a verify job works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyWork {
+    /// The backup to check.
+    pub backup_id: BackupId,
+    /// How much of its data to read; all of it if absent.
+    pub sample: Option<Sample>,
+}
+
+impl From<BackupId> for VerifyWork {
+    /// Checks all of a backup.
+    fn from(backup_id: BackupId) -> Self {
+        Self { backup_id, sample: None }
+    }
+}
+
 impl Job {
     /// The word for what the job does.
     pub fn operation(&self) -> Operation {
@@ -140,7 +158,8 @@ impl Job {
         match &self.work {
             Work::Backup(work) => work.backup_id,
             Work::Restore(work) => work.backup_id,
-            Work::Delete(id) | Work::Verify(id) => *id,
+            Work::Verify(work) => work.backup_id,
+            Work::Delete(id) => *id,
         }
     }
 

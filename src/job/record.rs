@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{BackupId, Container, Counts, JobId, Method, RbdImage, VolumeId};
+use super::{BackupId, Container, Counts, JobId, Method, RbdImage, Sample, VolumeId};
 use crate::error::Problem;
 
 /// Where a backup is in its life.
@@ -104,6 +104,16 @@ pub struct SourceSnapshot {
     pub image_id: String,
     /// The id of the snapshot, once it was taken.
     pub snapshot_id: Option<u64>,
+}
+
+/// When a backup was last read back and found whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// When that had been done.
+    pub at: Timestamp,
+    /// How much of its data was read; all of it if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample_percent: Option<Sample>,
 }
 
 /// How far a backup is known to be: all before it is durable.

@@ -4,7 +4,7 @@ use backhaul::error::{Class, Problem};
 use backhaul::job::{
     Account, Attempt, BackupId, BackupWork, Command, Completion, Counts, Event, Happening, Job, JobId,
     Location, Method, Mode, Operation, Outcome, Parent, Reading, RestoreWork, StoreName, Strategy as Engine,
-    VolumeId, Work,
+    VerifyWork, VolumeId, Work,
 };
 use jiff::Timestamp;
 use proptest::collection::{btree_map, vec};
@@ -100,11 +100,14 @@ pub(crate) fn command() -> impl Strategy<Value = Command> {
     let restore = (backup_id(), target(), of(volume_id())).prop_map(|(backup_id, target, volume_id)| {
         Work::Restore(RestoreWork { backup_id, target, volume_id })
     });
+    let verify = (backup_id(), of(1..=100u8)).prop_map(|(backup_id, percent)| {
+        Work::Verify(VerifyWork { backup_id, sample: percent.map(|percent| percent.try_into().unwrap()) })
+    });
     let work = prop_oneof![
         4 => backup(),
         2 => restore,
         1 => backup_id().prop_map(Work::Delete),
-        1 => backup_id().prop_map(Work::Verify),
+        1 => verify,
     ];
     let job = (job_id(), of(store()), work)
         .prop_map(|(id, store, work)| Command::Run(Box::new(Job { id, store, work })));

@@ -116,7 +116,7 @@ impl Bench {
             walk(root, "", &mut found);
             return found;
         }
-        let own = ["records", "outcomes", "checksums", "cancels"].map(Folder::own);
+        let own = ["records", "outcomes", "checksums", "cancels", "verified"].map(Folder::own);
         for folder in own.into_iter().chain(containers.into_iter().map(Folder::from)) {
             for listed in self.store.list(&folder, "").await.unwrap() {
                 found.insert(format!("{}/{}", folder.as_str(), listed.name));
@@ -232,7 +232,7 @@ pub(crate) async fn restore(engine: &Engine, id: BackupId, target: &Path) -> Res
 }
 
 pub(crate) async fn verify(engine: &Engine, id: BackupId) -> Result<Receipt, Error> {
-    run(engine, &job(Work::Verify(id))).await
+    run(engine, &job(Work::Verify(id.into()))).await
 }
 
 /// Deletes the backup, and its record as the runner does.

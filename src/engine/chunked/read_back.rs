@@ -20,7 +20,8 @@ use super::layers::{Broken, Item, LayerEntry, Layers};
 use super::lists::{DigestList, nobody_listens, read_full};
 use super::stored::StoredReader;
 use super::{Chunked, Error, Lost, Names, blocking, damaged, object_number};
-use crate::job::{Context, Counts, Record};
+use crate::engine::Faults;
+use crate::job::{Context, Counts, Record, Sample};
 use crate::store::{ObjectName, Pieces};
 use crate::volume::{Before, VolumeTarget};
 
@@ -36,22 +37,51 @@ const ZERO_OBJECTS_MAX: usize = 64;
 const ENTRIES_AHEAD_MAX: usize = 256;
 
 impl Chunked {
-    /// Reads the backup `chain[0]`, which builds on those behind it, and checks all of it; with a target, writes it
-    /// there. Returns the digest over the block digests.
-    pub async fn read_back(
+    /// Reads the backup `chain[0]`, which builds on those behind it, checks all of it, and writes it to the target. Ends
+    /// with the first fault. Returns the digest over the block digests.
+    pub async fn restore(
+        &self,
+        ctx: &Context,
+        chain: &[Record],
+        target: Arc<dyn VolumeTarget>,
+    ) -> Result<String, Error> {
+        self.read_back(ctx, chain, Some(target), None, &mut |error| Err(error)).await
+    }
+
+    /// Reads the backup `chain[0]` likewise, or a sample of its objects, and goes on after a fault as far as it can. The
+    /// number beside the sample is its seed.
+    pub async fn verify(
+        &self,
+        ctx: &Context,
+        chain: &[Record],
+        sample: Option<(Sample, u64)>,
+        faults: &mut Faults,
+    ) -> Result<String, Error> {
+        let mut take = |error: Error| if error.is_damage() { Ok(faults.add(error)) } else { Err(error) };
+        self.read_back(ctx, chain, None, sample, &mut take).await
+    }
+
+    /// What is wrong goes to `fault`, which says whether that is the end.
+    async fn read_back(
         &self,
         ctx: &Context,
         chain: &[Record],
         target: Option<Arc<dyn VolumeTarget>>,
+        sample: Option<(Sample, u64)>,
+        fault: &mut (dyn FnMut(Error) -> Result<(), Error> + Send),
     ) -> Result<String, Error> {
         let record = &chain[0];
         ctx.progress.begin(record.volume_bytes);
         let names = chain.iter().map(Names::of).collect::<Result<Vec<_>, _>>()?;
         // Before a byte is written: all objects must be there, and the lists be what they were.
-        for (record, names) in chain.iter().zip(&names) {
+        let mut known_bad = HashSet::new();
+        for (layer, (record, names)) in chain.iter().zip(&names).enumerate() {
             ctx.check()?;
             self.check_lists(record).await?;
-            self.check_objects(record, names).await?;
+            for (number, error) in self.check_objects(record, names).await? {
+                fault(error)?;
+                known_bad.insert((layer, number));
+            }
         }
 
         let mut list = self.digest_list(record).await?;
@@ -82,6 +112,7 @@ impl Chunked {
         });
 
         let mut in_flight = FuturesUnordered::new();
+        let mut index = 0;
         let result = async {
             while let Some(item) = layers.next().await.map_err(|broken| broken_chain(chain, broken))? {
                 ctx.check()?;
@@ -89,12 +120,24 @@ impl Chunked {
                 let object = names[layer].data(item.object.entry.number)?;
                 let expected = window.expected(&item, &object, record.volume_bytes).await?;
                 window.forget_before(layers.low_water());
+                let taken = sample.is_none_or(|(sample, seed)| sample.takes(seed, index));
+                index += 1;
+                if !taken || known_bad.contains(&(layer, Some(item.object.entry.number))) {
+                    ctx.progress.done(item.ranges.iter().map(|range| range.end - range.start).sum());
+                    continue;
+                }
                 // Objects are read side by side, each on a thread of its own that may block.
                 if in_flight.len() > self.cpu.threads() {
-                    finished(in_flight.next().await)?;
+                    finished(in_flight.next().await).or_else(&mut *fault)?;
                 }
                 let memory = self.memory.reserve(OBJECT_MEMORY_BYTES).await;
-                let pieces = self.get(&chain[layer], &object).await?;
+                let pieces = match self.get(&chain[layer], &object).await {
+                    Ok(pieces) => pieces,
+                    Err(error) => {
+                        fault(error)?;
+                        continue;
+                    }
+                };
                 let reader = reader.clone();
                 in_flight.push(tokio::task::spawn_blocking(move || {
                     let _memory = memory;
@@ -102,7 +145,7 @@ impl Chunked {
                 }));
             }
             while !in_flight.is_empty() {
-                finished(in_flight.next().await)?;
+                finished(in_flight.next().await).or_else(&mut *fault)?;
             }
             Ok::<_, Error>(())
         }
@@ -119,43 +162,54 @@ impl Chunked {
     }
 
     /// Checks, without reading the data, that the lists are whole, and that the store has the objects that they name,
-    /// at their sizes, and no others.
-    async fn check_objects(&self, record: &Record, names: &Names) -> Result<(), Error> {
+    /// at their sizes, and no others. Gives what is wrong, with the number of the object if the lists have it.
+    async fn check_objects(
+        &self,
+        record: &Record,
+        names: &Names,
+    ) -> Result<Vec<(Option<u64>, Error)>, Error> {
         let mut sizes = HashMap::new();
+        let mut wrong = Vec::new();
         for object in self.store.list(&names.folder, names.prefix()).await? {
             if object.name == names.metadata.name || object.name == names.sha256_file.name {
                 continue;
             }
             match object_number(names.prefix(), &object.name) {
                 Some(number) => sizes.insert(number, object.bytes),
-                None => return Err(extra_object(record, names, &object.name)),
+                None => {
+                    wrong.push((None, extra_object(record, names, &object.name)));
+                    continue;
+                }
             };
         }
         let lists = self.object_lists(record).await?;
         let (owned_names, backup_id) = (names.clone(), record.backup_id);
-        let unlisted = blocking(move || {
-            let mut listed = HashSet::new();
+        let (listed_wrong, unlisted) = blocking(move || {
+            let (mut listed, mut wrong) = (HashSet::new(), Vec::new());
             lists.read(|LayerEntry { entry, checksum }| {
                 let object = owned_names.data(entry.number)?;
-                let Some(bytes) = sizes.get(&entry.number) else {
-                    return Err(Error::MissingObject { object: object.to_string(), backup_id });
+                let fault = match sizes.get(&entry.number) {
+                    None => Some(Error::MissingObject { object: object.to_string(), backup_id }),
+                    Some(bytes) => checksum.filter(|checksum| checksum.bytes != *bytes).map(|checksum| {
+                        let why =
+                            format!("it has {bytes} bytes now, and was written with {}", checksum.bytes);
+                        damaged(&object, why)
+                    }),
                 };
-                if let Some(checksum) = checksum.filter(|checksum| checksum.bytes != *bytes) {
-                    let why = format!("it has {bytes} bytes now, and was written with {}", checksum.bytes);
-                    return Err(damaged(&object, why));
-                }
+                wrong.extend(fault.map(|error| (Some(entry.number), error)));
                 if !listed.insert(entry.number) {
                     return Err(damaged(&owned_names.metadata, format!("it lists {object} twice")));
                 }
                 Ok(())
             })?;
-            Ok::<_, Error>(sizes.into_keys().filter(|number| !listed.contains(number)).min())
+            Ok::<_, Error>((wrong, sizes.into_keys().filter(|number| !listed.contains(number)).min()))
         })
         .await??;
-        match unlisted {
-            Some(number) => Err(extra_object(record, names, &names.data(number)?.name)),
-            None => Ok(()),
+        wrong.extend(listed_wrong);
+        if let Some(number) = unlisted {
+            wrong.push((None, extra_object(record, names, &names.data(number)?.name)));
         }
+        Ok(wrong)
     }
 }
 

@@ -14,14 +14,20 @@ use super::{Rbd, names, open, snapshot_of};
 use crate::ceph::{Extent, Image, Pool};
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
-use crate::job::{Context, Record};
+use crate::job::{Context, Record, Sample};
 use crate::volume::rbd::{WINDOW_BYTES, existing, still_there};
 use crate::volume::{Before, VolumeTarget};
 
 impl Rbd {
-    /// Reads the whole backup, the first of `chain`, and writes it to the target, where there is one. Returns its
-    /// digest, if it has one.
-    pub async fn read_back(&self, ctx: &Context, chain: &[Record], to: To) -> Result<Option<String>, Error> {
+    /// Reads the whole backup, the first of `chain`, or a sample of its pieces, and writes it to the target, where there is
+    /// one. Returns its digest, if it has one. The number beside the sample is its seed.
+    pub async fn read_back(
+        &self,
+        ctx: &Context,
+        chain: &[Record],
+        to: To,
+        sample: Option<(Sample, u64)>,
+    ) -> Result<Option<String>, Error> {
         let record = &chain[0];
         let volume_bytes = record.volume_bytes;
         ctx.progress.begin(volume_bytes);
@@ -52,8 +58,18 @@ impl Rbd {
             name: image.path().into(),
             digester: self.digester.clone(),
         };
-        let state =
-            Reading { image: image.clone(), reader, before, volume_bytes, at: 0, pieces: VecDeque::new() };
+        let (ctx_of_state, pieces) = (ctx.clone(), VecDeque::new());
+        let state = Reading {
+            ctx: ctx_of_state,
+            image: image.clone(),
+            reader,
+            before,
+            volume_bytes,
+            at: 0,
+            pieces,
+            sample,
+            index: 0,
+        };
         let tasks = stream::try_unfold(state, |mut state| async move {
             Ok::<_, Error>(state.next().await?.map(|task| (task, state)))
         });
@@ -109,16 +125,50 @@ struct Opened {
 
 /// Finds what is to be read, and what it must be.
 struct Reading {
+    ctx: Context,
     image: Arc<Image>,
     reader: DigestReader,
     before: Before,
     volume_bytes: u64,
     at: u64,
     pieces: VecDeque<Piece>,
+    sample: Option<(Sample, u64)>,
+    index: u64,
 }
 
 impl Reading {
     async fn next(&mut self) -> Result<Option<Task>, Error> {
+        while let Some(piece) = self.next_piece().await? {
+            let mut expected = Vec::new();
+            loop {
+                let more = self.reader.take_below(block(piece.range.end - 1) + 1).await?;
+                if more.is_empty() {
+                    break;
+                }
+                expected.extend(more);
+            }
+            // What Ceph has nothing for costs nothing to compare.
+            if !piece.zero && !self.sample_takes_next() {
+                self.ctx.check()?;
+                self.ctx.progress.done(piece.range.end - piece.range.start);
+                continue;
+            }
+            let stale = match self.before {
+                Before::Zeros => Vec::new(),
+                Before::Anything => vec![piece.range.clone()],
+            };
+            return Ok(Some(Task { piece, stale, expected: Some(expected), complete: self.reader.complete }));
+        }
+        Ok(None)
+    }
+
+    fn sample_takes_next(&mut self) -> bool {
+        let index = self.index;
+        self.index += 1;
+        self.sample.is_none_or(|(sample, seed)| sample.takes(seed, index))
+    }
+
+    async fn next_piece(&mut self) -> Result<Option<Piece>, Error> {
         while self.pieces.is_empty() {
             if self.at == self.volume_bytes {
                 if !self.reader.take_below(u64::MAX).await?.is_empty() {
@@ -136,20 +186,7 @@ impl Reading {
             })
             .await??;
         }
-        let Some(piece) = self.pieces.pop_front() else { return Ok(None) };
-        let mut expected = Vec::new();
-        loop {
-            let more = self.reader.take_below(block(piece.range.end - 1) + 1).await?;
-            if more.is_empty() {
-                break;
-            }
-            expected.extend(more);
-        }
-        let stale = match self.before {
-            Before::Zeros => Vec::new(),
-            Before::Anything => vec![piece.range.clone()],
-        };
-        Ok(Some(Task { piece, stale, expected: Some(expected), complete: self.reader.complete }))
+        Ok(self.pieces.pop_front())
     }
 }
 

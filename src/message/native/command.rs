@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::schema;
-use crate::job::{BackupWork, Command, Job, JobId, Parent, RestoreWork, Work};
+use crate::job::{BackupWork, Command, Job, JobId, Parent, RestoreWork, Sample, VerifyWork, Work};
 use crate::message::json;
 use crate::message::rejection::{Reason, Rejection};
 
@@ -51,6 +51,8 @@ struct Wire {
     project_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     volume_meta: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sample_percent: Option<Sample>,
 }
 
 /// Reads a command, and takes nothing that could be meant in another way.
@@ -117,6 +119,7 @@ impl Wire {
             description: None,
             project_id: None,
             volume_meta: None,
+            sample_percent: None,
         }
     }
 
@@ -146,7 +149,10 @@ impl Wire {
                 volume_id: optional("volume_id", self.volume_id.as_deref())?,
             }),
             "delete" => Work::Delete(required("backup_id", self.backup_id.as_deref())?),
-            "verify" => Work::Verify(required("backup_id", self.backup_id.as_deref())?),
+            "verify" => Work::Verify(VerifyWork {
+                backup_id: required("backup_id", self.backup_id.as_deref())?,
+                sample: self.sample_percent,
+            }),
             other => return Err(Fault(Reason::UnknownOperation, format!("unknown operation {other:?}"))),
         };
         if let Work::Backup(BackupWork { backup_id, parent: Parent::Given(parent_id), .. }) = &work
@@ -199,7 +205,8 @@ pub fn encode_command(command: &Command) -> Vec<u8> {
                     wire.volume_meta = work.volume_meta.as_deref().map(metadata);
                 }
                 Work::Restore(work) => wire.target = Some(work.target.to_string()),
-                Work::Delete(_) | Work::Verify(_) => {}
+                Work::Verify(work) => wire.sample_percent = work.sample,
+                Work::Delete(_) => {}
             }
             wire
         }
