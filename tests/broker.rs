@@ -177,6 +177,7 @@ async fn a_job_arrives_with_its_body_and_properties() {
         message_id: Some("m".into()),
         priority: Some(7),
         attempt: 3,
+        ..Properties::default()
     };
     broker.publish_job(Bytes::from_static(b"\0body\xff"), properties.clone()).await.unwrap();
 

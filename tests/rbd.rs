@@ -123,9 +123,10 @@ impl Bench {
 
     /// Runs the job as a worker does that may have `tries` more.
     async fn end(&self, job: &Job, tries: u32) -> Ended {
-        let (report, attempts) = (Report::new(&Deaf, job), Attempts { current: 1, max: tries });
+        let (report, attempts) =
+            (Report::new(&Deaf, job), Attempts { max: tries, seconds_max: 3600, ..Attempts::one() });
         let progress_every = Duration::from_secs(60);
-        runner::run(&Context::default(), &self.engine, job, attempts, progress_every, &report).await
+        runner::run(&Context::default(), &self.engine, job, &attempts, progress_every, &report).await
     }
 
     /// Backs up as a worker does; returns the record, by which method it was made, and why not by the first one.
@@ -791,8 +792,8 @@ async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
     let job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
     let ctx = Context::default();
     let report = Report::new(&Deaf, &job);
-    let attempts = Attempts { current: 1, max: 1 };
-    let run = runner::run(&ctx, &bench.engine, &job, attempts, Duration::from_secs(60), &report);
+    let attempts = Attempts::one();
+    let run = runner::run(&ctx, &bench.engine, &job, &attempts, Duration::from_secs(60), &report);
     let stop = async {
         while ctx.progress.read().counts.bytes_stored == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;

@@ -206,7 +206,7 @@ pub struct Worker {
     #[serde(default = "number::<_, 3>", deserialize_with = "whole::<_, _, 1, 100>")]
     pub attempts_max: u32,
     /// How long after its first attempt a job is tried again.
-    #[serde(default = "number::<_, 86_400>", deserialize_with = "whole::<_, _, 1, 2_592_000>")]
+    #[serde(default = "attempt_seconds_max", deserialize_with = "whole::<_, _, 1, 2_592_000>")]
     pub attempt_seconds_max: u32,
     /// How often the progress of a job is published.
     #[serde(default = "number::<_, 1>", deserialize_with = "whole::<_, _, 1, 3600>")]
@@ -640,6 +640,10 @@ fn check_images(
 
 fn broker_prefix() -> String {
     "backhaul".into()
+}
+
+fn attempt_seconds_max() -> u32 {
+    24 * 60 * 60
 }
 
 fn message_bytes_max() -> usize {
