@@ -106,7 +106,13 @@ Examples:
     },
 
     /// Look at the jobs that failed and the messages that could be no jobs, bring them back or drop them.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  backhaul dead list
+  backhaul dead retry 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3"
+    )]
     Dead(DeadCommand),
 
     /// List the backups in a store.
@@ -290,12 +296,19 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub enum DeadCommand {
     /// List them, the oldest first.
+    #[command(after_help = "\
+Examples:
+  backhaul dead list
+  backhaul dead list --json")]
     List {
         /// Print them as a JSON array.
         #[arg(long)]
         json: bool,
     },
     /// Show one: why it was given up, each attempt, and the message itself.
+    #[command(after_help = "\
+Examples:
+  backhaul dead show 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3")]
     Show {
         /// The letter or the job, as `dead list` prints them.
         #[arg(value_name = "LETTER|JOB")]
@@ -308,6 +321,10 @@ Examples:
   backhaul dead retry --all")]
     Retry(LettersArgs),
     /// Remove them for good.
+    #[command(after_help = "\
+Examples:
+  backhaul dead drop 8e1f0c2d40b7
+  backhaul dead drop --all")]
     Drop(LettersArgs),
 }
 

@@ -380,7 +380,7 @@ struct AccountWire {
     strategy: Option<StrategyText>,
     mode: Option<ModeText>,
     attempt_count: u32,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_none")]
     revival_count: u32,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     earlier_attempts: Vec<AttemptWire>,
@@ -391,6 +391,10 @@ struct AccountWire {
     counts: Counts,
     seconds: f64,
     digest: Option<String>,
+}
+
+fn is_none(count: &u32) -> bool {
+    *count == 0
 }
 
 /// An attempt as it is told of, and as it travels with a job that is put off.
