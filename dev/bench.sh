@@ -2,6 +2,7 @@
 # Measures the figures that the documentation gives, and prints them as the table that stands there.
 #   bench.sh sparse   a volume of 1 TiB that holds 64 MiB
 #   bench.sh full     a volume of 8 GiB, full of real files
+#   bench.sh peers    beside Cinder's drivers, restic and borg, and the machine's limit; bench-peers.sh says what may follow
 #   bench.sh ceph     RBD volumes on private Ceph clusters; bench-ceph.sh says what may follow
 # Needs about 25 GB of disk below the target folder, and removes what it made.
 set -euo pipefail
@@ -12,7 +13,10 @@ unset "${!BACKHAUL_@}"
 volume_id=3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88
 die() { echo "bench.sh: $*" >&2; exit 1; }
 
-if [[ ${1:-} == ceph ]]; then exec dev/bench-ceph.sh "${@:2}"; fi
+case ${1:-} in
+ceph) exec dev/bench-ceph.sh "${@:2}" ;;
+peers) exec dev/bench-peers.sh "${@:2}" ;;
+esac
 dev/install.sh bench
 cargo build --locked --release
 target=$(cargo metadata --locked --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
@@ -121,5 +125,6 @@ esac
 printf '\nOn %s cores. "cores" is processor time over wall time, "memory" the peak of the process.\n' "$(nproc)"
 if (($# == 0)); then
   cd "$repository"
+  dev/bench-peers.sh
   dev/bench-ceph.sh
 fi
