@@ -99,7 +99,7 @@ pub struct Stores {
 /// A store of the configuration.
 #[derive(Debug)]
 enum Store {
-    Open(Engine),
+    Folder(Engine, Posix),
     /// It is behind a server, to which nobody connects before it is needed.
     Server(Engine, S3),
     /// It is opened when it is needed first.
@@ -110,7 +110,7 @@ enum Store {
 impl Store {
     async fn engine(&self) -> Result<&Engine, Error> {
         match self {
-            Self::Open(engine) | Self::Server(engine, _) => Ok(engine),
+            Self::Folder(engine, _) | Self::Server(engine, _) => Ok(engine),
             #[cfg(feature = "ceph")]
             Self::Pool(store) => store.engine().await,
         }
@@ -118,9 +118,13 @@ impl Store {
 
     /// Finds out whether the store can be used now.
     async fn reach(&self, name: &StoreName) -> Result<(), Error> {
-        if let Self::Server(_, store) = self {
-            store.reach().await.map_err(|source| Error::Store { name: name.clone(), source })?;
-        }
+        let reached = match self {
+            Self::Folder(_, store) => store.reach(),
+            Self::Server(_, store) => store.reach().await,
+            #[cfg(feature = "ceph")]
+            Self::Pool(_) => Ok(()),
+        };
+        reached.map_err(|source| Error::Store { name: name.clone(), source })?;
         self.engine().await.map(drop)
     }
 }
@@ -182,8 +186,9 @@ impl Stores {
                 StoreKind::Posix { path, chunking } => {
                     let opened =
                         Posix::open(path).map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let chunked = Chunked::new(Arc::new(opened), chunked_settings(chunking), cpu, budget);
-                    Store::Open(Engine::new(chunked, volumes))
+                    let chunked =
+                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
+                    Store::Folder(Engine::new(chunked, volumes), opened)
                 }
                 StoreKind::S3 { settings, chunking } => {
                     let opened = S3::new((**settings).clone())
@@ -399,6 +404,7 @@ struct Jobs {
 }
 
 struct Running {
+    job: Job,
     cancel: CancellationToken,
     /// Deliveries of the same job that came while it ran: the broker had given the first one up.
     adopted: Vec<Delivery>,
@@ -436,9 +442,12 @@ impl Worker {
 
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
         let ctx = Context::default();
-        let delivery = {
+        let delivery = 'new: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
+                if running.job != *job {
+                    break 'new Err(delivery);
+                }
                 info!("job runs here already, delivery adopted");
                 running.adopted.push(delivery);
                 return Ok(());
@@ -447,14 +456,27 @@ impl Worker {
                 jobs.cancelled.remove(index);
                 ctx.cancel.cancel();
             }
-            jobs.running.insert(job.id, Running { cancel: ctx.cancel.clone(), adopted: Vec::new() });
-            delivery
+            jobs.running.insert(
+                job.id,
+                Running { job: job.clone(), cancel: ctx.cancel.clone(), adopted: Vec::new() },
+            );
+            Ok(delivery)
+        };
+        let delivery = match delivery {
+            Ok(delivery) => delivery,
+            Err(delivery) => {
+                let message =
+                    format!("job_id: another job {} runs here: give each job an id of its own", job.id);
+                let reason = Reason::ImpossibleValue;
+                return self.reject(delivery, &Rejection { reason, message, job_id: Some(job.id) }).await;
+            }
         };
         let attempts = Attempts {
             current: delivery.properties.attempt,
             max: self.attempts_max,
             seconds_max: self.attempt_seconds_max,
             earlier: delivery.properties.story.as_deref().map(message::parse_attempts).unwrap_or_default(),
+            redelivery_count: delivery.properties.redelivery_count,
             revival_count: delivery.properties.revival_count,
         };
         // Somebody was handed the message before, and may still be at it.

@@ -648,6 +648,40 @@ async fn a_sample_reads_a_part_and_still_sees_what_is_missing() {
 }
 
 #[tokio::test]
+async fn a_delete_that_is_refused_disturbs_nobody_who_uses_the_chain() {
+    let shelf = Shelf::new(Kind::Memory, Compression::Zstd).await;
+    let faulty = Faulty::counting(shelf.bench.store());
+    let engine = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
+    let error = delete(&engine, shelf.chain[0].id()).await.unwrap_err();
+    assert!(matches!(error, Error::HasChildren { .. }), "{error}");
+    // Were it marked as being deleted, even for a moment, whoever reads its child then would take it for lost.
+    let writes: Vec<String> = faulty
+        .names()
+        .into_iter()
+        .filter(|call| !call.starts_with("get") && !call.starts_with("list"))
+        .collect();
+    assert_eq!(writes, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_store_that_is_completely_full_can_be_made_room_in() {
+    let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
+    let last = shelf.other.last().unwrap();
+    let faulty = Faulty::counting(shelf.bench.store());
+    let counting = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
+    delete(&counting, last.id()).await.unwrap();
+    let mark = 1 + faulty.names().iter().position(|call| call.starts_with("replace")).unwrap();
+
+    let faulty = Faulty::new(shelf.bench.store(), mark, Fault::Refused(Errno::NOSPC));
+    let engine = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
+    let first = &shelf.other[0];
+    delete(&engine, first.id()).await.unwrap();
+    assert!(faulty.broke_at().contains("records"), "{}", faulty.broke_at());
+    assert_eq!(engine.catalog().record(first.id()).await.unwrap(), None);
+    shelf.all_whole(&shelf.chain, "after the delete").await;
+}
+
+#[tokio::test]
 async fn when_a_backup_was_verified_goes_with_it() {
     let bench = Bench::new(Kind::Posix);
     let engine = bench.engine(settings(Compression::Zstd));

@@ -266,7 +266,7 @@ async fn the_last_attempt_tells_of_those_before_it_and_is_the_last_when_the_time
     let told = completion.account.earlier_attempts;
     let numbers: Vec<u32> = told.iter().map(|attempt| attempt.attempt).collect();
     assert_eq!(numbers, [1, 12, 13, 14, 15, 16, 17, 18, 19, 20], "the first one and the latest");
-    assert!(told[0].error.contains("the store failed"), "{told:?}");
+    assert!(told[0].error.contains(".backhaul/"), "{told:?}");
 }
 
 #[tokio::test]
@@ -300,4 +300,37 @@ async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
     engine.catalog().settle(scene.job.id).await.unwrap();
     engine.catalog().forget_cancel(scene.job.id).await.unwrap();
     assert!(scene.bench.everything([]).await.is_empty(), "{:?}", scene.bench.everything([]).await);
+}
+
+#[tokio::test]
+async fn a_job_that_ends_its_workers_is_begun_so_often_and_no_more() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    let attempts =
+        |redelivery_count| Attempts { redelivery_count, max: 3, seconds_max: 60, ..Attempts::one() };
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(21)).await else {
+        panic!("it ends")
+    };
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{:?}", completion.outcome) };
+    assert!(problem.message.contains("21 times"), "{problem}");
+    assert_eq!(sink.told(), ["accepted", "ended"]);
+
+    let scene = Scene::new(Parent::None);
+    let engine = scene.bench.engine(SETTINGS);
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(20)).await else {
+        panic!("it ends")
+    };
+    assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 21));
+}
+
+#[tokio::test]
+async fn a_job_that_is_done_is_found_done_whoever_wanted_its_end_later() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    assert!(matches!(scene.run(&engine, &sink, 1, 1).await, Ended::Over(_)));
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id).await.unwrap();
+    let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    verify(&engine, scene.job.backup_id()).await.unwrap();
 }

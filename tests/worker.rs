@@ -325,6 +325,34 @@ fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn another_job_with_the_id_of_one_that_runs_is_rejected_and_not_taken_for_it() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);
+    fs::write(stack.volume("a.img"), noise(9, 64 << 20)).unwrap();
+    let _worker = stack.worker();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    let target = stack.location("never.img");
+    let output = stack.run(&[
+        "submit",
+        "restore",
+        "--backup-id",
+        BACKUP,
+        "--target",
+        &target,
+        "--job-id",
+        job_id,
+        "--wait",
+    ]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    assert!(told.contains("give each job an id of its own"), "{told}");
+    cancel(&stack, job_id);
+    until("the first one is gone", || stack.objects().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn jobs_that_take_longer_than_the_broker_allows_end_once() {
     // It takes back what was not acknowledged for this long, and hands it out again.
     let rabbit = Rabbit::start_with(&["consumer_timeout = 2000"]);

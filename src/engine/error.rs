@@ -18,11 +18,11 @@ pub enum Error {
     Cancelled(#[from] Cancelled),
 
     /// The store failed.
-    #[error("the store failed")]
+    #[error(transparent)]
     Store(#[from] store::Error),
 
     /// The source or target cannot be used.
-    #[error("the volume cannot be used")]
+    #[error(transparent)]
     Volume(#[from] volume::Error),
 
     /// Volumes of that kind need Ceph.

@@ -34,6 +34,7 @@ use crate::job::Location;
 #[cfg(feature = "ceph")]
 use crate::volume::rbd::RbdOrigin;
 
+use crate::store::Reason;
 use chunked::Chunked;
 #[cfg(feature = "ceph")]
 use cpu::blocking;
@@ -118,7 +119,11 @@ impl Engine {
 
     /// Does the job by this method.
     pub async fn run(&self, ctx: &Context, job: &Job, method: Method) -> Result<Receipt, Error> {
+        if !matches!(job.work, Work::Backup(_)) {
+            ctx.check()?;
+        }
         match &job.work {
+            // It looks later: one that is done already is found done, whoever wants its end.
             Work::Backup(work) => self.backup(ctx, job.id, work, method).await,
             Work::Restore(work) => self.restore(ctx, work).await,
             Work::Verify(work) => self.verify(ctx, job.id, *work).await,
@@ -144,6 +149,7 @@ impl Engine {
                 _ => return Err(Error::BackupExists(work.backup_id)),
             }
         }
+        ctx.check()?;
         let parent = match (method.mode, work.parent) {
             (Some(Mode::Incremental), Parent::Given(id)) => Some(self.parent(id, work.volume_id).await?),
             (Some(Mode::Incremental), _) => {
@@ -479,9 +485,19 @@ impl Engine {
     /// Removes the data of a backup. Its record goes with [`Catalog::conclude`].
     async fn delete(&self, ctx: &Context, job_id: JobId, id: BackupId) -> Result<Receipt, Error> {
         let before = self.catalog.record(id).await?.ok_or(Error::UnknownBackup(id))?;
+        // One that is to stay is not even marked: who reads or builds on it meanwhile would take it for lost.
+        if !matches!(before.state, RecordState::Deleting(_)) {
+            has_none(id, self.catalog.children(id).await?)?;
+        }
         // A backup whose job died, or is lost, may be deleted too. If the job lives, it finds that out at its end.
         let record = Record { state: RecordState::Deleting(job_id), ..before.clone() };
-        self.catalog.save(&record).await?;
+        match self.catalog.save(&record).await {
+            // It is the delete that makes room. Nobody can begin to build on the backup either.
+            Err(Error::Store(error)) if matches!(error.reason(), Reason::Full) => {
+                warn!("the store is full: the backup is deleted without being marked as such first");
+            }
+            saved => saved?,
+        }
         // Only after the mark is set: a backup that begins to build on this one either is seen here, or sees the mark.
         let children = self.catalog.children(id).await;
         if !matches!(&children, Ok(children) if children.is_empty()) {
@@ -491,8 +507,7 @@ impl Engine {
                 state => state,
             };
             self.catalog.save(&Record { state, ..before }).await?;
-            let children: Vec<String> = children?.iter().map(ToString::to_string).collect();
-            return Err(Error::HasChildren { backup_id: id, children: children.join(", ") });
+            has_none(id, children?)?;
         }
         self.remove(&record, ctx).await?;
         Ok(Receipt {
@@ -562,6 +577,15 @@ impl Faults {
             self.more_count += 1;
         }
     }
+}
+
+/// Refuses the delete of a backup that others build on.
+fn has_none(backup_id: BackupId, children: Vec<BackupId>) -> Result<(), Error> {
+    if children.is_empty() {
+        return Ok(());
+    }
+    let children: Vec<String> = children.iter().map(ToString::to_string).collect();
+    Err(Error::HasChildren { backup_id, children: children.join(", ") })
 }
 
 fn read_receipt(ctx: &Context, record: &Record, digest: Option<String>) -> Receipt {

@@ -12,6 +12,8 @@ use crate::error::{Causes, Class, Problem};
 use crate::event;
 use crate::job::{Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome};
 
+/// How often a job is begun again whose worker ended before it did; one that ends its workers must not do so for ever.
+const REDELIVERIES_MAX: u32 = 20;
 /// How often a running job looks into the store whether somebody asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_secs(5);
 /// Attempts that are told of; of more the first one and the latest.
@@ -30,6 +32,8 @@ pub struct Attempts {
     pub seconds_max: u32,
     /// Those before this one.
     pub earlier: Vec<Attempt>,
+    /// How often a worker was handed this try before and ended, or was cut off, before the job did.
+    pub redelivery_count: u32,
     /// How often people brought the job back after it had failed; it begins anew then.
     pub revival_count: u32,
 }
@@ -37,7 +41,14 @@ pub struct Attempts {
 impl Attempts {
     /// A job that is tried once.
     pub fn one() -> Self {
-        Self { current: 1, max: 1, seconds_max: 0, earlier: Vec::new(), revival_count: 0 }
+        Self {
+            current: 1,
+            max: 1,
+            seconds_max: 0,
+            earlier: Vec::new(),
+            redelivery_count: 0,
+            revival_count: 0,
+        }
     }
 
     fn is_last(&self) -> bool {
@@ -106,6 +117,14 @@ pub async fn run(
     let mut account = account(attempts);
     let mut methods = plan(job, &engine.strategies(&job.work)).into_iter().peekable();
     let outcome = loop {
+        if attempts.redelivery_count > REDELIVERIES_MAX {
+            let count = attempts.redelivery_count;
+            let message = format!(
+                "{count} times a worker began the job and ended before the job did: look into the logs for what ends \
+                 them, such as too little memory, then bring the job back"
+            );
+            break Outcome::Failed(Problem { class: Class::Permanent, message, causes: Vec::new() });
+        }
         let Some(method) = methods.next() else {
             // Not reached: the last method's error ends the loop, and a plan is never empty.
             let message = "no method is left".into();
@@ -184,7 +203,7 @@ pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &R
 /// What an account begins with.
 fn account(attempts: &Attempts) -> Account {
     Account {
-        attempt_count: attempts.current.saturating_sub(1),
+        attempt_count: attempts.current.saturating_sub(1).saturating_add(attempts.redelivery_count),
         earlier_attempts: attempts.earlier.clone(),
         revival_count: attempts.revival_count,
         ..Account::default()
@@ -200,7 +219,6 @@ async fn attempt(
     progress_every: Duration,
     report: &Report<'_>,
 ) -> Result<Receipt, engine::Error> {
-    ctx.check()?;
     let progress = async {
         loop {
             tokio::time::sleep(progress_every).await;

@@ -38,6 +38,13 @@ impl Posix {
         Ok(Self { root })
     }
 
+    /// Finds out whether the folder can be written.
+    pub fn reach(&self) -> Result<()> {
+        let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+        rustix::fs::access(&self.root, access)
+            .map_err(|errno| Error::io("write the store", self.root.display(), errno.into()))
+    }
+
     fn folder_path(&self, folder: &Folder) -> PathBuf {
         self.root.join(folder.as_str())
     }

@@ -69,6 +69,11 @@ impl Faulty {
         self.state.calls.load(Ordering::SeqCst)
     }
 
+    /// All calls so far, in order, each with what it was about.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.state.names.lock().unwrap().clone()
+    }
+
     /// The call that broke, for people.
     pub(crate) fn broke_at(&self) -> String {
         let names = self.state.names.lock().unwrap();
