@@ -496,6 +496,7 @@ async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: 
 mod rados {
     use backhaul::ceph::{Cluster, Features, MapChange, Mode, NewImage, Pool};
     use backhaul::error::Class;
+    use backhaul::job::Container;
     use backhaul::store::Rados;
 
     use super::*;
@@ -578,7 +579,11 @@ mod rados {
         }
         let keys = [&written, &deleted].map(|id| format!(".{}/.{id}", name.name));
         let entry = format!("12 4 {deleted}");
-        let died = [MapChange::Set(&keys[0], b"writing"), MapChange::Set(&keys[1], entry.as_bytes())];
+        let died = [
+            MapChange::Set(&keys[0], b"writing"),
+            MapChange::Set(&keys[1], entry.as_bytes()),
+            MapChange::Set(".newest", written.as_bytes()),
+        ];
         assert!(pool.change_map(INDEX, &died).unwrap());
 
         assert_eq!(bench.list("").await, []);
@@ -590,6 +595,38 @@ mod rados {
         bench.store.tidy(&bench.folder, &name.name).await.unwrap();
         assert!(!there(&written));
         bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_folder_without_objects_has_no_index_and_its_removal_takes_nothing_along() {
+        let store: Arc<dyn ObjectStore> = Arc::new(Rados::new(super::pool()));
+        let container: Container = format!("emptied-{}", Uuid::new_v4()).parse().unwrap();
+        let folder = Folder::from(&container);
+        let index = format!("{}/.index", folder.as_str());
+        let writers = (0..8).map(|number| {
+            let (store, folder) = (store.clone(), folder.clone());
+            let name = folder.object(&format!("{number}")).unwrap();
+            async move {
+                for round in 0..30 {
+                    let bytes = junk(10 + round);
+                    store.put(&name, bytes.clone()).await.unwrap();
+                    assert!(store.get(&name).await.unwrap().collect(&name, 100).await.unwrap() == bytes);
+                    store.delete(&name).await.unwrap();
+                    store.tidy(&folder, &name.name).await.unwrap();
+                }
+            }
+        });
+        side_by_side(writers).await;
+        assert_eq!(super::pool().object_bytes(&index).unwrap(), None);
+        assert!(store.list(&folder, "").await.unwrap().is_empty());
+        store.tidy(&folder, "").await.unwrap();
+
+        let kept = folder.object("kept").unwrap();
+        store.put(&kept, junk(10)).await.unwrap();
+        store.tidy(&folder, "").await.unwrap();
+        assert_eq!(store.list(&folder, "").await.unwrap().len(), 1);
+        store.delete(&kept).await.unwrap();
+        store.tidy(&folder, "").await.unwrap();
     }
 
     #[tokio::test(flavor = "multi_thread")]

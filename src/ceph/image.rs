@@ -395,15 +395,21 @@ impl Image {
         })
     }
 
-    /// Removes a snapshot; says whether it was there.
+    /// Removes a snapshot; says whether it was there. Fails with [`io::ErrorKind::ResourceBusy`] while it is protected.
     pub fn remove_snapshot(&self, name: &str) -> Result<bool, Error> {
         let c_name = c_string(name)?;
         // SAFETY: the image is open, and the name is valid for the call.
         let code = unsafe { rbd_snap_remove(self.handle, c_name.as_ptr()) };
-        let snapshot = || format!("{}@{name}", self.path);
-        match check(code).map_err(|code| Error::operation("remove snapshot", snapshot(), unanswered(code))) {
+        let (action, snapshot) = ("remove snapshot", format!("{}@{name}", self.path));
+        match check(code).map_err(|code| Error::operation(action, &snapshot, unanswered(code))) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                let why = "it is protected, or in use: `rbd children` tells which clones there are of it, and \
+                           `rbd snap unprotect` lets go of one that has none";
+                let error = io::Error::new(io::ErrorKind::ResourceBusy, why);
+                Err(Error::Operation { action, object: snapshot, error })
+            }
             Err(error) => Err(error),
         }
     }

@@ -21,6 +21,16 @@ const CREATE_EXCLUSIVE: c_int = 1;
 unsafe extern "C" {
     /// In `librados.h` since Ceph 15, but not in the crate.
     fn rados_set_pool_full_try(io: rados::rados_ioctx_t);
+    /// The same.
+    fn rados_read_op_omap_get_vals2(
+        op: rados::rados_read_op_t,
+        start_after: *const c_char,
+        filter_prefix: *const c_char,
+        max_return: u64,
+        iter: *mut rados::rados_omap_iter_t,
+        pmore: *mut u8,
+        prval: *mut c_int,
+    );
 }
 
 /// A connection to a cluster. Clones share it; it ends with the last of them and of what was made with them.
@@ -235,8 +245,14 @@ impl Pool {
         let name = c_string(object)?;
         let op = WriteOp::new();
         for change in changes {
-            let (MapChange::Expect(key, _) | MapChange::Set(key, _) | MapChange::Remove(key)) = change;
-            let key = c_string(key)?;
+            let key = match change {
+                MapChange::Expect(key, _) | MapChange::Set(key, _) | MapChange::Remove(key) => c_string(key)?,
+                MapChange::RemoveAll => {
+                    // SAFETY: the operation is valid.
+                    unsafe { rados::rados_write_op_remove(op.0) };
+                    continue;
+                }
+            };
             let keys = [key.as_ptr()];
             // SAFETY: the operation is valid, and copies keys and values. The arrays have the one entry that is told,
             // and the lengths are those of the values.
@@ -258,6 +274,8 @@ impl Pool {
                         1,
                     ),
                     MapChange::Remove(_) => rados::rados_write_op_omap_rm_keys(op.0, keys.as_ptr(), 1),
+                    // Done above.
+                    MapChange::RemoveAll => {}
                 }
             }
         }
@@ -276,6 +294,16 @@ impl Pool {
             rados::rados_read_op_omap_get_vals_by_keys(op, keys.as_ptr(), 1, found, told);
         })?;
         Ok(found.pop().map(|(_, value)| value))
+    }
+
+    /// The only entry of an object's map; none where there are more, or none.
+    pub fn only_map_entry(&self, object: &str) -> Result<Option<(String, Vec<u8>)>, Error> {
+        let mut more = 0;
+        // SAFETY: the operation is valid, and copies both strings; `more` outlives it.
+        let mut found = self.read_map(object, |op, found, told| unsafe {
+            rados_read_op_omap_get_vals2(op, c"".as_ptr(), c"".as_ptr(), 2, found, &mut more, told);
+        })?;
+        Ok(found.pop().filter(|_| found.is_empty() && more == 0))
     }
 
     /// What an object's map has under keys that begin with `prefix`, in order; nothing where there is no such object.
@@ -345,6 +373,8 @@ pub enum MapChange<'a> {
     Set(&'a str, &'a [u8]),
     /// Removes a key, if it is there.
     Remove(&'a str),
+    /// Removes the object with its map.
+    RemoveAll,
 }
 
 /// Copies the entries out of an iterator.

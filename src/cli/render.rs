@@ -144,7 +144,7 @@ pub fn show(record: &Record, verified: Option<&Verified>) -> String {
         for (count, what) in skipped {
             line("skipped", &format!("{} {what}", bytes(count)));
         }
-        line("stored", &format!("{} in {}", bytes(bytes_stored), objects(object_count)));
+        line("stored", &format!("{}{}", bytes(bytes_stored), in_objects(object_count)));
     } else {
         ["read", "skipped", "stored"].into_iter().for_each(|what| line(what, UNKNOWN));
     }
@@ -261,14 +261,16 @@ fn progress(operation: Operation, reading: &Reading) -> String {
 fn moved(operation: Operation, counts: &Counts) -> String {
     let Counts { bytes_read, bytes_stored, bytes_written, object_count, .. } = *counts;
     let (read, skipped, stored) = (bytes(bytes_read), bytes(skipped(counts)), bytes(bytes_stored));
-    let objects = objects(object_count);
+    let objects = in_objects(object_count);
     match operation {
-        Operation::Backup => format!("read {read}, skipped {skipped}, stored {stored} in {objects}"),
+        Operation::Backup => format!("read {read}, skipped {skipped}, stored {stored}{objects}"),
         Operation::Restore => {
-            format!("read {stored} in {objects}, skipped {skipped}, wrote {}", bytes(bytes_written))
+            format!("read {stored}{objects}, skipped {skipped}, wrote {}", bytes(bytes_written))
         }
-        Operation::Verify => format!("checked {read}, stored as {stored} in {objects}"),
-        Operation::Delete => format!("freed {stored} in {objects}"),
+        Operation::Verify => format!("checked {read}, stored as {stored}{objects}"),
+        // Of an image nobody knows how much of it no other backup needs.
+        Operation::Delete if object_count == 0 => "removed".into(),
+        Operation::Delete => format!("freed {stored}{objects}"),
     }
 }
 
@@ -294,8 +296,13 @@ fn is_counted(record: &Record) -> bool {
     record.method.is_some()
 }
 
-fn objects(count: u64) -> String {
-    if count == 1 { "1 object".into() } else { format!("{count} objects") }
+/// Says nothing of an image, which has objects of Ceph's only.
+fn in_objects(count: u64) -> String {
+    match count {
+        0 => String::new(),
+        1 => " in 1 object".into(),
+        count => format!(" in {count} objects"),
+    }
 }
 
 fn bytes(count: u64) -> String {
@@ -454,6 +461,22 @@ mod tests {
             "failed after 12.3 s and 2 attempts: open the source: no such file: gone"
         );
         assert_eq!(completion(&ended(Operation::Backup, Outcome::Cancelled)), "cancelled after 12.3 s");
+    }
+
+    #[test]
+    fn what_is_kept_as_an_image_is_not_said_to_be_in_0_objects() {
+        let counts = Counts { object_count: 0, bytes_written: 1 << 20, ..counts() };
+        let texts = [
+            (Operation::Backup, "read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB"),
+            (Operation::Restore, "read 300.00 MiB, skipped 257.00 MiB, wrote 1.00 MiB"),
+            (Operation::Verify, "checked 768.00 MiB, stored as 300.00 MiB"),
+            (Operation::Delete, "removed"),
+        ];
+        for (operation, text) in texts {
+            assert_eq!(moved(operation, &counts), text);
+        }
+        let shown = show(&Record { counts, ..record() });
+        assert!(shown.lines().any(|line| line == "stored            300.00 MiB"), "{shown}");
     }
 
     #[test]

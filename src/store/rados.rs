@@ -9,6 +9,7 @@
 //! ```text
 //! <folder>/.index                 map: <name>        its size, the size of its parts, its id
 //!                                      .<name>/.<id>  parts to remove: `writing`, `abandoned`, or what <name> had
+//!                                      .newest        the id that was begun last; with nothing else, the index may go
 //! <folder>/<name>/.<id>.<number>  a part
 //! ```
 //!
@@ -29,6 +30,8 @@ const PART_BYTES: usize = 4 << 20;
 /// How often something is tried that somebody else was faster with.
 const TRIES_MAX: u32 = 20;
 
+/// The key of the id that was begun last.
+const NEWEST: &str = ".newest";
 /// Parts that are still written, and may be finished.
 const WRITING: &[u8] = b"writing";
 /// Parts that nobody can finish any more.
@@ -115,8 +118,11 @@ impl ObjectStore for Rados {
 
     async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
         let (pool, owned, key_prefix) = (self.pool.clone(), folder.clone(), format!(".{prefix}"));
-        blocking("tidy", folder.as_str(), move || remove_leftovers(&pool, &owned, &key_prefix, Writers::Stop))
-            .await
+        blocking("tidy", folder.as_str(), move || {
+            remove_leftovers(&pool, &owned, &key_prefix, Writers::Stop)?;
+            remove_empty_index(&pool, &owned)
+        })
+        .await
     }
 }
 
@@ -198,7 +204,11 @@ impl Place {
 
     /// Makes changes to the index, unless it is not as they expect it to be.
     fn change(&self, changes: &[MapChange<'_>]) -> io::Result<bool> {
-        Ok(self.pool.change_map(&self.index(), changes)?)
+        match self.pool.change_map(&self.index(), changes) {
+            // It was removed because nothing was in it.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            changed => Ok(changed?),
+        }
     }
 
     /// What the index has for the object. Nothing says that it is not there.
@@ -317,6 +327,20 @@ fn remove_leftovers(pool: &Pool, folder: &Folder, key_prefix: &str, writers: Wri
     Ok(())
 }
 
+/// Removes the index of a folder that has nothing, unless somebody has begun to write there since it was looked at.
+fn remove_empty_index(pool: &Pool, folder: &Folder) -> io::Result<()> {
+    let index = index(folder);
+    match pool.only_map_entry(&index)? {
+        Some((key, id)) if key == NEWEST => {
+            match pool.change_map(&index, &[MapChange::Expect(NEWEST, &id), MapChange::RemoveAll]) {
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+                changed => Ok(changed.map(drop)?),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether an object may take the place of another one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Publish {
@@ -337,7 +361,9 @@ struct Unfinished {
 impl Unfinished {
     fn begin(place: Place) -> io::Result<Self> {
         let id = Uuid::new_v4();
-        place.change(&[MapChange::Set(&place.leftover_key(id), WRITING)])?;
+        let changes =
+            [MapChange::Set(&place.leftover_key(id), WRITING), MapChange::Set(NEWEST, &id.into_bytes())];
+        place.change(&changes)?;
         Ok(Self { place, id, bytes: 0, part_count: 0, left_alone: false })
     }
 

@@ -129,8 +129,10 @@ impl Transfer {
         let mut counts = Counts { bytes_read: length, bytes_zero: sum(true), ..Counts::default() };
         match self.to {
             To::Image(_) => counts.bytes_stored = sum(false),
-            To::Rbd(_) | To::Volume(_) => counts.bytes_written = sum(false),
-            To::Nowhere => {}
+            To::Rbd(_) | To::Volume(_) => {
+                (counts.bytes_stored, counts.bytes_written) = (length, sum(false));
+            }
+            To::Nowhere => counts.bytes_stored = length,
         }
         Ok(Moved { first_block, blocks, counts })
     }
