@@ -17,7 +17,8 @@ if [[ $(cat "$venv/installed" 2>/dev/null) != "$key" ]]; then
   echo "cinder.sh: installing Cinder into $venv, which takes a minute" >&2
   # The system's Python, because Debian's bindings to Ceph are built for it.
   /usr/bin/python3 -m venv --clear "$venv" >&2
-  "$python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" cinder boto3 zstd >&2
+  "$python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
+    cinder boto3 zstd keystone python-swiftclient "swift[keystone]" >&2
   # Only these two: of other packages of the system Cinder might take the wrong version.
   site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
   ln -s /usr/lib/python3/dist-packages/{rados,rbd}.cpython-*.so "$site/"

@@ -33,7 +33,7 @@ use crate::message::{self, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Posix, S3};
+use crate::store::{self, Posix, S3, Swift};
 use crate::volume::FileRoots;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
@@ -96,7 +96,9 @@ pub struct Stores {
 enum Store {
     Open(Engine),
     /// It is behind a server, to which nobody connects before it is needed.
-    Server(Engine, S3),
+    S3(Engine, S3),
+    /// The same.
+    Swift(Engine, Swift),
     /// It is opened when it is needed first.
     #[cfg(feature = "ceph")]
     Pool(Box<PoolStore>),
@@ -105,7 +107,7 @@ enum Store {
 impl Store {
     async fn engine(&self) -> Result<&Engine, Error> {
         match self {
-            Self::Open(engine) | Self::Server(engine, _) => Ok(engine),
+            Self::Open(engine) | Self::S3(engine, _) | Self::Swift(engine, _) => Ok(engine),
             #[cfg(feature = "ceph")]
             Self::Pool(store) => store.engine().await,
         }
@@ -113,9 +115,12 @@ impl Store {
 
     /// Finds out whether the store can be used now.
     async fn reach(&self, name: &StoreName) -> Result<(), Error> {
-        if let Self::Server(_, store) = self {
-            store.reach().await.map_err(|source| Error::Store { name: name.clone(), source })?;
-        }
+        let reached = match self {
+            Self::S3(_, store) => store.reach().await,
+            Self::Swift(_, store) => store.reach().await,
+            _ => Ok(()),
+        };
+        reached.map_err(|source| Error::Store { name: name.clone(), source })?;
         self.engine().await.map(drop)
     }
 }
@@ -186,7 +191,15 @@ impl Stores {
                     let naming = Naming::Buckets { usual: settings.bucket.clone() };
                     let chunked =
                         Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::Server(Engine::new(chunked.with_naming(naming), volumes), opened)
+                    Store::S3(Engine::new(chunked.with_naming(naming), volumes), opened)
+                }
+                StoreKind::Swift { settings, chunking } => {
+                    let opened = Swift::new((**settings).clone())
+                        .map_err(|source| Error::Store { name: name.clone(), source })?;
+                    let naming = Naming::Containers { usual: settings.container.clone() };
+                    let chunked =
+                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
+                    Store::Swift(Engine::new(chunked.with_naming(naming), volumes), opened)
                 }
                 #[cfg(feature = "ceph")]
                 StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {
