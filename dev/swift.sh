@@ -7,7 +7,6 @@
 #                            logs in to Keystone, http://USER:PASSWORD@127.0.0.1:PORT/v3, for the project `backups` in
 #                            region `here`, and DIR/application the same with an application credential
 #   dev/swift.sh down DIR    stop them; the files stay until the next `up`
-# There are two storage policies, `usual` and `cold`.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 
@@ -141,11 +140,6 @@ write_configuration() {
     cat >"$dir/swift.conf" <<END
 [swift-hash]
 swift_hash_path_suffix = $(uuid)
-[storage-policy:0]
-name = usual
-default = yes
-[storage-policy:1]
-name = cold
 END
     for server in account container object; do write_storage "$server" >"$dir/$server.conf"; done
     write_tempauth usual "$key" 3600 | write_proxy proxy tempauth >"$dir/proxy.conf"
@@ -185,7 +179,7 @@ rings='
 import sys
 from swift.common.ring import RingBuilder
 folder, *ports = sys.argv[1:]
-for name, port in zip(("account", "container", "object", "object-1"), ports):
+for name, port in zip(("account", "container", "object"), ports):
     builder = RingBuilder(4, 1, 1)
     builder.add_dev({"region": 1, "zone": 1, "ip": "127.0.0.1", "port": int(port), "device": "one", "weight": 1})
     builder.rebalance()
@@ -235,7 +229,7 @@ start_keystone() {
 }
 
 up() {
-    local server key fernet python bin
+    local server key fernet python bin starting
     declare -A port
     if all_run && [[ -e $dir/url ]]; then
         cat "$dir/url"
@@ -253,13 +247,14 @@ up() {
     key=$(uuid) fernet=$(head -c 32 /dev/urandom | base64 | tr +/ -_)
     write_configuration
     start_keystone >>"$dir/log/start.log" 2>&1 </dev/null &
-    "$python" -W ignore -c "$rings" "$dir" "${port[account]}" "${port[container]}" "${port[object]}" "${port[object]}"
+    starting=$!
+    "$python" -W ignore -c "$rings" "$dir" "${port[account]}" "${port[container]}" "${port[object]}"
     for server in account container object; do start "$server" "$python" -W ignore "$bin/swift-$server-server"; done
     for server in proxy hasty proxy-keystone; do start "$server" "$python" -W ignore "$bin/swift-proxy-server"; done
     for server in account container object proxy hasty proxy-keystone; do
         wait_for "$server" || die "$server did not start, see $dir/log/$server.log"
     done
-    wait %1 || die "Keystone did not start, see $dir/log/start.log"
+    wait "$starting" || die "Keystone did not start, see $dir/log/start.log"
     echo "http://backup%3Ahasty:$key@127.0.0.1:${port[hasty]}/auth/v1.0" >"$dir/hasty"
     echo "http://backup:$key@127.0.0.1:${port[keystone]}/v3" >"$dir/keystone"
     echo "http://$(<"$dir/application-id"):$key@127.0.0.1:${port[keystone]}/v3" >"$dir/application"
@@ -273,7 +268,7 @@ case $1 in
 up) up ;;
 down) down ;;
 *)
-    sed -n '4,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -17,9 +17,9 @@ use layers::Layers;
 pub use value::Queue;
 
 use value::{
-    AuthVersion, Kind, auth_version, broker_url, bucket, ceph_user, cluster, compression, container, core_count,
-    endpoint, host_name, interface, kind, name, number, path, paths, pool, prefix, proxy, queue, region, secret,
-    some_path, some_whole, storage_policy, swift_url, text, whole,
+    AuthVersion, Kind, auth_version, broker_url, bucket, ceph_user, cluster, compression, container,
+    core_count, endpoint, host_name, interface, kind, name, number, path, paths, pool, prefix, proxy, queue,
+    region, secret, some_path, some_whole, storage_policy, swift_url, text, whole,
 };
 
 use crate::broker::AmqpUrl;
@@ -552,7 +552,9 @@ impl StoreSection {
                 let domain = |given: Option<String>| given.unwrap_or_else(|| "Default".into());
                 let credentials = match (self.auth_version, self.application_credential) {
                     (AuthVersion::V1, _) => Credentials::V1 { user: user()?, key: password },
-                    (AuthVersion::V3, Some(id)) => Credentials::ApplicationCredential { id, secret: password },
+                    (AuthVersion::V3, Some(id)) => {
+                        Credentials::ApplicationCredential { id, secret: password }
+                    }
                     (AuthVersion::V3, None) => Credentials::Password {
                         user: user()?,
                         user_domain: domain(self.user_domain),
@@ -680,7 +682,9 @@ fn check_login(
         return Err(layers.refuse(&setting("password_file"), problem));
     }
     let of_no_use = |keys: &[&str], with: &str| match keys.iter().find(|key| layers.has(&setting(key))) {
-        Some(key) => Err(layers.refuse(&setting(key), format!("it is of no use with {with}; remove one of them"))),
+        Some(key) => {
+            Err(layers.refuse(&setting(key), format!("it is of no use with {with}; remove one of them")))
+        }
         None => Ok(()),
     };
     if section.auth_version == AuthVersion::V1 {

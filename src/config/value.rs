@@ -150,8 +150,11 @@ pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue,
 }
 
 /// The kinds of stores, as an error tells what may be written.
-pub(super) const KINDS: &str =
-    if cfg!(feature = "ceph") { "\"posix\", \"s3\", \"swift\" or \"rbd\"" } else { "\"posix\", \"s3\" or \"swift\"" };
+pub(super) const KINDS: &str = if cfg!(feature = "ceph") {
+    "\"posix\", \"s3\", \"swift\" or \"rbd\""
+} else {
+    "\"posix\", \"s3\" or \"swift\""
+};
 
 /// The kind of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

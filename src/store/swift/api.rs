@@ -236,13 +236,20 @@ pub(super) fn lines<'a>(objects: impl Iterator<Item = (&'a str, &'a str)>) -> St
 }
 
 /// What a failure means to whoever asked for this `action` on an object of `container`.
-pub(super) fn explain(action: &'static str, object: impl ToString, container: &str, failure: Failure) -> Error {
+pub(super) fn explain(
+    action: &'static str,
+    object: impl ToString,
+    container: &str,
+    failure: Failure,
+) -> Error {
     let told = |kind, text: String| Reason::Other(Arc::new(io::Error::new(kind, text)));
     let reason = match failure {
         Failure::Refused(refusal) => match refusal.status {
             StatusCode::NOT_FOUND => Reason::Missing,
             StatusCode::UNAUTHORIZED => {
-                let text = format!("the server does not accept its own token: is auth_url the right one for it? {refusal}");
+                let text = format!(
+                    "the server does not accept its own token: is auth_url the right one for it? {refusal}"
+                );
                 told(ErrorKind::PermissionDenied, text)
             }
             StatusCode::FORBIDDEN => {

@@ -44,7 +44,10 @@ struct How {
 }
 
 enum Proof {
-    V1 { user: String, key: Secret },
+    V1 {
+        user: String,
+        key: Secret,
+    },
     /// What Keystone is told, as JSON.
     V3(Secret),
 }
@@ -94,7 +97,8 @@ impl Logins {
                 Some(Err(_)) => false,
             });
             let how = self.how.clone();
-            let login = of_use.unwrap_or_else(|| async move { how.log_in().await.map(Arc::new) }.boxed().shared());
+            let login =
+                of_use.unwrap_or_else(|| async move { how.log_in().await.map(Arc::new) }.boxed().shared());
             last.insert(login).clone()
         };
         login.await
@@ -165,7 +169,11 @@ impl How {
         };
         if let Some(endpoint) = endpoints.iter().find(fits) {
             let text = format!("the catalog has {:?}, which is no URL", endpoint.url);
-            return endpoint.url.parse().map(Some).map_err(|_| Failure::unusable(ErrorKind::InvalidData, text));
+            return endpoint
+                .url
+                .parse()
+                .map(Some)
+                .map_err(|_| Failure::unusable(ErrorKind::InvalidData, text));
         }
         let wanted = match region {
             Some(region) => format!("{interface} endpoint in region {region}"),
@@ -217,7 +225,8 @@ fn header(headers: &HeaderMap, name: &str) -> std::result::Result<HeaderValue, F
 
 /// A header that is not shown.
 fn hidden(text: &str) -> std::result::Result<HeaderValue, Failure> {
-    let unusable = |_| Failure::unusable(ErrorKind::InvalidInput, "the password has characters that no header can have");
+    let unusable =
+        |_| Failure::unusable(ErrorKind::InvalidInput, "the password has characters that no header can have");
     let mut value = HeaderValue::from_str(text).map_err(unusable)?;
     value.set_sensitive(true);
     Ok(value)

@@ -35,7 +35,8 @@ use self::spool::Writer;
 use super::http::{Failure, HttpSettings, Payload, Refusal};
 use super::reading::Reader;
 use super::{
-    DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result, SecretFrom,
+    DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result,
+    SecretFrom,
 };
 
 /// How long a server may take that shall say whether it is there.
@@ -146,7 +147,9 @@ impl Swift {
         let answer = timeout(REACH_MAX, self.api.call_once(&request)).await;
         match answer.unwrap_or_else(|elapsed| Err(Failure::passing(elapsed.into()))) {
             Err(failure) if is_missing(&failure) && self.create_containers => Ok(()),
-            Err(failure) if is_missing(&failure) => Err(self.no_container("reach", "the store", &self.container)),
+            Err(failure) if is_missing(&failure) => {
+                Err(self.no_container("reach", "the store", &self.container))
+            }
             answer => {
                 answer.map(drop).map_err(|failure| explain("reach", "the store", &self.container, failure))
             }
@@ -267,7 +270,9 @@ impl Swift {
             .query(&[("bulk-delete", "")])
             .header(CONTENT_TYPE.as_str(), "text/plain")
             .header("accept", "application/json")
-            .body(Bytes::from(api::lines(places.iter().map(|place| (&*place.container, &*place.key)))).into());
+            .body(
+                Bytes::from(api::lines(places.iter().map(|place| (&*place.container, &*place.key)))).into(),
+            );
         let answer: BulkAnswer = match self.api.call(&request).await {
             Err(Failure::Refused(_)) => return Ok(false),
             answer => parse(&answer?.1)?,
@@ -340,13 +345,17 @@ impl ObjectStore for Swift {
         let place = self.place("list", folder, "")?;
         let failed = |failure| explain("list", folder.as_str(), &place.container, failure);
         let key_prefix = format!("{}{prefix}", place.key);
-        let limit = self.api.abilities().await.map_err(failed)?.page_names_max().min(PAGE_NAMES_MAX).to_string();
+        let limit =
+            self.api.abilities().await.map_err(failed)?.page_names_max().min(PAGE_NAMES_MAX).to_string();
         let mut listed = Vec::new();
         let mut marker = String::new();
         // A page that is short need not be the last one.
         loop {
-            let mut request = Request::new(Method::GET, &place.container, "")
-                .query(&[("format", "json"), ("limit", &limit), ("prefix", &key_prefix)]);
+            let mut request = Request::new(Method::GET, &place.container, "").query(&[
+                ("format", "json"),
+                ("limit", &limit),
+                ("prefix", &key_prefix),
+            ]);
             if !marker.is_empty() {
                 request = request.query(&[("marker", &marker)]);
             }
@@ -374,15 +383,16 @@ impl ObjectStore for Swift {
         let place = self.object("delete", object)?;
         let mut tries = self.api.http.tries();
         loop {
-            let failure = match self.api.call(&Request::new(Method::DELETE, &place.container, &place.key)).await {
-                Err(failure) if is_missing(&failure) => return Ok(()),
-                Ok(_) => return Ok(()),
-                // Somebody writes it at the same time.
-                Err(Failure::Refused(refusal)) if refusal.status == StatusCode::CONFLICT => {
-                    Failure::passing(io::Error::other(refusal))
-                }
-                Err(failure) => return Err(explain("delete", object, &place.container, failure)),
-            };
+            let failure =
+                match self.api.call(&Request::new(Method::DELETE, &place.container, &place.key)).await {
+                    Err(failure) if is_missing(&failure) => return Ok(()),
+                    Ok(_) => return Ok(()),
+                    // Somebody writes it at the same time.
+                    Err(Failure::Refused(refusal)) if refusal.status == StatusCode::CONFLICT => {
+                        Failure::passing(io::Error::other(refusal))
+                    }
+                    Err(failure) => return Err(explain("delete", object, &place.container, failure)),
+                };
             let paused = tries.pause(failure).await;
             paused.map_err(|failure| explain("delete", object, &place.container, failure))?;
         }
