@@ -703,7 +703,9 @@ mod rados {
 /// What only a store behind a network can meet.
 mod network {
     use backhaul::error::{Causes, Class};
-    use backhaul::store::{Credentials, Error, HttpSettings, S3Settings, Secret, SecretFrom, SwiftSettings};
+    use backhaul::store::{
+        Credentials, Endpoint, Error, HttpSettings, S3Settings, Secret, SecretFrom, SwiftSettings,
+    };
 
     use super::*;
     use crate::support::link::Link;
@@ -724,9 +726,20 @@ mod network {
             }
         }
 
-        /// Over a link which can be broken, with short limits of time.
+        /// Over a link which can be broken, with short limits of time. A login goes another way, so that what happens on the
+        /// link happens to requests.
         fn behind(kind: Kind, link: &Link) -> Self {
-            let mut far = Self::at(kind, link.url());
+            let mut far = match kind {
+                Kind::S3 => Self::at(kind, link.url()),
+                _ => Self::at(kind, &url_of(kind)),
+            };
+            if let Self::Swift(settings) = &mut far {
+                let mut account: url::Url = link.url().parse().unwrap();
+                account.set_username("").unwrap();
+                account.set_password(None).unwrap();
+                account.set_path(if kind == Kind::Gateway { "/swift/v1" } else { "/v1/AUTH_backup" });
+                settings.endpoint = Endpoint::At(account);
+            }
             far.http().idle_seconds_max = 2;
             far
         }
@@ -743,13 +756,6 @@ mod network {
                 Self::S3(settings) => Arc::new(open(settings)),
                 Self::Swift(settings) => Arc::new(Swift::new(settings).unwrap()),
             }
-        }
-
-        /// The same, once there is nothing to be said any more before the first request.
-        async fn open_and_reach(&self) -> Arc<dyn ObjectStore> {
-            let store = self.open();
-            store.delete_all(&[Folder::own("stores").object("none").unwrap()]).await.unwrap();
-            store
         }
 
         async fn reach(&self) -> Result<(), Error> {
@@ -1064,25 +1070,25 @@ mod network {
             let bench = far.bench();
             let (name, answer) = (bench.name("a"), http(status, headers, body));
             // Each time with new connections only, since what becomes of a request on an old one is another question.
-            let refused = async |count| {
-                let store = far.open_and_reach().await;
+            let refused = |count| {
+                let store = far.open();
                 link.answer(std::iter::repeat_n(answer.clone(), count));
                 let (folder, prefix) = (bench.folder.clone(), bench.prefix.clone());
                 Bench { store, folder, prefix, left: Left::Nothing }
             };
             let begun = Instant::now();
 
-            refused(2).await.store.put(&name, junk(MIB)).await.unwrap();
+            refused(2).store.put(&name, junk(MIB)).await.unwrap();
             assert_eq!(link.answers_left(), 0);
             if headers == "Retry-After: 1\r\n" {
                 assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
             }
-            assert_eq!(refused(2).await.list("").await, [("a".to_string(), MIB as u64)]);
+            assert_eq!(refused(2).list("").await, [("a".to_string(), MIB as u64)]);
             if !status.starts_with("200") {
-                assert!(refused(2).await.read(&name).await.unwrap() == junk(MIB));
+                assert!(refused(2).read(&name).await.unwrap() == junk(MIB));
             }
 
-            let error = refused(3).await.store.delete(&name).await.unwrap_err();
+            let error = refused(3).store.delete(&name).await.unwrap_err();
             assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
             assert!(told(&error).contains("the server answered"), "{}", told(&error));
             assert_eq!(link.answers_left(), 0);
@@ -1128,8 +1134,7 @@ mod network {
         #[case] expected: &str,
     ) {
         let link = Link::to(&url_of(kind));
-        let far = Far::behind(kind, &link);
-        let bench = Bench { store: far.open_and_reach().await, ..far.bench() };
+        let bench = Far::behind(kind, &link).bench();
         link.answer([http(status, "", body)]);
         let error = bench.store.put(&bench.name("a"), junk(MIB)).await.unwrap_err();
         assert_eq!(error.class(), Class::Permanent, "{}", told(&error));

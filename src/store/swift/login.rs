@@ -227,7 +227,7 @@ fn header(headers: &HeaderMap, name: &str) -> std::result::Result<HeaderValue, F
 fn hidden(text: &str) -> std::result::Result<HeaderValue, Failure> {
     let unusable =
         |_| Failure::unusable(ErrorKind::InvalidInput, "the password has characters that no header can have");
-    let mut value = HeaderValue::from_str(text).map_err(unusable)?;
+    let mut value = HeaderValue::from_bytes(text.as_bytes()).map_err(unusable)?;
     value.set_sensitive(true);
     Ok(value)
 }

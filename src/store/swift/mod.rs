@@ -205,8 +205,9 @@ impl Swift {
                     return Ok(());
                 }
                 Ok((headers, _)) => {
-                    let text = format!("the server has {:?} for an MD5 of {md5}", headers.get(ETAG));
-                    Failure::passing(io::Error::new(ErrorKind::InvalidData, text))
+                    // The server has looked at what we say it is; so it must be something else that it keeps.
+                    let text = format!("the server keeps {:?} for an MD5 of {md5}", headers.get(ETAG));
+                    Failure::unusable(ErrorKind::InvalidData, text)
                 }
                 Err(failure) => failure,
             };
