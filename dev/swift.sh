@@ -156,6 +156,8 @@ project_name = backups
 user_domain_name = Default
 project_domain_name = Default
 delay_auth_decision = true
+# The catalog has no other endpoint of Keystone.
+interface = public
 [filter:keystoneauth]
 use = egg:swift#keystoneauth
 reseller_prefix = KEY
