@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs every test, with and without the feature `ceph`, against a RabbitMQ and two Ceph clusters of its own, one of them with
-# a gateway for S3, which it stops at the end, and with OpenStack's Cinder, which dev/cinder.sh installs.
+# Runs every test, with and without the feature `ceph`, against a RabbitMQ, an OpenStack Swift with a Keystone, and two Ceph
+# clusters of its own, one of them with a gateway for S3 and Swift, which it stops at the end, and with OpenStack's Cinder.
+# What is of OpenStack dev/cinder.sh installs.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,14 +13,15 @@ finish() {
   wait # what still starts cannot be stopped
   dev/ceph.sh down "$work/ceph-1" || true
   dev/ceph.sh down "$work/ceph-2" || true
+  dev/swift.sh down "$work/swift" || true
   dev/rabbit.sh down "$work/rabbit" || true
   rm -rf "$work"
 }
 trap finish EXIT
 
-# The clusters start, and Cinder is installed, while the tests are built.
-dev/cinder.sh >"$work/cinder" &
-cinder=$!
+# The clusters start, and what is of OpenStack is installed and started, while the tests are built.
+{ dev/cinder.sh >"$work/cinder" && dev/swift.sh up "$work/swift" >/dev/null; } &
+openstack=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
 first_cluster=$!
 dev/ceph.sh up "$work/ceph-2" >/dev/null &
@@ -31,9 +33,10 @@ BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")
 BACKHAUL_TEST_S3=$(<"$work/ceph-1/s3")
 BACKHAUL_TEST_S3_TLS=$(<"$work/ceph-1/s3-tls")
 export BACKHAUL_TEST_AMQP_URL BACKHAUL_TEST_S3 BACKHAUL_TEST_S3_TLS BACKHAUL_TEST_S3_CA=$work/ceph-1/ca.pem
+export BACKHAUL_TEST_SWIFT=$work/swift BACKHAUL_TEST_SWIFT_GATEWAY=$work/ceph-1/swift
 
 cargo nextest run --locked --no-default-features --no-run
-wait "$cinder"
+wait "$openstack"
 BACKHAUL_TEST_CINDER=$(<"$work/cinder")
 export BACKHAUL_TEST_CINDER
 echo "test.sh: without the feature ceph" >&2

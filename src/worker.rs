@@ -36,7 +36,7 @@ use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Posix, S3};
+use crate::store::{self, Posix, S3, Swift};
 use crate::volume::FileRoots;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
@@ -101,7 +101,9 @@ pub struct Stores {
 enum Store {
     Folder(Engine, Posix),
     /// It is behind a server, to which nobody connects before it is needed.
-    Server(Engine, S3),
+    S3(Engine, S3),
+    /// The same.
+    Swift(Engine, Swift),
     /// It is opened when it is needed first.
     #[cfg(feature = "ceph")]
     Pool(Box<PoolStore>),
@@ -110,7 +112,7 @@ enum Store {
 impl Store {
     async fn engine(&self) -> Result<&Engine, Error> {
         match self {
-            Self::Folder(engine, _) | Self::Server(engine, _) => Ok(engine),
+            Self::Folder(engine, _) | Self::S3(engine, _) | Self::Swift(engine, _) => Ok(engine),
             #[cfg(feature = "ceph")]
             Self::Pool(store) => store.engine().await,
         }
@@ -120,7 +122,8 @@ impl Store {
     async fn reach(&self, name: &StoreName) -> Result<(), Error> {
         let reached = match self {
             Self::Folder(_, store) => store.reach(),
-            Self::Server(_, store) => store.reach().await,
+            Self::S3(_, store) => store.reach().await,
+            Self::Swift(_, store) => store.reach().await,
             #[cfg(feature = "ceph")]
             Self::Pool(_) => Ok(()),
         };
@@ -196,7 +199,15 @@ impl Stores {
                     let naming = Naming::Buckets { usual: settings.bucket.clone() };
                     let chunked =
                         Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::Server(Engine::new(chunked.with_naming(naming), volumes), opened)
+                    Store::S3(Engine::new(chunked.with_naming(naming), volumes), opened)
+                }
+                StoreKind::Swift { settings, chunking } => {
+                    let opened = Swift::new((**settings).clone())
+                        .map_err(|source| Error::Store { name: name.clone(), source })?;
+                    let naming = Naming::Containers { usual: settings.container.clone() };
+                    let chunked =
+                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
+                    Store::Swift(Engine::new(chunked.with_naming(naming), volumes), opened)
                 }
                 #[cfg(feature = "ceph")]
                 StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {

@@ -41,6 +41,8 @@ const TWO_STORES: &str =
 const S3: &str =
     "[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\naccess_key = \"a\"\nsecret_key = \"hush\"\n";
 
+const SWIFT: &str = "[store.x]\nkind = \"swift\"\nauth_url = \"http://h\"\nuser = \"u\"\nproject = \"p\"\npassword = \"hush\"\n";
+
 #[cfg(feature = "ceph")]
 const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 
@@ -74,7 +76,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::ceph_user("[ceph.main]\nuser = \"client.x\"", &[], &["ceph.main.user (FILE): found \"client.x\"", "without \"client.\""])]
 #[case::no_kind("[store.x]\npath = \"/b\"", &[], &["store.x.kind (FILE): it is missing; write kind = \"posix\""])]
 #[case::no_path("[store.x]\nkind = \"posix\"", &[], &["store.x.path (FILE): it is missing; write ", "path = "])]
-#[case::kind_to_come("[store.x]\nkind = \"swift\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no swift stores yet; write \"posix\""])]
+#[case::kind_to_come("[store.x]\nkind = \"gcs\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no gcs stores yet; write \"posix\""])]
 #[case::no_endpoint("[store.x]\nkind = \"s3\"\naccess_key = \"a\"\nsecret_key = \"b\"", &[], &["store.x.endpoint (FILE): it is missing; write ", "endpoint = \"https://"])]
 #[case::no_access_key("[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\nsecret_key = \"b\"", &[], &["store.x.access_key (FILE): it is missing; write "])]
 #[case::no_secret_key("[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\naccess_key = \"a\"", &[], &["store.x.secret_key (FILE): it is missing; write ", "or secret_key_file"])]
@@ -87,6 +89,21 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::no_proxy(&format!("{S3}proxy = \"u:hush@h\""), &[], &["store.x.proxy (FILE): not the URL of a proxy; write"])]
 #[case::no_time_to_connect(&format!("{S3}connect_seconds_max = 0"), &[], &["store.x.connect_seconds_max (FILE): found 0; write a whole number from 1"])]
 #[case::no_connection(&format!("{S3}connections_max = 0"), &[], &["store.x.connections_max (FILE): found 0; write a whole number from 1 to 1000"])]
+#[case::no_auth_url("[store.x]\nkind = \"swift\"\nuser = \"a\"\nproject = \"p\"\npassword = \"b\"", &[], &["store.x.auth_url (FILE): it is missing; write ", "auth_url = \"https://"])]
+#[case::auth_url_with_password(&SWIFT.replace("http://h", "http://u:hush@h"), &[], &["store.x.auth_url (FILE): ", "without user and password"])]
+#[case::no_user(&SWIFT.replace("user = \"u\"\n", ""), &[], &["store.x.user (FILE): it is missing; write the user"])]
+#[case::no_project(&SWIFT.replace("project = \"p\"\n", ""), &[], &["store.x.project (FILE): it is missing; write the project"])]
+#[case::no_password(&SWIFT.replace("password = \"hush\"\n", ""), &[], &["store.x.password (FILE): it is missing; write the password, or password_file"])]
+#[case::two_passwords(&format!("{SWIFT}password_file = \"k\""), &[], &["store.x.password_file (FILE): password is set, too"])]
+#[case::auth_version(&format!("{SWIFT}auth_version = 2"), &[], &["store.x.auth_version (FILE): found 2; write 1, or 3 for Keystone"])]
+#[case::project_of_v1(&format!("{SWIFT}auth_version = 1"), &[], &["store.x.project (FILE): it is of no use with auth_version = 1"])]
+#[case::region_of_v1(&SWIFT.replace("project = \"p\"", "auth_version = 1\nregion = \"r\""), &[], &["store.x.region (FILE): it is of no use with auth_version = 1"])]
+#[case::user_of_an_application(&format!("{SWIFT}application_credential = \"i\""), &[], &["store.x.user (FILE): it is of no use with application_credential"])]
+#[case::two_endpoints(&format!("{SWIFT}storage_url = \"http://h/v1/a\"\ninterface = \"internal\""), &[], &["store.x.interface (FILE): it is of no use with storage_url"])]
+#[case::interface(&format!("{SWIFT}interface = \"publicURL\""), &[], &["store.x.interface (FILE): found \"publicURL\"; write one of \"public\", \"internal\", \"admin\""])]
+#[case::container_with_a_slash(&format!("{SWIFT}container = \"a/b\""), &[], &["store.x.container (FILE): found \"a/b\"; write the name of a container"])]
+#[case::bucket_of_swift(&format!("{SWIFT}bucket = \"bbb\""), &[], &["store.x.bucket (FILE): it is unknown to a store of kind \"swift\", which has default, auth_url, "])]
+#[case::odd_object_in_a_container(&format!("{SWIFT}object_bytes = 100000"), &[], &["store.x.object_bytes (FILE): found 100000"])]
 #[case::path_of_a_bucket(&format!("{S3}path = \"/b\""), &[], &["store.x.path (FILE): it is unknown to a store of kind \"s3\", which has default, endpoint, "])]
 #[case::bucket_of_a_folder(&format!("{STORE}bucket = \"bbb\""), &[], &["store.local.bucket (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, "])]
 #[case::odd_object_in_a_bucket(&format!("{S3}object_bytes = 100000"), &[], &["store.x.object_bytes (FILE): found 100000"])]
@@ -168,6 +185,44 @@ fn a_store_of_images_has_its_settings() {
     };
     assert_eq!((cluster.as_deref(), source_snapshots_max), (Some("main"), 3));
     assert_eq!((journaling, stripes), (true, Some((65536, 4))));
+}
+
+#[rstest]
+#[case::password(
+    "",
+    "{ user: \"u\", user_domain: \"Default\", project: \"p\", project_domain: \"Default\", password: Setting(Secret) }",
+    "Catalog { service_type: \"object-store\", interface: \"public\", region: None }"
+)]
+#[case::domains(
+    "user_domain = \"a\"\nproject_domain = \"b\"\nregion = \"r\"\ninterface = \"internal\"\nservice_type = \"s\"",
+    "user_domain: \"a\", project: \"p\", project_domain: \"b\"",
+    "Catalog { service_type: \"s\", interface: \"internal\", region: Some(\"r\") }"
+)]
+#[case::url("storage_url = \"http://s/v1/a\"", "password: Setting(Secret) }", "At(")]
+fn a_store_behind_keystone_has_its_settings(
+    #[case] more: &str,
+    #[case] credentials: &str,
+    #[case] endpoint: &str,
+) {
+    let config = TempConfig::of(&format!("{SWIFT}{more}\n")).load(&[]).unwrap();
+    let StoreKind::Swift { settings, .. } = &config.store(None).unwrap().1.kind else {
+        panic!("another kind")
+    };
+    assert!(format!("{:?}", settings.credentials).contains(credentials), "{settings:?}");
+    assert!(format!("{:?}", settings.endpoint).contains(endpoint), "{settings:?}");
+    assert_eq!((settings.container.as_str(), settings.create_containers), ("volumebackups", true));
+}
+
+#[rstest]
+#[case::v1("auth_version = 1\nuser = \"a:b\"", "V1 { user: \"a:b\", key: File(")]
+#[case::application("application_credential = \"i\"", "ApplicationCredential { id: \"i\", secret: File(")]
+fn other_logins_need_neither_a_project_nor_a_domain(#[case] more: &str, #[case] credentials: &str) {
+    let swift = "[store.x]\nkind = \"swift\"\nauth_url = \"http://h\"\npassword_file = \"k\"\n";
+    let config = TempConfig::of(&format!("{swift}{more}\n")).load(&[]).unwrap();
+    let StoreKind::Swift { settings, .. } = &config.store(None).unwrap().1.kind else {
+        panic!("another kind")
+    };
+    assert!(format!("{:?}", settings.credentials).contains(credentials), "{settings:?}");
 }
 
 #[cfg(not(feature = "ceph"))]
@@ -366,7 +421,9 @@ fn every_setting_is_listed_and_every_listed_one_exists() {
 fn the_documented_defaults_are_the_defaults() {
     let required = "broker.url = \"amqps://h\"\nstore.NAME.kind = \"posix\"\nstore.NAME.path = \"/b\"\n\
                     store.far.kind = \"s3\"\nstore.far.endpoint = \"http://h\"\n\
-                    store.far.access_key = \"a\"\nstore.far.secret_key = \"b\"\n";
+                    store.far.access_key = \"a\"\nstore.far.secret_key = \"b\"\n\
+                    store.there.kind = \"swift\"\nstore.there.auth_url = \"http://h\"\n\
+                    store.there.user = \"u\"\nstore.there.project = \"p\"\nstore.there.password = \"b\"\n";
     let of_ceph = "store.images.kind = \"rbd\"\nstore.images.pool = \"p\"\n";
     let required = if cfg!(feature = "ceph") { format!("{required}{of_ceph}") } else { required.into() };
     let mut explicit = required.clone();
@@ -376,6 +433,7 @@ fn the_documented_defaults_are_the_defaults() {
                 Some("rbd") if cfg!(not(feature = "ceph")) => continue,
                 Some("rbd") => "store.images",
                 Some("s3") => "store.far",
+                Some("swift") => "store.there",
                 _ => "store.NAME",
             };
             explicit += &format!("{} = {value}\n", setting.replace("store.NAME", store));

@@ -24,7 +24,7 @@ const GIB: u64 = 1 << 30;
 const DRIVERS: &str = "cinder.backup.drivers.";
 const FILE_DRIVERS: [(&str, &str); 3] =
     [("posix", "PosixBackupDriver"), ("nfs", "NFSBackupDriver"), ("glusterfs", "GlusterfsBackupDriver")];
-const BUCKET_DRIVERS: [(&str, &str); 1] = [("s3", "S3BackupDriver")];
+const BUCKET_DRIVERS: [(&str, &str); 2] = [("s3", "S3BackupDriver"), ("swift", "SwiftBackupDriver")];
 const IMAGE_DRIVERS: [(&str, &str); 1] = [("ceph", "CephBackupDriver")];
 
 /// What Cinder refuses to import a backup without. The others have a value that stands for their absence.
@@ -45,7 +45,7 @@ pub struct ExportRecord {
 pub enum Form {
     /// Files in folders.
     Files,
-    /// Objects in buckets.
+    /// Objects in the buckets of S3, or in the containers of Swift: the same ones where a server speaks both.
     Buckets,
     /// RBD images.
     Images {
@@ -87,8 +87,8 @@ pub enum Error {
     /// Written by a driver that nobody here knows.
     #[error(
         "backups of {service:?} cannot be taken in: this version reads those of {DRIVERS}posix.PosixBackupDriver, \
-         {DRIVERS}nfs.NFSBackupDriver, {DRIVERS}glusterfs.GlusterfsBackupDriver, {DRIVERS}s3.S3BackupDriver and \
-         {DRIVERS}ceph.CephBackupDriver"
+         {DRIVERS}nfs.NFSBackupDriver, {DRIVERS}glusterfs.GlusterfsBackupDriver, {DRIVERS}s3.S3BackupDriver, \
+         {DRIVERS}swift.SwiftBackupDriver and {DRIVERS}ceph.CephBackupDriver"
     )]
     ForeignDriver {
         /// What the record names.

@@ -14,7 +14,7 @@ use crate::config::{self, Config, StoreKind};
 use crate::job::Container;
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Folder, ObjectStore, Posix, S3, S3Settings};
+use crate::store::{self, Folder, HttpSettings, ObjectStore, Posix, S3, S3Settings, Swift, SwiftSettings};
 use crate::worker;
 
 /// Nobody who runs a check waits longer for a cluster or a server.
@@ -30,6 +30,7 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
         let checked = match &store.kind {
             StoreKind::Posix { path, .. } => posix(path).await,
             StoreKind::S3 { settings, .. } => buckets(settings).await,
+            StoreKind::Swift { settings, .. } => containers(settings).await,
             #[cfg(feature = "ceph")]
             StoreKind::Rbd { cluster, pool, journaling, stripes, .. } => {
                 let mut cluster_settings = config.ceph.iter();
@@ -156,15 +157,34 @@ async fn posix(path: &std::path::Path) -> Result<String, String> {
 
 /// Checks a store of buckets; makes its own one if it is missing and may be made.
 async fn buckets(settings: &S3Settings) -> Result<String, String> {
-    let mut settings = settings.clone();
-    settings.http.retries_max = 0;
-    settings.http.connect_seconds_max = settings.http.connect_seconds_max.min(SECONDS_MAX);
-    settings.http.idle_seconds_max = settings.http.idle_seconds_max.min(SECONDS_MAX);
+    let settings = S3Settings { http: at_once(&settings.http), ..settings.clone() };
     let usable =
         format!("bucket {} of {} can be written, read and listed", settings.bucket, settings.endpoint);
     let store = S3::new(settings).map_err(|error| render::error(&error))?;
     objects(&store).await?;
     Ok(usable)
+}
+
+/// Checks a store of containers; makes its own one if it is missing and may be made.
+async fn containers(settings: &SwiftSettings) -> Result<String, String> {
+    let settings = SwiftSettings { http: at_once(&settings.http), ..settings.clone() };
+    let usable = format!(
+        "container {} can be written, read and listed after a login at {}",
+        settings.container, settings.auth_url
+    );
+    let store = Swift::new(settings).map_err(|error| render::error(&error))?;
+    objects(&store).await?;
+    Ok(usable)
+}
+
+/// The same limits, but for somebody who waits for the answer.
+fn at_once(http: &HttpSettings) -> HttpSettings {
+    HttpSettings {
+        retries_max: 0,
+        connect_seconds_max: http.connect_seconds_max.min(SECONDS_MAX),
+        idle_seconds_max: http.idle_seconds_max.min(SECONDS_MAX),
+        ..http.clone()
+    }
 }
 
 /// Writes an object, reads, lists and removes it.

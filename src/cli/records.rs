@@ -85,7 +85,7 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
     };
     let form = match &config.store(store.as_ref())?.1.kind {
         StoreKind::Posix { .. } => Form::Files,
-        StoreKind::S3 { .. } => Form::Buckets,
+        StoreKind::S3 { .. } | StoreKind::Swift { .. } => Form::Buckets,
         #[cfg(feature = "ceph")]
         StoreKind::Rbd { pool, .. } => Form::Images { pool: pool.clone() },
     };

@@ -147,9 +147,7 @@ impl Layers {
             for (name, section) in &stores {
                 let kind = section.find_ref("kind").and_then(Value::as_str);
                 let problem = match kind {
-                    Some(kind @ ("swift" | "gcs")) => {
-                        format!("this version has no {kind} stores yet; write {KINDS}")
-                    }
+                    Some("gcs") => format!("this version has no gcs stores yet; write {KINDS}"),
                     Some("rbd") if cfg!(not(feature = "ceph")) => {
                         "this program was built without Ceph: build it with the feature ceph, or remove the section"
                             .into()
@@ -211,11 +209,17 @@ impl Layers {
 fn example(setting: &str) -> &'static str {
     match setting {
         "url" => "the URL of the broker, such as url = \"amqp://user:password@host:5672/%2f\"",
-        "kind" if cfg!(feature = "ceph") => "kind = \"posix\", kind = \"s3\" or kind = \"rbd\"",
-        "kind" => "kind = \"posix\" or kind = \"s3\"",
+        "kind" if cfg!(feature = "ceph") => {
+            "kind = \"posix\", kind = \"s3\", kind = \"swift\" or kind = \"rbd\""
+        }
+        "kind" => "kind = \"posix\", kind = \"s3\" or kind = \"swift\"",
         "endpoint" => "the URL of the server, such as endpoint = \"https://s3.example.org\"",
         "access_key" => "the access key, such as access_key = \"AKIDEXAMPLE\"",
         "secret_key" => "the secret key, or secret_key_file with the path of a file that has it",
+        "auth_url" => "the URL to log in at, such as auth_url = \"https://keystone.example.org:5000/v3\"",
+        "user" => "the user, such as user = \"backup\"",
+        "project" => "the project whose account is used, such as project = \"service\"",
+        "password" => "the password, or password_file with the path of a file that has it",
         "pool" => "the pool for backups, such as pool = \"backups\"",
         _ => "the path of the folder, such as path = \"/var/backups/backhaul\"",
     }

@@ -17,14 +17,15 @@ use layers::Layers;
 pub use value::Queue;
 
 use value::{
-    Kind, broker_url, bucket, ceph_user, cluster, compression, core_count, endpoint, host_name, kind, name,
-    number, path, paths, pool, prefix, proxy, queue, region, secret, some_path, some_whole, whole,
+    AuthVersion, Kind, auth_version, broker_url, bucket, ceph_user, cluster, compression, container,
+    core_count, endpoint, host_name, interface, kind, name, number, path, paths, pool, prefix, proxy, queue,
+    region, secret, some_path, some_whole, storage_policy, swift_url, text, whole,
 };
 
 use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
 use crate::job::{Container, StoreName};
-use crate::store::{HttpSettings, S3Settings, Secret, SecretFrom};
+use crate::store::{Credentials, Endpoint, HttpSettings, S3Settings, Secret, SecretFrom, SwiftSettings};
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
 pub const MEMORY_BYTES_BASE: u64 = 96 << 20;
@@ -77,6 +78,20 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.idle_seconds_max",
     "store.NAME.connections_max",
     "store.NAME.retries_max",
+    "store.NAME.auth_url",
+    "store.NAME.auth_version",
+    "store.NAME.user",
+    "store.NAME.user_domain",
+    "store.NAME.project",
+    "store.NAME.project_domain",
+    "store.NAME.application_credential",
+    "store.NAME.password",
+    "store.NAME.password_file",
+    "store.NAME.service_type",
+    "store.NAME.interface",
+    "store.NAME.storage_url",
+    "store.NAME.container",
+    "store.NAME.storage_policy",
     "store.NAME.cluster",
     "store.NAME.pool",
     "store.NAME.journaling",
@@ -91,17 +106,9 @@ const OF_CHUNKED: [&str; 5] =
     ["compression", "object_bytes", "sha_block_bytes", "unchanged_check_per_mille", "source_snapshots_max"];
 /// What only stores that are folders have.
 const OF_POSIX: [&str; 1] = ["path"];
-/// What only stores behind S3 have.
-const OF_S3: [&str; 15] = [
-    "endpoint",
-    "region",
-    "path_style",
-    "bucket",
+/// What all stores have that are reached by HTTP.
+const OF_HTTP: [&str; 7] = [
     "create_containers",
-    "access_key",
-    "secret_key",
-    "secret_key_file",
-    "sse_c_key_file",
     "ca_file",
     "proxy",
     "connect_seconds_max",
@@ -109,6 +116,39 @@ const OF_S3: [&str; 15] = [
     "connections_max",
     "retries_max",
 ];
+/// What stores behind S3 have.
+const OF_S3: [&str; 8] = [
+    "endpoint",
+    "region",
+    "path_style",
+    "bucket",
+    "access_key",
+    "secret_key",
+    "secret_key_file",
+    "sse_c_key_file",
+];
+/// What stores behind Swift have.
+const OF_SWIFT: [&str; 15] = [
+    "auth_url",
+    "auth_version",
+    "user",
+    "user_domain",
+    "project",
+    "project_domain",
+    "application_credential",
+    "password",
+    "password_file",
+    "region",
+    "service_type",
+    "interface",
+    "storage_url",
+    "container",
+    "storage_policy",
+];
+/// What says of a user of Keystone's who that is; an application credential says it itself.
+const OF_USERS: [&str; 4] = ["user", "user_domain", "project", "project_domain"];
+/// What says which endpoint of Keystone's catalog is meant.
+const OF_CATALOG: [&str; 3] = ["region", "service_type", "interface"];
 /// What stores of RBD images have.
 #[cfg(feature = "ceph")]
 const OF_RBD: [&str; 6] =
@@ -254,6 +294,13 @@ pub enum StoreKind {
         /// How volumes are cut up for it.
         chunking: Chunking,
     },
+    /// Containers of a server that speaks Swift.
+    Swift {
+        /// The server, and what is kept there.
+        settings: Box<SwiftSettings>,
+        /// How volumes are cut up for it.
+        chunking: Chunking,
+    },
     /// RBD images in a pool.
     #[cfg(feature = "ceph")]
     Rbd {
@@ -389,11 +436,12 @@ struct StoreSection {
     sha_block_bytes: u64,
     #[serde(default, deserialize_with = "endpoint")]
     endpoint: Option<Url>,
-    #[serde(default = "usual_region", deserialize_with = "region")]
-    region: String,
+    /// What it is by default depends on the kind.
+    #[serde(default, deserialize_with = "region")]
+    region: Option<String>,
     #[serde(default = "yes")]
     path_style: bool,
-    #[serde(default = "usual_bucket", deserialize_with = "bucket")]
+    #[serde(default = "usual_container", deserialize_with = "bucket")]
     bucket: String,
     #[serde(default = "yes")]
     create_containers: bool,
@@ -417,6 +465,34 @@ struct StoreSection {
     connections_max: u16,
     #[serde(default = "number::<_, 8>", deserialize_with = "whole::<_, _, 0, 100>")]
     retries_max: u16,
+    #[serde(default, deserialize_with = "swift_url")]
+    auth_url: Option<Url>,
+    #[serde(default, deserialize_with = "auth_version")]
+    auth_version: AuthVersion,
+    #[serde(default, deserialize_with = "text")]
+    user: Option<String>,
+    #[serde(default, deserialize_with = "text")]
+    user_domain: Option<String>,
+    #[serde(default, deserialize_with = "text")]
+    project: Option<String>,
+    #[serde(default, deserialize_with = "text")]
+    project_domain: Option<String>,
+    #[serde(default, deserialize_with = "text")]
+    application_credential: Option<String>,
+    #[serde(default, deserialize_with = "secret")]
+    password: Option<Secret>,
+    #[serde(default, deserialize_with = "some_path")]
+    password_file: Option<PathBuf>,
+    #[serde(default, deserialize_with = "text")]
+    service_type: Option<String>,
+    #[serde(default = "public", deserialize_with = "interface")]
+    interface: String,
+    #[serde(default, deserialize_with = "swift_url")]
+    storage_url: Option<Url>,
+    #[serde(default = "usual_container", deserialize_with = "container")]
+    container: String,
+    #[serde(default, deserialize_with = "storage_policy")]
+    storage_policy: Option<String>,
     #[serde(default, deserialize_with = "cluster")]
     cluster: Option<String>,
     #[serde(default, deserialize_with = "pool")]
@@ -446,35 +522,74 @@ impl StoreSection {
             // Only the newest one is of use to the next backup.
             source_snapshots_max: self.source_snapshots_max.unwrap_or(1),
         };
+        let secret_from = |secret: Option<Secret>, file: Option<PathBuf>, key: &str| match (secret, file) {
+            (Some(secret), _) => Ok(SecretFrom::Setting(secret)),
+            (None, Some(file)) => Ok(SecretFrom::File(folder.join(file))),
+            (None, None) => Err(missing(key)),
+        };
+        let http = HttpSettings {
+            ca_file: self.ca_file.map(|file| folder.join(file)),
+            proxy: self.proxy,
+            connect_seconds_max: self.connect_seconds_max,
+            idle_seconds_max: self.idle_seconds_max,
+            connections_max: self.connections_max,
+            retries_max: self.retries_max,
+        };
         let kind = match self.kind {
             Kind::Posix => {
                 StoreKind::Posix { path: folder.join(self.path.ok_or_else(|| missing("path"))?), chunking }
             }
             Kind::S3 => {
-                let secret_key = match (self.secret_key, self.secret_key_file) {
-                    (Some(secret), _) => SecretFrom::Setting(secret),
-                    (None, Some(file)) => SecretFrom::File(folder.join(file)),
-                    (None, None) => return Err(missing("secret_key")),
-                };
                 let settings = S3Settings {
                     endpoint: self.endpoint.ok_or_else(|| missing("endpoint"))?,
-                    region: self.region,
+                    region: self.region.unwrap_or_else(usual_region),
                     path_style: self.path_style,
                     bucket: self.bucket,
                     create_buckets: self.create_containers,
                     access_key: self.access_key.ok_or_else(|| missing("access_key"))?,
-                    secret_key,
+                    secret_key: secret_from(self.secret_key, self.secret_key_file, "secret_key")?,
                     sse_c_key_file: self.sse_c_key_file.map(|file| folder.join(file)),
-                    http: HttpSettings {
-                        ca_file: self.ca_file.map(|file| folder.join(file)),
-                        proxy: self.proxy,
-                        connect_seconds_max: self.connect_seconds_max,
-                        idle_seconds_max: self.idle_seconds_max,
-                        connections_max: self.connections_max,
-                        retries_max: self.retries_max,
-                    },
+                    http,
                 };
                 StoreKind::S3 { settings: Box::new(settings), chunking }
+            }
+            Kind::Swift => {
+                let auth_url = self.auth_url.ok_or_else(|| missing("auth_url"))?;
+                let password = secret_from(self.password, self.password_file, "password")?;
+                let user = || self.user.clone().ok_or_else(|| missing("user"));
+                let domain = |given: Option<String>| given.unwrap_or_else(|| "Default".into());
+                let credentials = match (self.auth_version, self.application_credential) {
+                    (AuthVersion::V1, _) => Credentials::V1 { user: user()?, key: password },
+                    (AuthVersion::V3, Some(id)) => {
+                        Credentials::ApplicationCredential { id, secret: password }
+                    }
+                    (AuthVersion::V3, None) => Credentials::Password {
+                        user: user()?,
+                        user_domain: domain(self.user_domain),
+                        project: self.project.ok_or_else(|| missing("project"))?,
+                        project_domain: domain(self.project_domain),
+                        password,
+                    },
+                };
+                let endpoint = match (self.storage_url, self.auth_version) {
+                    (Some(url), _) => Endpoint::At(url),
+                    (None, AuthVersion::V1) => Endpoint::Told,
+                    (None, AuthVersion::V3) => Endpoint::Catalog {
+                        service_type: self.service_type.unwrap_or_else(|| "object-store".into()),
+                        interface: self.interface,
+                        region: self.region,
+                    },
+                };
+                let settings = SwiftSettings {
+                    auth_url,
+                    credentials,
+                    endpoint,
+                    container: self.container,
+                    create_containers: self.create_containers,
+                    storage_policy: self.storage_policy,
+                    http,
+                };
+                StoreKind::Swift { settings: Box::new(settings), chunking }
             }
             #[cfg(feature = "ceph")]
             Kind::Rbd => StoreKind::Rbd {
@@ -533,7 +648,8 @@ fn check_store(
     let setting = |key: &str| format!("store.{name}.{key}");
     let known: &[&[&str]] = match section.kind {
         Kind::Posix => &[&OF_POSIX, &OF_CHUNKED],
-        Kind::S3 => &[&OF_S3, &OF_CHUNKED],
+        Kind::S3 => &[&OF_S3, &OF_HTTP, &OF_CHUNKED],
+        Kind::Swift => &[&OF_SWIFT, &OF_HTTP, &OF_CHUNKED],
         #[cfg(feature = "ceph")]
         Kind::Rbd => &[&OF_RBD],
     };
@@ -554,9 +670,43 @@ fn check_store(
             }
             check_chunking(section, setting, sections.worker.memory_bytes_max, layers)
         }
+        Kind::Swift => {
+            check_login(section, setting, layers)?;
+            check_chunking(section, setting, sections.worker.memory_bytes_max, layers)
+        }
         #[cfg(feature = "ceph")]
         Kind::Rbd => check_images(section, setting, &sections.ceph, layers),
     }
+}
+
+/// Checks that what is said of a login to Swift goes together.
+fn check_login(
+    section: &StoreSection,
+    setting: impl Fn(&str) -> String,
+    layers: &Layers,
+) -> Result<(), ConfigError> {
+    if section.password.is_some() && section.password_file.is_some() {
+        let problem = "password is set, too; write only one of them".into();
+        return Err(layers.refuse(&setting("password_file"), problem));
+    }
+    let of_no_use = |keys: &[&str], with: &str| match keys.iter().find(|key| layers.has(&setting(key))) {
+        Some(key) => {
+            Err(layers.refuse(&setting(key), format!("it is of no use with {with}; remove one of them")))
+        }
+        None => Ok(()),
+    };
+    if section.auth_version == AuthVersion::V1 {
+        of_no_use(&OF_USERS[1..], "auth_version = 1")?;
+        of_no_use(&["application_credential"], "auth_version = 1")?;
+        of_no_use(&OF_CATALOG, "auth_version = 1")?;
+    }
+    if section.application_credential.is_some() {
+        of_no_use(&OF_USERS, "application_credential")?;
+    }
+    if section.storage_url.is_some() {
+        of_no_use(&OF_CATALOG, "storage_url")?;
+    }
+    Ok(())
 }
 
 /// Checks how volumes are to be cut up.
@@ -670,8 +820,12 @@ fn usual_region() -> String {
     "us-east-1".into()
 }
 
-fn usual_bucket() -> String {
+fn usual_container() -> String {
     "volumebackups".into()
+}
+
+fn public() -> String {
+    "public".into()
 }
 
 fn unchanged_check_per_mille() -> u32 {

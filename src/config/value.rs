@@ -150,14 +150,18 @@ pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue,
 }
 
 /// The kinds of stores, as an error tells what may be written.
-pub(super) const KINDS: &str =
-    if cfg!(feature = "ceph") { "\"posix\", \"s3\" or \"rbd\"" } else { "\"posix\" or \"s3\"" };
+pub(super) const KINDS: &str = if cfg!(feature = "ceph") {
+    "\"posix\", \"s3\", \"swift\" or \"rbd\""
+} else {
+    "\"posix\", \"s3\" or \"swift\""
+};
 
 /// The kind of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Posix,
     S3,
+    Swift,
     #[cfg(feature = "ceph")]
     Rbd,
 }
@@ -167,6 +171,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Posix => "posix",
             Self::S3 => "s3",
+            Self::Swift => "swift",
             #[cfg(feature = "ceph")]
             Self::Rbd => "rbd",
         })
@@ -178,6 +183,7 @@ pub(super) fn kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Kind, D
     text_that(deserializer, KINDS, |text| match text {
         "posix" => Some(Kind::Posix),
         "s3" => Some(Kind::S3),
+        "swift" => Some(Kind::Swift),
         #[cfg(feature = "ceph")]
         "rbd" => Some(Kind::Rbd),
         _ => None,
@@ -261,21 +267,77 @@ pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<A
 pub(super) fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
     let expected =
         "the URL of the server without user, password and bucket, such as \"https://s3.example.org\"";
-    text_that(deserializer, expected, |text| {
-        let bare = |url: &Url| {
-            let (user, query) =
-                (url.username().is_empty() && url.password().is_none(), url.query().is_none());
-            ["http", "https"].contains(&url.scheme()) && user && query && url.fragment().is_none()
-        };
-        Url::parse(text).ok().filter(bare).map(Some)
+    text_that(deserializer, expected, |text| bare_url(text).map(Some))
+}
+
+/// Reads the URL of a login to Swift, or of an account there.
+pub(super) fn swift_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
+    let expected = "a URL without user and password, such as \"https://keystone.example.org:5000/v3\"";
+    text_that(deserializer, expected, |text| bare_url(text).map(Some))
+}
+
+/// A URL that has neither keys in it nor anything behind its path.
+fn bare_url(text: &str) -> Option<Url> {
+    let url = Url::parse(text).ok()?;
+    let user = !url.username().is_empty() || url.password().is_some();
+    let more = url.query().is_some() || url.fragment().is_some();
+    (["http", "https"].contains(&url.scheme()) && !user && !more).then_some(url)
+}
+
+/// The version of a login to Swift.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum AuthVersion {
+    V1,
+    #[default]
+    V3,
+}
+
+/// Reads the version of a login.
+pub(super) fn auth_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AuthVersion, D::Error> {
+    match whole::<_, u64, 1, 3>(deserializer)? {
+        1 => Ok(AuthVersion::V1),
+        3 => Ok(AuthVersion::V3),
+        other => Err(D::Error::custom(format!("found {other}; write 1, or 3 for Keystone"))),
+    }
+}
+
+/// Reads a text that may be absent.
+pub(super) fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    text_that(deserializer, "1 to 255 characters, in quotes", |text| {
+        let fits = (1..=255).contains(&text.len()) && !text.chars().any(char::is_control);
+        fits.then(|| Some(text.into()))
     })
 }
 
-/// Reads the name of a region.
-pub(super) fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+/// Reads which of several endpoints is used.
+pub(super) fn interface<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let expected = "one of \"public\", \"internal\", \"admin\"";
+    text_that(deserializer, expected, |text| {
+        ["public", "internal", "admin"].contains(&text).then(|| text.into())
+    })
+}
+
+/// Reads the name of a container of Swift.
+pub(super) fn container<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let expected = "the name of a container, such as \"volumebackups\": without '/', and no leading '.'";
+    text_that(deserializer, expected, |text| {
+        (!text.contains('/') && text.parse::<Container>().is_ok()).then(|| text.into())
+    })
+}
+
+/// Reads the name of a storage policy that may be absent.
+pub(super) fn storage_policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    text_that(deserializer, "the name of a storage policy: 1 to 255 letters, digits and '-'", |text| {
+        let plain = |c: char| c.is_ascii_graphic();
+        ((1..=255).contains(&text.len()) && text.chars().all(plain)).then(|| Some(text.into()))
+    })
+}
+
+/// Reads the name of a region that may be absent.
+pub(super) fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     text_that(deserializer, "1 to 100 of a-z, A-Z, 0-9, '-' and '_', in quotes", |text| {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-        ((1..=100).contains(&text.len()) && text.chars().all(plain)).then(|| text.into())
+        ((1..=100).contains(&text.len()) && text.chars().all(plain)).then(|| Some(text.into()))
     })
 }
 

@@ -3,8 +3,9 @@
 //! One try is [`Http::send`]; [`Tries`] says whether and when there is another one. What an answer means is known to the
 //! kind of store that asked.
 
-use std::convert::Infallible;
+use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use futures_util::stream;
 use reqwest::header::{CONTENT_LENGTH, HeaderMap, RETRY_AFTER};
 use reqwest::{Body, Certificate, Client, Proxy, RequestBuilder, Response, StatusCode};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::{Error, Reason, Result, Secret};
@@ -26,7 +28,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(20);
 /// What is handed to a connection at a time: whether bytes move is seen by these pieces.
 const SENT_AT_ONCE_BYTES: usize = 256 << 10;
-/// No answer that is no object is longer: a page of a listing has 1,000 names of up to 1 KiB.
+/// No answer that is no object is longer: a page of a listing has 1,000 names of up to 1 KiB, or what Keystone says of a
+/// cloud.
 const ANSWER_BYTES_MAX: usize = 8 << 20;
 
 /// How a server is reached.
@@ -47,27 +50,35 @@ pub struct HttpSettings {
 }
 
 /// Connections to one server.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Http {
     client: Client,
     idle_max: Duration,
     retries_max: usize,
-    requests: Semaphore,
+    requests: Arc<Semaphore>,
+}
+
+/// What goes with a request; it may be sent more than once.
+#[derive(Debug, Clone)]
+pub(super) enum Payload {
+    Bytes(Bytes),
+    /// A file with so many bytes.
+    File(Arc<File>, u64),
 }
 
 /// Why there is no answer that is of use.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Failure {
     /// It may pass. The server may have said for how long to wait.
-    Passing { error: io::Error, pause: Option<Duration> },
+    Passing { error: Arc<io::Error>, pause: Option<Duration> },
     /// The server has answered, and the answer is no.
     Refused(Refusal),
     /// The server is not one to talk to.
-    Unusable(io::Error),
+    Unusable(Arc<io::Error>),
 }
 
 /// An answer that is no success.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("the server answered {status} {code} {message}")]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
@@ -103,7 +114,7 @@ impl Http {
             client: client.build().map_err(unusable)?,
             idle_max: Duration::from_secs(settings.idle_seconds_max.into()),
             retries_max: settings.retries_max.into(),
-            requests: Semaphore::new(settings.connections_max.into()),
+            requests: Arc::new(Semaphore::new(settings.connections_max.into())),
         })
     }
 
@@ -126,16 +137,17 @@ impl Http {
     pub(super) async fn send(
         &self,
         request: RequestBuilder,
-        body: Bytes,
+        body: Payload,
     ) -> std::result::Result<Response, Failure> {
         // It is never closed, so there is always a permit, if late.
         let _permit = self.requests.acquire().await;
         let (moved, mut moves) = watch::channel(());
         let length = body.len();
-        let pieces = stream::unfold((body, moved), |(mut body, moved)| async move {
+        let pieces = stream::try_unfold((body, 0, moved), |(body, offset, moved)| async move {
             moved.send_replace(());
-            let piece = body.split_to(body.len().min(SENT_AT_ONCE_BYTES));
-            (!piece.is_empty()).then_some((Ok::<_, Infallible>(piece), (body, moved)))
+            let piece = body.piece(offset).await?;
+            let offset = offset + piece.len() as u64;
+            Ok::<_, io::Error>((!piece.is_empty()).then_some((piece, (body, offset, moved))))
         });
         let request = match length {
             0 => request.body(Bytes::new()),
@@ -171,7 +183,7 @@ impl Http {
         while let Some(chunk) = self.chunk(&mut answer).await? {
             if whole.len() + chunk.len() > ANSWER_BYTES_MAX {
                 let error = format!("the answer has more than {ANSWER_BYTES_MAX} bytes");
-                return Err(Failure::Unusable(io::Error::new(ErrorKind::InvalidData, error)));
+                return Err(Failure::unusable(ErrorKind::InvalidData, error));
             }
             whole.extend_from_slice(&chunk);
         }
@@ -184,9 +196,48 @@ impl Http {
     }
 }
 
+impl From<Bytes> for Payload {
+    fn from(bytes: Bytes) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+impl Payload {
+    /// How many bytes it has.
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File(_, bytes) => *bytes,
+        }
+    }
+
+    /// What is sent next after `offset` bytes; nothing at the end.
+    async fn piece(&self, offset: u64) -> io::Result<Bytes> {
+        let length = (self.len() - offset).min(SENT_AT_ONCE_BYTES as u64) as usize;
+        match self {
+            Self::Bytes(bytes) => Ok(bytes.slice(offset as usize..offset as usize + length)),
+            Self::File(file, _) => {
+                let file = file.clone();
+                let read = move || {
+                    let mut piece = vec![0; length];
+                    file.read_exact_at(&mut piece, offset).map(|()| piece.into())
+                };
+                spawn_blocking(read).await?
+            }
+        }
+    }
+}
+
 impl Failure {
     pub(super) fn passing(error: io::Error) -> Self {
-        Self::Passing { error, pause: None }
+        Self::Passing { error: Arc::new(error), pause: None }
+    }
+
+    pub(super) fn unusable(
+        kind: ErrorKind,
+        error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Unusable(Arc::new(io::Error::new(kind, error)))
     }
 
     /// An answer that is no success: some of them pass.
@@ -196,7 +247,8 @@ impl Failure {
         }
         // The other form, a date, is of no use to a clock that may be wrong.
         let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        Self::Passing { error: io::Error::other(refusal), pause: seconds.map(Duration::from_secs) }
+        let error = Arc::new(io::Error::other(refusal));
+        Self::Passing { error, pause: seconds.map(Duration::from_secs) }
     }
 }
 
@@ -215,7 +267,8 @@ impl Refusal {
             "BadDigest",
             "IncompleteBody",
         ];
-        matches!(self.status.as_u16(), 408 | 425 | 429 | 500 | 502 | 503 | 504)
+        // Swift has 498 for too many requests.
+        matches!(self.status.as_u16(), 408 | 425 | 429 | 498 | 500 | 502 | 503 | 504)
             || CODES.contains(&self.code.as_str())
     }
 }
@@ -240,11 +293,11 @@ impl Tries {
 fn lost(error: reqwest::Error) -> Failure {
     let error = error.without_url();
     if error.is_builder() {
-        return Failure::Unusable(io::Error::other(error));
+        return Failure::unusable(ErrorKind::Other, error);
     }
     // A certificate that is not trusted now is not trusted later, either.
     if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls_error(&error) {
-        return Failure::Unusable(io::Error::new(ErrorKind::InvalidData, error.clone()));
+        return Failure::unusable(ErrorKind::InvalidData, error.clone());
     }
     let kind = match (error.is_timeout(), error.is_connect()) {
         (true, _) => ErrorKind::TimedOut,
@@ -273,9 +326,9 @@ fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rus
 impl From<Failure> for Reason {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::Passing { error, .. } => Self::Passing(Arc::new(error)),
+            Failure::Passing { error, .. } => Self::Passing(error),
             Failure::Refused(refusal) => Self::Other(Arc::new(io::Error::other(refusal))),
-            Failure::Unusable(error) => Self::Other(Arc::new(error)),
+            Failure::Unusable(error) => Self::Other(error),
         }
     }
 }

@@ -8,8 +8,10 @@ mod name;
 mod posix;
 #[cfg(feature = "ceph")]
 mod rados;
+mod reading;
 mod s3;
 mod secret;
+mod swift;
 
 pub use http::HttpSettings;
 pub use memory::Memory;
@@ -19,6 +21,7 @@ pub use posix::Posix;
 pub use rados::Rados;
 pub use s3::{S3, S3Settings, is_bucket_name};
 pub use secret::{Secret, SecretFrom};
+pub use swift::{Credentials, Endpoint, Swift, SwiftSettings};
 
 use std::io;
 use std::sync::Arc;

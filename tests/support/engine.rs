@@ -12,13 +12,13 @@ use backhaul::job::{
     Record, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::plan;
-use backhaul::store::{Folder, Memory, ObjectName, ObjectStore, Posix, S3};
+use backhaul::store::{Folder, Memory, ObjectName, ObjectStore, Posix, S3, Swift};
 use backhaul::volume::FileRoots;
 use bytes::Bytes;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use super::s3;
+use super::{s3, swift};
 
 pub(crate) const COMPRESSIONS: [Compression; 4] =
     [Compression::None, Compression::Zlib, Compression::Bz2, Compression::Zstd];
@@ -32,6 +32,10 @@ pub(crate) enum Kind {
     Posix,
     Memory,
     S3,
+    /// OpenStack's own.
+    Swift,
+    /// Ceph's gateway, spoken to as Swift.
+    Gateway,
 }
 
 /// A store of its own, and a folder for volumes.
@@ -62,6 +66,12 @@ impl Bench {
                 let store = S3::new(s3::settings(&s3::url(), &usual)).unwrap();
                 (Arc::new(store), None, Naming::Buckets { usual })
             }
+            Kind::Swift | Kind::Gateway => {
+                let usual = swift::new_container();
+                let url = if kind == Kind::Swift { swift::url() } else { swift::gateway_url() };
+                let store = Swift::new(swift::settings(&url, &usual)).unwrap();
+                (Arc::new(store), None, Naming::Containers { usual })
+            }
         };
         Self { folder, root, store, naming, cpu }
     }
@@ -75,10 +85,10 @@ impl Bench {
         self.root.as_deref().expect("this store has no folder")
     }
 
-    /// The bucket of a store of buckets.
+    /// The bucket or container of a store that has one.
     pub(crate) fn bucket(&self) -> &str {
         match &self.naming {
-            Naming::Buckets { usual } => usual,
+            Naming::Buckets { usual } | Naming::Containers { usual } => usual,
             Naming::Folders => panic!("this store has no bucket"),
         }
     }

@@ -32,6 +32,8 @@ struct State {
     stalled: bool,
     bytes_per_second: Option<u64>,
     fault_count: usize,
+    /// What is counted in what clients say, and how often it was there.
+    counted: Option<(String, usize)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -108,6 +110,16 @@ impl Link {
         self.faults.state.lock().unwrap().fault_count
     }
 
+    /// Counts from now on how often clients say this.
+    pub(crate) fn count(&self, text: &str) {
+        self.faults.state.lock().unwrap().counted = Some((text.into(), 0));
+    }
+
+    /// How often they have.
+    pub(crate) fn counted(&self) -> usize {
+        self.faults.state.lock().unwrap().counted.as_ref().map_or(0, |(_, count)| *count)
+    }
+
     /// Passes nothing on, until told otherwise.
     pub(crate) fn stall(&self, stalled: bool) {
         self.faults.state.lock().unwrap().stalled = stalled;
@@ -147,6 +159,9 @@ impl Faults {
         thread::spawn(move || {
             let mut buffer = [0; 16 << 10];
             while let Ok(read @ 1..) = from.read(&mut buffer) {
+                if side == From::Client {
+                    faults.count(&buffer[..read]);
+                }
                 if faults.breaks_at(read, side) {
                     let _ = from.shutdown(Shutdown::Both);
                     let _ = to.shutdown(Shutdown::Both);
@@ -158,6 +173,12 @@ impl Faults {
             }
             let _ = to.shutdown(Shutdown::Write);
         });
+    }
+
+    fn count(&self, said: &[u8]) {
+        if let Some((text, count)) = &mut self.state.lock().unwrap().counted {
+            *count += said.windows(text.len()).filter(|part| *part == text.as_bytes()).count();
+        }
     }
 
     /// Holds these bytes up for as long as is due, and says whether they come to nothing.

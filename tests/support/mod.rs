@@ -11,4 +11,5 @@ pub(crate) mod link;
 pub(crate) mod rabbit;
 pub(crate) mod s3;
 pub(crate) mod stack;
+pub(crate) mod swift;
 pub(crate) mod volume;

@@ -58,6 +58,11 @@ pub enum Naming {
         /// Its name.
         usual: String,
     },
+    /// All backups that name no container share this one, as of the Swift driver.
+    Containers {
+        /// Its name.
+        usual: String,
+    },
 }
 
 impl Naming {
@@ -66,6 +71,7 @@ impl Naming {
         match self {
             Self::Folders => "cinder.backup.drivers.posix.PosixBackupDriver",
             Self::Buckets { .. } => "cinder.backup.drivers.s3.S3BackupDriver",
+            Self::Containers { .. } => "cinder.backup.drivers.swift.SwiftBackupDriver",
         }
     }
 
@@ -74,7 +80,7 @@ impl Naming {
         let id = backup_id.to_string();
         Ok(match self {
             Self::Folders => format!("{}/{}/{id}", &id[..2], &id[2..4]).parse()?,
-            Self::Buckets { usual } => usual.parse()?,
+            Self::Buckets { usual } | Self::Containers { usual } => usual.parse()?,
         })
     }
 
@@ -85,7 +91,9 @@ impl Naming {
         match self {
             Self::Folders => format!("volume_{volume_id}_{time}_backup_{backup_id}"),
             // Cinder's zone, if nobody gives it another name. It is in the prefix only, and nobody looks for it there.
-            Self::Buckets { .. } => format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"),
+            Self::Buckets { .. } | Self::Containers { .. } => {
+                format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}")
+            }
         }
     }
 }

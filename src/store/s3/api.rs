@@ -156,7 +156,7 @@ impl Api {
     /// Sends a request once. An answer that is no success is a failure.
     async fn send(&self, request: &Request<'_>) -> std::result::Result<Response, Failure> {
         let settings = &self.settings;
-        let unusable = |error| Failure::Unusable(io::Error::new(io::ErrorKind::InvalidInput, error));
+        let unusable = |error: String| Failure::unusable(io::ErrorKind::InvalidInput, error);
         let style = if settings.path_style { UrlStyle::Path } else { UrlStyle::VirtualHost };
         let bucket =
             Bucket::new(settings.endpoint.clone(), style, request.bucket.to_owned(), settings.region.clone())
@@ -194,7 +194,7 @@ impl Api {
         for (name, value) in headers {
             builder = builder.header(name, value);
         }
-        let answer = self.http.send(builder, request.body.clone()).await?;
+        let answer = self.http.send(builder, request.body.clone().into()).await?;
         if answer.status().is_success() {
             return Ok(answer);
         }
@@ -241,7 +241,7 @@ pub(super) fn explain(action: &'static str, object: impl ToString, bucket: &str,
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Failure> {
     from_str(&String::from_utf8_lossy(body)).map_err(|error| {
         let error = format!("the server's answer is not what S3's is: {error}");
-        Failure::Unusable(io::Error::new(io::ErrorKind::InvalidData, error))
+        Failure::unusable(io::ErrorKind::InvalidData, error)
     })
 }
 

@@ -20,22 +20,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use quick_xml::escape::escape;
-use reqwest::header::ETAG;
-use reqwest::{Response, StatusCode};
+use reqwest::StatusCode;
 use rusty_s3::Method;
-use tokio::sync::mpsc::Sender;
 use tokio::time::timeout;
 use url::Url;
 use uuid::Uuid;
 
 use self::api::{Api, Deleted, ObjectsPage, Request, UploadsPage, explain, parse};
 use self::upload::Writer;
-use super::http::{Failure, HttpSettings, Refusal, Tries};
+use super::http::{Failure, HttpSettings, Refusal};
+use super::reading::Reader;
 use super::{
-    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Reason, Result,
-    Secret, SecretFrom,
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result, Secret, SecretFrom,
 };
 
 /// How long a server may take that shall say whether it is there.
@@ -250,16 +248,24 @@ impl ObjectStore for S3 {
         };
         let request = Request::of_bytes(Method::Get, &place.bucket, &place.key);
         let answer = self.api.open(&request).await.map_err(failed)?;
-        let etag = answer.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).map(ToOwned::to_owned);
-        let (sender, pieces) = Pieces::channel();
-        let reader = Reader { api: self.api.clone(), object: object.clone(), place, etag };
-        tokio::spawn(async move {
-            if let Err(error) = reader.read(answer, &sender).await {
-                // Nobody may be there to hear it: the reader was dropped.
-                sender.send(Err(error)).await.ok();
-            }
-        });
-        Ok(pieces)
+        let api = self.api.clone();
+        let reader = Reader {
+            http: api.http.clone(),
+            object: object.clone(),
+            explain: {
+                let (object, bucket) = (object.clone(), place.bucket.clone());
+                Box::new(move |failure| explain("read", &object, &bucket, failure))
+            },
+            again: Box::new(move |headers| {
+                let (api, place) = (api.clone(), place.clone());
+                Box::pin(async move {
+                    let mut request = Request::of_bytes(Method::Get, &place.bucket, &place.key);
+                    request.headers.extend(headers);
+                    api.open(&request).await
+                })
+            }),
+        };
+        Ok(reader.start(answer))
     }
 
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
@@ -359,69 +365,5 @@ impl ObjectStore for S3 {
             }
             (key_marker, id_marker) = (page.next_key_marker, page.next_upload_id_marker);
         }
-    }
-}
-
-/// Reads an object over as many connections as break while it does.
-struct Reader {
-    api: Arc<Api>,
-    object: ObjectName,
-    place: Place,
-    etag: Option<String>,
-}
-
-impl Reader {
-    /// Passes on what comes until the end of the object, or until nobody takes it any more.
-    async fn read(&self, mut answer: Response, sender: &Sender<Result<Bytes>>) -> Result<()> {
-        let bytes = answer.content_length();
-        let (mut offset, mut piece) = (0, BytesMut::new());
-        let mut tries = self.api.http.tries();
-        loop {
-            match self.api.http.chunk(&mut answer).await {
-                Ok(Some(chunk)) => {
-                    offset += chunk.len() as u64;
-                    piece.extend_from_slice(&chunk);
-                    tries = self.api.http.tries();
-                    while piece.len() >= PIECE_BYTES {
-                        if sender.send(Ok(piece.split_to(PIECE_BYTES).freeze())).await.is_err() {
-                            return Ok(());
-                        }
-                    }
-                }
-                Ok(None) if bytes.is_none_or(|bytes| bytes == offset) => {
-                    if !piece.is_empty() {
-                        sender.send(Ok(piece.freeze())).await.ok();
-                    }
-                    return Ok(());
-                }
-                Ok(None) => {
-                    let error = io::Error::new(ErrorKind::ConnectionReset, "the answer ended too early");
-                    answer = self.go_on(offset, &mut tries, Failure::passing(error)).await?;
-                }
-                Err(failure) => answer = self.go_on(offset, &mut tries, failure).await?,
-            }
-        }
-    }
-
-    /// Asks for the rest, unless the object is another one by now.
-    async fn go_on(&self, offset: u64, tries: &mut Tries, failure: Failure) -> Result<Response> {
-        let failed = |failure| explain("read", &self.object, &self.place.bucket, failure);
-        tries.pause(failure).await.map_err(failed)?;
-        let range = format!("bytes={offset}-");
-        let mut request =
-            Request::of_bytes(Method::Get, &self.place.bucket, &self.place.key).header("range", range);
-        if let Some(etag) = &self.etag {
-            request = request.header("if-match", etag);
-        }
-        let changed = match self.api.open(&request).await {
-            Ok(answer) if answer.status() == StatusCode::PARTIAL_CONTENT => return Ok(answer),
-            Ok(_) => "the server gives no part of it after the connection broke",
-            Err(Failure::Refused(Refusal {
-                status: StatusCode::NOT_FOUND | StatusCode::PRECONDITION_FAILED,
-                ..
-            })) => "it was replaced or deleted while it was read",
-            Err(failure) => return Err(failed(failure)),
-        };
-        Err(Error::io("read", &self.object, io::Error::new(ErrorKind::StaleNetworkFileHandle, changed)))
     }
 }

@@ -1,5 +1,5 @@
-//! Backhaul and OpenStack Cinder 29 on one server that speaks S3: either restores, goes on from and deletes what the other
-//! made. Cinder's driver is the real one.
+//! Backhaul and OpenStack Cinder 29 on one server that speaks S3 or Swift: either restores, goes on from and deletes what the
+//! other made. Cinder's drivers are the real ones.
 #![cfg(feature = "ceph")] // Cinder is there for the tests with all features.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -16,8 +16,8 @@ use rstest::rstest;
 use serde_json::json;
 use support::cinder::{Cinder, Of};
 use support::engine::{Bench, Kind, backup_job, delete, restore, run, verify};
-use support::s3;
 use support::volume::{Fill, Volume};
+use support::{s3, swift};
 
 const MIB: usize = 1 << 20;
 const OBJECT_BYTES: usize = MIB;
@@ -29,16 +29,34 @@ enum Maker {
     Cinder,
 }
 
-fn cinder() -> Cinder {
-    let server = s3::settings(&s3::url(), s3::BUCKET);
-    let url = url::Url::parse(&s3::url()).unwrap();
+/// A Cinder on the same server, with this bucket or container.
+fn cinder(kind: Kind, container: &str) -> Cinder {
+    let url = match kind {
+        Kind::Swift => swift::url(),
+        Kind::Gateway => swift::gateway_url(),
+        _ => {
+            let (user, key) = swift::user_and_key(&s3::url());
+            let options = [
+                format!("backup_s3_endpoint_url={}", s3::settings(&s3::url(), container).endpoint),
+                format!("backup_s3_store_bucket={container}"),
+                format!("backup_s3_store_access_key={user}"),
+                format!("backup_s3_store_secret_key={key}"),
+                format!("backup_s3_object_size={OBJECT_BYTES}"),
+            ];
+            return Cinder::start("cinder.backup.drivers.s3.S3BackupDriver", &options);
+        }
+    };
+    let (user, key) = swift::user_and_key(&url);
     let options = [
-        format!("backup_s3_endpoint_url={}", server.endpoint),
-        format!("backup_s3_store_access_key={}", url.username()),
-        format!("backup_s3_store_secret_key={}", url.password().unwrap()),
-        format!("backup_s3_object_size={OBJECT_BYTES}"),
+        "backup_swift_auth=single_user".into(),
+        "backup_swift_auth_version=1".into(),
+        format!("backup_swift_auth_url={}", swift::settings(&url, container).auth_url),
+        format!("backup_swift_container={container}"),
+        format!("backup_swift_user={user}"),
+        format!("backup_swift_key={key}"),
+        format!("backup_swift_object_size={OBJECT_BYTES}"),
     ];
-    Cinder::start("cinder.backup.drivers.s3.S3BackupDriver", &options)
+    Cinder::start("cinder.backup.drivers.swift.SwiftBackupDriver", &options)
 }
 
 fn engine(bench: &Bench, compression: Compression, object_bytes: usize) -> Engine {
@@ -79,12 +97,23 @@ async fn back_up(
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
-    #[values(Compression::None, Compression::Zlib, Compression::Bz2, Compression::Zstd)]
-    compression: Compression,
+    #[values(
+        (Kind::S3, Compression::None),
+        (Kind::S3, Compression::Zlib),
+        (Kind::S3, Compression::Bz2),
+        (Kind::S3, Compression::Zstd),
+        (Kind::Swift, Compression::None),
+        (Kind::Swift, Compression::Zlib),
+        (Kind::Swift, Compression::Bz2),
+        (Kind::Swift, Compression::Zstd),
+        (Kind::Gateway, Compression::Zstd)
+    )]
+    on: (Kind, Compression),
     #[values([Maker::Us, Maker::Cinder, Maker::Us], [Maker::Cinder, Maker::Us, Maker::Cinder])] makers: [Maker;
         3],
 ) {
-    let (bench, mut cinder) = (Bench::new(Kind::S3), cinder());
+    let (kind, compression) = on;
+    let bench = Bench::new(kind);
     // Objects of another size than Cinder's.
     let engine = engine(&bench, compression, 2 * OBJECT_BYTES);
     let packing = match compression {
@@ -93,9 +122,9 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
         Compression::Bz2 => "bz2",
         Compression::Zstd => "zstd",
     };
-    let bucket = bench.bucket();
-    let container: Container = bucket.parse().unwrap();
-    cinder.ask("set", json!({ "backup_s3_store_bucket": bucket, "backup_compression_algorithm": packing }));
+    let container: Container = bench.bucket().parse().unwrap();
+    let mut cinder = cinder(kind, bench.bucket());
+    cinder.ask("set", json!({ "backup_compression_algorithm": packing }));
     let volume_id = VolumeId::random();
     cinder.add_volume(volume_id, 1);
     let mut volume = Volume::create(bench.volumes().join("volume"), 5 * MIB + 5000);

@@ -1,0 +1,99 @@
+//! Objects that are read from a server: streams that go on where a connection broke.
+
+use std::io::{self, ErrorKind};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use reqwest::header::ETAG;
+use reqwest::{Response, StatusCode};
+use tokio::sync::mpsc::Sender;
+
+use super::http::{Failure, Http, Refusal, Tries};
+use super::{Error, ObjectName, PIECE_BYTES, Pieces, Result};
+
+/// Asks for the object again, with these headers.
+type Again = Box<
+    dyn Fn(Vec<(&'static str, String)>) -> BoxFuture<'static, std::result::Result<Response, Failure>>
+        + Send
+        + Sync,
+>;
+
+/// Reads an object over as many connections as break while it does.
+pub(super) struct Reader {
+    pub(super) http: Http,
+    pub(super) object: ObjectName,
+    /// What a failure means.
+    pub(super) explain: Box<dyn Fn(Failure) -> Error + Send + Sync>,
+    pub(super) again: Again,
+}
+
+impl Reader {
+    /// Reads what this answer brings, and what may have to follow it, on a task of its own, which ends with the object or
+    /// with whoever takes it.
+    pub(super) fn start(self, answer: Response) -> Pieces {
+        let (sender, pieces) = Pieces::channel();
+        tokio::spawn(async move {
+            if let Err(error) = self.read(answer, &sender).await {
+                // Nobody may be there to hear it: the reader was dropped.
+                sender.send(Err(error)).await.ok();
+            }
+        });
+        pieces
+    }
+
+    /// Passes on what comes until the end of the object, or until nobody takes it any more.
+    async fn read(&self, mut answer: Response, sender: &Sender<Result<Bytes>>) -> Result<()> {
+        let bytes = answer.content_length();
+        let etag = answer.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).map(ToOwned::to_owned);
+        let (mut offset, mut piece) = (0, BytesMut::new());
+        let mut tries = self.http.tries();
+        loop {
+            match self.http.chunk(&mut answer).await {
+                Ok(Some(chunk)) => {
+                    offset += chunk.len() as u64;
+                    piece.extend_from_slice(&chunk);
+                    tries = self.http.tries();
+                    while piece.len() >= PIECE_BYTES {
+                        if sender.send(Ok(piece.split_to(PIECE_BYTES).freeze())).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                }
+                Ok(None) if bytes.is_none_or(|bytes| bytes == offset) => {
+                    if !piece.is_empty() {
+                        sender.send(Ok(piece.freeze())).await.ok();
+                    }
+                    return Ok(());
+                }
+                Ok(None) => {
+                    let error = io::Error::new(ErrorKind::ConnectionReset, "the answer ended too early");
+                    answer = self.go_on(offset, &etag, &mut tries, Failure::passing(error)).await?;
+                }
+                Err(failure) => answer = self.go_on(offset, &etag, &mut tries, failure).await?,
+            }
+        }
+    }
+
+    /// Asks for the rest, unless the object is another one by now.
+    async fn go_on(
+        &self,
+        offset: u64,
+        etag: &Option<String>,
+        tries: &mut Tries,
+        failure: Failure,
+    ) -> Result<Response> {
+        tries.pause(failure).await.map_err(&self.explain)?;
+        let mut headers = vec![("range", format!("bytes={offset}-"))];
+        headers.extend(etag.as_ref().map(|etag| ("if-match", etag.clone())));
+        let changed = match (self.again)(headers).await {
+            Ok(answer) if answer.status() == StatusCode::PARTIAL_CONTENT => return Ok(answer),
+            Ok(_) => "the server gives no part of it after the connection broke",
+            Err(Failure::Refused(Refusal {
+                status: StatusCode::NOT_FOUND | StatusCode::PRECONDITION_FAILED,
+                ..
+            })) => "it was replaced or deleted while it was read",
+            Err(failure) => return Err((self.explain)(failure)),
+        };
+        Err(Error::io("read", &self.object, io::Error::new(ErrorKind::StaleNetworkFileHandle, changed)))
+    }
+}

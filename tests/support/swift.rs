@@ -1,0 +1,144 @@
+//! The servers for Swift that all tests share: OpenStack's own with a Keystone, and Ceph's gateway.
+
+use std::fs;
+use std::path::Path;
+
+use backhaul::store::{Credentials, Endpoint, HttpSettings, Secret, SecretFrom, SwiftSettings};
+use url::Url;
+use uuid::Uuid;
+
+/// The container of tests that need none of their own; every test needs names of its own in it.
+pub(crate) const CONTAINER: &str = "tests";
+
+/// How long a token of [`hasty_url`] is good for.
+pub(crate) const HASTY_SECONDS: u64 = 2;
+
+/// Where to log in to OpenStack's Swift, which `make test` starts for all tests, with a user and a key.
+pub(crate) fn url() -> String {
+    said_by_swift("url")
+}
+
+/// The same where tokens expire soon.
+pub(crate) fn hasty_url() -> String {
+    said_by_swift("hasty")
+}
+
+/// The Keystone beside it, with a user who has the project `backups`, and a password.
+pub(crate) fn keystone_url() -> String {
+    said_by_swift("keystone")
+}
+
+/// The same with an application credential and its secret.
+pub(crate) fn application_url() -> String {
+    said_by_swift("application")
+}
+
+/// Where to log in to the gateway.
+pub(crate) fn gateway_url() -> String {
+    read(Path::new(&variable("BACKHAUL_TEST_SWIFT_GATEWAY")))
+}
+
+fn said_by_swift(file: &str) -> String {
+    read(&Path::new(&variable("BACKHAUL_TEST_SWIFT")).join(file))
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap().trim_end().into()
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} says nothing of a server for Swift: run `make test`, which starts one")
+    })
+}
+
+/// A name that no container has yet.
+pub(crate) fn new_container() -> String {
+    format!("test-{}", Uuid::new_v4())
+}
+
+/// The user and the key that a URL has.
+pub(crate) fn user_and_key(url: &str) -> (String, String) {
+    let url = Url::parse(url).unwrap();
+    // A colon in it is written as %3A.
+    let plain = |text: &str| url::form_urlencoded::parse(text.as_bytes()).next().unwrap().0.into_owned();
+    (plain(url.username()), plain(url.password().unwrap()))
+}
+
+/// How the server at this URL is used with that container, by Swift's own way to log in.
+pub(crate) fn settings(url: &str, container: &str) -> SwiftSettings {
+    let (user, key) = user_and_key(url);
+    let credentials = Credentials::V1 { user, key: SecretFrom::Setting(Secret::new(key)) };
+    settings_with(url, credentials, Endpoint::Told, container)
+}
+
+/// The same through Keystone.
+pub(crate) fn keystone_settings(container: &str) -> SwiftSettings {
+    let url = keystone_url();
+    let (user, password) = user_and_key(&url);
+    let credentials = Credentials::Password {
+        user,
+        user_domain: "Default".into(),
+        project: "backups".into(),
+        project_domain: "Default".into(),
+        password: SecretFrom::Setting(Secret::new(password)),
+    };
+    settings_with(&url, credentials, of_catalog(), container)
+}
+
+/// The same with an application credential.
+pub(crate) fn application_settings(container: &str) -> SwiftSettings {
+    let url = application_url();
+    let (id, secret) = user_and_key(&url);
+    let credentials =
+        Credentials::ApplicationCredential { id, secret: SecretFrom::Setting(Secret::new(secret)) };
+    settings_with(&url, credentials, of_catalog(), container)
+}
+
+fn of_catalog() -> Endpoint {
+    Endpoint::Catalog {
+        service_type: "object-store".into(),
+        interface: "public".into(),
+        region: Some("here".into()),
+    }
+}
+
+fn settings_with(url: &str, credentials: Credentials, endpoint: Endpoint, container: &str) -> SwiftSettings {
+    let mut auth_url = Url::parse(url).unwrap();
+    auth_url.set_username("").unwrap();
+    auth_url.set_password(None).unwrap();
+    SwiftSettings {
+        auth_url,
+        credentials,
+        endpoint,
+        container: container.into(),
+        create_containers: true,
+        storage_policy: None,
+        http: HttpSettings {
+            ca_file: None,
+            proxy: None,
+            connect_seconds_max: 10,
+            idle_seconds_max: 60,
+            connections_max: 32,
+            retries_max: 8,
+        },
+    }
+}
+
+/// Logs in as `settings` say by Swift's own way, and asks for the account with that token again and again; ends when
+/// the server does not take it any more.
+pub(crate) async fn until_a_token_has_expired(url: &str) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let settings = settings(url, CONTAINER);
+    let (user, key) = user_and_key(url);
+    let client = reqwest::Client::new();
+    let login = client.get(settings.auth_url).header("x-auth-user", user).header("x-auth-key", key);
+    let login = login.send().await.unwrap();
+    let header = |name: &str| login.headers()[name].to_str().unwrap().to_owned();
+    let (token, account) = (header("x-auth-token"), header("x-storage-url"));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while client.head(&account).header("x-auth-token", &token).send().await.unwrap().status() != 401 {
+        assert!(std::time::Instant::now() < deadline, "the token does not expire");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
