@@ -174,7 +174,7 @@ ours() {
   command time --format %M --output=kib backhaul run "$@" --json >event.json 2>>backhaul.log ||
     die "backhaul run $*: $(jq --compact-output .data.error event.json)"
   # From the job's start to its end, as in a worker: the start of the process is not measured, as Cinder's is not.
-  our_seconds+=("$(of seconds)")
+  our_seconds+=("$(of 'seconds * 1000 | round / 1000')")
   our_written=$(($(written) - before))
   kib=$(<kib)
   if ((kib > our_kib)); then our_kib=$kib; fi

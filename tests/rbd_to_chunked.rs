@@ -220,9 +220,9 @@ async fn run(engine: &Engine, job: &Job) -> Result<Receipt, Error> {
 
 /// Runs the job to its end, as a worker does.
 async fn complete(ctx: &Context, engine: &Engine, job: &Job) -> (Completion, Vec<Event>) {
-    let (sink, attempts) = (Recorder::default(), Attempts { current: 1, max: 1 });
+    let (sink, attempts) = (Recorder::default(), Attempts::one());
     let report = Report::new(&sink, job);
-    match runner::run(ctx, engine, job, attempts, Duration::from_secs(60), &report).await {
+    match runner::run(ctx, engine, job, &attempts, Duration::from_secs(60), &report).await {
         Ended::Over(completion) => (*completion, sink.0.into_inner().unwrap()),
         ended => panic!("{ended:?}"),
     }

@@ -475,7 +475,7 @@ mod tests {
         for (operation, text) in texts {
             assert_eq!(moved(operation, &counts), text);
         }
-        let shown = show(&Record { counts, ..record() });
+        let shown = show(&Record { counts, ..record() }, None);
         assert!(shown.lines().any(|line| line == "stored            300.00 MiB"), "{shown}");
     }
 
