@@ -455,8 +455,50 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(#[case] makers: [
         }
     }
     stage.settles(&mut signs, &BTreeSet::new()).await;
-    // Cinder never removes its own snapshots from the volume; we do.
+    // Cinder never removes any from the volume; we do.
+    assert_eq!(stage.snapshots(volume.image.spec()), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_snapshot_that_cinder_took_of_a_volume_goes_with_its_backup_and_no_other_does() {
+    let (stage, mut cinder) = Stage::new();
+    let mut volume = stage.volume(&mut cinder);
+    let full = cinder.backup(volume.id, Of::Image(volume.image.spec()), None).unwrap();
+    volume.change(1);
+    let second = cinder.backup(volume.id, Of::Image(volume.image.spec()), Some(full)).unwrap();
+    volume.change(2);
+    let ours = stage.back_up(&mut cinder, volume.id, volume.location(), Parent::None).await.backup_id;
+    volume.image.snapshot("noon");
+    // One of the same name in another pool, and one that has been looked through when the right one is.
+    let name = volume.image.spec().strip_prefix("volumes/").unwrap();
+    stage.ceph.rbd(&["create", "--size", "1M", &format!("backups2/{name}")]);
+    stage.ceph.existing(&format!("backups2/{name}")).snapshot("noon");
+    for id in [full, second] {
+        stage.import(&mut cinder, id).await;
+    }
+    let starts = |of: &[BackupId]| {
+        let starts = of.iter().map(|id| format!("backup.{id}.snap.")).chain(["noon".into()]);
+        starts.collect::<Vec<String>>()
+    };
+    let mut left = vec![full, second, ours];
+    while left.len() > 1 {
+        let names = stage.snapshots(volume.image.spec());
+        let pairs = names.iter().zip(starts(&left));
+        assert!(pairs.clone().count() == left.len() + 1 && names.len() == left.len() + 1, "{names:?}");
+        assert!(pairs.into_iter().all(|(name, start)| name.starts_with(&start)), "{names:?}");
+        delete(&stage.engine, left.remove(left.len() - 2)).await.unwrap();
+    }
     assert_eq!(stage.snapshots(volume.image.spec()).len(), 2);
+    assert_eq!(stage.snapshots(&format!("backups2/{name}")), ["noon"]);
+    verify(&stage.engine, ours).await.unwrap();
+    stage.remove(&format!("backups2/{name}"));
+
+    // A volume that is gone is no reason to keep its backup.
+    let gone = stage.volume(&mut cinder);
+    let id = cinder.backup(gone.id, Of::Image(gone.image.spec()), None).unwrap();
+    stage.import(&mut cinder, id).await;
+    stage.remove(gone.image.spec());
+    delete(&stage.engine, id).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,10 +4,11 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,13 +19,14 @@ use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::error::{Class, Problem};
 use backhaul::event::{self, EventSink};
 use backhaul::job::{
-    BackupId, Completion, Context, Event, Job, Location, Method, Outcome, Parent, Record, RecordState,
-    RestoreWork, VolumeId, Work,
+    BackupId, Completion, Context, Event, Happening, Job, Location, Method, Outcome, Parent, Reading, Record,
+    RecordState, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore};
 use backhaul::volume::FileRoots;
 use support::ceph::{Ceph, Image};
+use support::device::BlockDevice;
 use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, verify};
 use tempfile::TempDir;
 
@@ -53,12 +55,25 @@ fn settings() -> Settings {
     }
 }
 
-/// Nobody wants to hear of the job.
-struct Deaf;
+/// Remembers what it is told.
+#[derive(Default)]
+struct Recorder(Mutex<Vec<Happening>>);
+
+impl Recorder {
+    /// How far the job was, each time that it told so.
+    fn readings(&self) -> Vec<Reading> {
+        let reading = |happening: &Happening| match happening {
+            Happening::Progress(reading) => Some(*reading),
+            _ => None,
+        };
+        self.0.lock().unwrap().iter().filter_map(reading).collect()
+    }
+}
 
 #[async_trait]
-impl EventSink for Deaf {
-    async fn send(&self, _: &Event) -> Result<(), event::Error> {
+impl EventSink for Recorder {
+    async fn send(&self, event: &Event) -> Result<(), event::Error> {
+        self.0.lock().unwrap().push(event.happening.clone());
         Ok(())
     }
 }
@@ -82,13 +97,21 @@ impl Bench {
         let other = Ceph::other();
         let access =
             |ceph: &Ceph| Access { conf: ceph.conf().into(), user: "cinder".into(), operation_seconds_max };
-        let clusters = BTreeMap::from([("main".into(), access(&main)), ("other".into(), access(&other))]);
-        let clusters = Clusters::new(clusters);
         let folder = tempfile::tempdir().unwrap();
+        // The first one, with a key of the other one.
+        let (conf, keyring) = (folder.path().join("ceph.conf"), other.conf().with_file_name("keyring"));
+        let of_main = fs::read_to_string(main.conf()).unwrap();
+        fs::write(&conf, format!("{of_main}\n[client]\nkeyring = {}\n", keyring.display())).unwrap();
+        let clusters = BTreeMap::from([
+            ("main".into(), access(&main)),
+            ("other".into(), access(&other)),
+            ("closed".into(), Access { conf, ..access(&main) }),
+        ]);
+        let clusters = Clusters::new(clusters);
         let memory = Budget::new(MEMORY_BYTES);
         let cpu = Cpu::start(2).unwrap();
         let rbd = Rbd::new(store.clone(), clusters.clone(), settings, cpu, memory.clone());
-        let file_roots = FileRoots::new(&[folder.path().to_owned()]);
+        let file_roots = FileRoots::new(&[folder.path().to_owned(), "/dev".into()]);
         let engine = Engine::new(rbd, Volumes { file_roots, clusters: clusters.clone() });
         Self { engine, store, clusters, memory, main, other, folder }
     }
@@ -123,10 +146,30 @@ impl Bench {
 
     /// Runs the job as a worker does that may have `tries` more.
     async fn end(&self, job: &Job, tries: u32) -> Ended {
+        self.end_in(&Context::default(), job, tries, &Recorder::default()).await
+    }
+
+    /// The same, and tells often how far it is.
+    async fn end_in(&self, ctx: &Context, job: &Job, tries: u32, sink: &Recorder) -> Ended {
         let (report, attempts) =
-            (Report::new(&Deaf, job), Attempts { max: tries, seconds_max: 3600, ..Attempts::one() });
-        let progress_every = Duration::from_secs(60);
-        runner::run(&Context::default(), &self.engine, job, &attempts, progress_every, &report).await
+            (Report::new(sink, job), Attempts { max: tries, seconds_max: 3600, ..Attempts::one() });
+        runner::run(ctx, &self.engine, job, &attempts, Duration::from_millis(20), &report).await
+    }
+
+    /// Runs the job, and asks for its end when it has moved so much.
+    async fn cancel_after(&self, job: &Job, bytes: u64) -> Outcome {
+        let (ctx, sink) = (Context::default(), Recorder::default());
+        let cancel = async {
+            let moved = || ctx.progress.read().counts;
+            while moved().bytes_stored + moved().bytes_written < bytes {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            ctx.cancel.cancel();
+        };
+        match tokio::join!(self.end_in(&ctx, job, 1, &sink), cancel).0 {
+            Ended::Over(completion) => completion.outcome,
+            ended => panic!("{ended:?}"),
+        }
     }
 
     /// Backs up as a worker does; returns the record, by which method it was made, and why not by the first one.
@@ -168,8 +211,22 @@ impl Bench {
     }
 
     async fn restore(&self, backup_id: BackupId, target: &Location) -> Result<Receipt, Error> {
-        self.run(&job(Work::Restore(RestoreWork { backup_id, target: target.clone(), volume_id: None })))
-            .await
+        self.run(&restore_job(backup_id, target)).await
+    }
+
+    /// All that there is of the backups of a volume, but for their data: records, lists of digests, images, snapshots.
+    async fn traces(&self, volume_id: VolumeId, volume: &Image<'_>) -> BTreeSet<String> {
+        let mut traces: BTreeSet<String> = self.snapshots(volume.spec()).into_iter().collect();
+        for image in self.images("backups").into_iter().filter(|name| name.contains(&volume_id.to_string())) {
+            let snapshots = self.snapshots(&format!("backups/{image}"));
+            traces.extend(snapshots.into_iter().map(|snapshot| format!("{image}@{snapshot}")));
+            traces.insert(image);
+        }
+        for folder in ["records", "digests"] {
+            let listed = self.store.list(&Folder::own(folder), "").await.unwrap();
+            traces.extend(listed.into_iter().map(|object| format!("{folder}/{}", object.name)));
+        }
+        traces
     }
 
     /// The names of the snapshots of an image.
@@ -182,6 +239,10 @@ impl Bench {
     fn images(&self, pool: &str) -> Vec<String> {
         self.main.rbd(&["ls", pool]).lines().map(ToOwned::to_owned).collect()
     }
+}
+
+fn restore_job(backup_id: BackupId, target: &Location) -> Job {
+    job(Work::Restore(RestoreWork { backup_id, target: target.clone(), volume_id: None }))
 }
 
 fn export(ceph: &Ceph, spec: &str, folder: &Path) -> Vec<u8> {
@@ -526,6 +587,10 @@ async fn a_target_that_is_in_use_or_too_small_is_refused_and_left_as_it_was() {
     let error = bench.restore(full.backup_id, &location("nowhere", "volumes/image")).await.unwrap_err();
     let text = Problem::new(error.class(), &error).to_string();
     assert!(text.contains("\"nowhere\"") && text.contains("main, other"), "{text}");
+    let error = bench.restore(full.backup_id, &location("closed", target.spec())).await.unwrap_err();
+    let text = Problem::new(error.class(), &error).to_string();
+    assert!(text.contains("client.cinder: Permission denied"), "{text}");
+    assert!(target.read().starts_with(b"old"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -535,9 +600,14 @@ async fn a_source_that_cannot_be_read_is_told_and_leaves_nothing_behind() {
         ("volumes/no-such-image", "no-such-image"),
         ("no-such-pool/image", "no-such-pool"),
         ("volumes/no-such-image@snapshot", "no-such-image@snapshot"),
+        ("closed/volumes/image", "client.cinder: Permission denied"),
     ] {
         let volume_id = VolumeId::random();
-        let job = backup_job_of(volume_id, location("main", source), Parent::None);
+        let source_location = match source.matches('/').count() {
+            1 => location("main", source),
+            _ => format!("rbd:{source}").parse().unwrap(),
+        };
+        let job = backup_job_of(volume_id, source_location, Parent::None);
         let Outcome::Failed(problem) = bench.complete(&job).await.outcome else { panic!("{source}") };
         assert!(problem.to_string().contains(expected), "{problem}");
         assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
@@ -685,6 +755,13 @@ async fn the_metadata_of_a_volume_is_kept_beside_its_backup_as_cinder_keeps_it()
     assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), r#"{"version": 2}"#);
     delete(&bench.engine, job.backup_id()).await.unwrap();
     assert!(!bench.main.rados(&["-p", "backups", "ls"]).contains(&object));
+    // It is written once: what is there and is something else is no other attempt's.
+    let other = bench.file("other", b"{}");
+    bench.main.rados(&["-p", "backups", "put", &object, other.to_str().unwrap()]);
+    let error = bench.run(&job).await.unwrap_err();
+    let told = Problem::new(error.class(), &error).to_string();
+    assert!(told.contains(&object) && told.contains("File exists"), "{told}");
+    assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), "{}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -788,25 +865,293 @@ async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point(
 async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(MIB, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let at_full = volume.read();
+    volume.write(&[(0, &noise(2, 64 << 20))]);
+    volume.snapshot("named");
+    volume.slow_down(32 * MIB);
+    let named = location("main", &format!("{}@named", volume.spec()));
+    let before = bench.traces(volume_id, &volume).await;
+
+    for (source, parent) in [(&source, Parent::None), (&source, Parent::Latest), (&named, Parent::None)] {
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        // There is a checkpoint by then.
+        assert_eq!(bench.cancel_after(&job, 12 * MIB).await, Outcome::Cancelled);
+        assert_eq!(bench.traces(volume_id, &volume).await, before, "{source} {parent:?}");
+    }
+    volume.hurry();
+    verify(&bench.engine, full.backup_id).await.unwrap();
+    assert!(bench.restored(full.backup_id).await == at_full);
+    let next = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    assert!(bench.restored(next.backup_id).await == volume.read());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_restore_leaves_nothing_new_and_can_be_done_again() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
     volume.write(&[(0, &noise(1, 64 << 20))]);
-    let job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
-    let ctx = Context::default();
-    let report = Report::new(&Deaf, &job);
-    let attempts = Attempts::one();
-    let run = runner::run(&ctx, &bench.engine, &job, &attempts, Duration::from_secs(60), &report);
-    let stop = async {
-        while ctx.progress.read().counts.bytes_stored == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let before = bench.traces(volume_id, &volume).await;
+    let old = bench.main.image("volumes", 64 * MIB);
+    old.write(&[(0, &noise(2, 4096))]);
+    let new = format!("restored-{}", full.backup_id);
+    let file = bench.folder.path().join(&new);
+    let names =
+        || fs::read_dir(bench.folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+    let files = names();
+    let images =
+        || bench.images("volumes").into_iter().filter(|name| name.contains(&new)).collect::<Vec<_>>();
+    let base = bench.main.existing(&base(&full));
+
+    for target in [
+        location("main", &format!("volumes/{new}")),
+        location("main", old.spec()),
+        Location::File(file.clone()),
+    ] {
+        base.slow_down(32 * MIB);
+        let job = restore_job(full.backup_id, &target);
+        assert_eq!(bench.cancel_after(&job, 12 * MIB).await, Outcome::Cancelled);
+        assert_eq!((images(), names()), (Vec::<String>::new(), files.clone()), "{target}");
+        assert_eq!(bench.snapshots(old.spec()), Vec::<String>::new());
+        assert_eq!(bench.traces(volume_id, &volume).await, before);
+
+        base.hurry();
+        assert_eq!(bench.complete(&restore_job(full.backup_id, &target)).await.outcome, Outcome::Succeeded);
+        let restored = match &target {
+            Location::File(path) => fs::read(path).unwrap(),
+            Location::Rbd(image) => bench.export(&format!("{}/{}", image.pool, image.image)),
+        };
+        assert!(restored == volume.read(), "{target}");
+        if images() == [new.clone()] {
+            bench.main.rbd(&["rm", "--no-progress", &format!("volumes/{new}")]);
         }
-        ctx.cancel.cancel();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn progress_grows_and_ends_with_the_whole_volume() {
+    let bench = Bench::new();
+    let volume_bytes = 48 * MIB + 512;
+    let (volume_id, volume) = bench.volume(volume_bytes);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 12 << 20)), (30 * MIB, &noise(2, 4 << 20))]);
+    let full = backup_job_of(volume_id, source.clone(), Parent::None);
+    let incremental = backup_job_of(volume_id, source, Parent::Latest);
+    let target = location("main", &format!("volumes/restored-{}", full.backup_id()));
+    let restore = restore_job(full.backup_id(), &target);
+    let check = job(Work::Verify(incremental.backup_id()));
+
+    for job in [&full, &incremental, &restore, &check] {
+        volume.slow_down(8 * MIB);
+        if matches!(job.work, Work::Restore(_)) {
+            bench.main.existing(&base(&bench.record(full.backup_id()).await)).slow_down(8 * MIB);
+        }
+        let (ctx, sink) = (Context::default(), Recorder::default());
+        let ended = bench.end_in(&ctx, job, 1, &sink).await;
+
+        let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        // Before that it is not known how much there is to do.
+        let known = |reading: &Reading| reading.bytes_total > 0;
+        let readings: Vec<Reading> =
+            sink.readings().into_iter().filter(known).chain([ctx.progress.read()]).collect();
+        let told = format!("{} {readings:?}", job.operation());
+        assert!(readings.iter().all(|reading| reading.bytes_total == volume_bytes), "{told}");
+        assert!(readings.is_sorted_by_key(|reading| reading.bytes_done), "{told}");
+        assert!(readings.is_sorted_by_key(|reading| reading.counts.bytes_read), "{told}");
+        let steps: BTreeSet<u64> = readings.iter().map(|reading| reading.bytes_done).collect();
+        assert!(steps.len() > 3, "{told}");
+        assert_eq!(steps.last(), Some(&volume_bytes), "{told}");
+        let counts = completion.account.counts;
+        assert_eq!(
+            counts.bytes_read + counts.bytes_hole + counts.bytes_unchanged,
+            volume_bytes,
+            "{counts:?}"
+        );
+        volume.hurry();
+        volume.write(&[(MIB, &noise(3, 12 << 20))]);
+    }
+    bench.main.rbd(&["rm", "--no-progress", &format!("volumes/restored-{}", full.backup_id())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zeros_that_were_written_are_neither_stored_nor_restored() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(32 * MIB);
+    let source = location("main", volume.spec());
+    // Half of each object, and 4 KiB in each 64 KiB.
+    let pages: Vec<u64> = (0..64).map(|number| 16 * MIB + number * 65536).collect();
+    // As a client does that does not look at what it writes; `rbd` does.
+    let write_zeros = async |offset: u64, length: usize| {
+        let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
+        let name = volume.spec().strip_prefix("volumes/").unwrap();
+        let image = pool.open_image(name, None, OpenMode::Write).unwrap();
+        image.write(offset, vec![0; length].into()).await.unwrap();
     };
-    let (ended, ()) = tokio::join!(run, stop);
+    write_zeros(0, 32 << 20).await;
+    for number in 0..4 {
+        volume.write(&[(number * 4 * MIB, &noise(number + 1, 2 << 20))]);
+    }
+    let write_pages = |page: &[u8]| {
+        volume.write(&pages.iter().map(|offset| (*offset, page)).collect::<Vec<_>>());
+    };
+    write_pages(&noise(9, 4096));
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let at_full = volume.read();
+    assert_eq!(full.counts.bytes_stored, (8 << 20) + 64 * 4096, "{:?}", full.counts);
+    assert_eq!(full.counts.bytes_read, 32 << 20);
+    assert_eq!(full.counts.bytes_zero, full.counts.bytes_read - full.counts.bytes_stored);
+
+    // Zeros over data: they must be seen, and take no room.
+    write_zeros(MIB, 1 << 20).await;
+    write_pages(&noise(10, 4096));
+    let next = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    assert_eq!(next.counts.bytes_stored, 64 * 4096, "{:?}", next.counts);
+    assert_eq!(next.counts.bytes_zero, 1 << 20, "{:?}", next.counts);
+    for (record, bytes) in [(&full, &at_full), (&next, &volume.read())] {
+        verify(&bench.engine, record.backup_id).await.unwrap();
+        let file = bench.folder.path().join("sparse");
+        bench.restore(record.backup_id, &Location::File(file.clone())).await.unwrap();
+        assert!(fs::read(&file).unwrap() == *bytes);
+        let used_bytes = fs::metadata(&file).unwrap().blocks() * 512;
+        assert!(used_bytes <= 9 << 20, "{used_bytes}");
+        fs::remove_file(file).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_is_backed_up_with_what_it_has_of_its_parent() {
+    let bench = Bench::new();
+    let (_, original) = bench.volume(24 * MIB);
+    original.write(&[(0, &noise(1, 10 << 20)), (20 * MIB, &noise(2, 100_000))]);
+    let (_, between) = bench.volume(24 * MIB);
+    let (volume_id, volume) = bench.volume(24 * MIB);
+    for (from, to) in [(&original, &between), (&between, &volume)] {
+        let snapshot = format!("{}@golden", from.spec());
+        from.snapshot("golden");
+        bench.main.rbd(&["snap", "protect", &snapshot]);
+        bench.main.rbd(&["rm", "--no-progress", to.spec()]);
+        bench.main.rbd(&["clone", &snapshot, to.spec()]);
+        // Something of its own, over what it has of the one before, and behind that.
+        to.write(&[(MIB, &noise(3, 4096)), (15 * MIB, &noise(4, 70_000))]);
+    }
+    let source = location("main", volume.spec());
+    let mut points = Vec::new();
+    for change in ["none", "written", "flattened"] {
+        match change {
+            "written" => {
+                volume.write(&[(2 * MIB - 100, &noise(5, 5000)), (13 * MIB, &noise(6, 5000))]);
+                volume.discard(4 * MIB, 4 * MIB);
+            }
+            "flattened" => {
+                bench.main.rbd(&["flatten", "--no-progress", volume.spec()]);
+                volume.write(&[(9 * MIB, &noise(7, 10))]);
+            }
+            _ => {}
+        }
+        let parent = if change == "none" { Parent::None } else { Parent::Latest };
+        let (record, method, reason) = bench.backup_somehow(volume_id, &source, parent).await;
+        let expected = if change == "none" { "rbd full" } else { "rbd incremental" };
+        assert_eq!((method.as_str(), reason), (expected, None), "{change}");
+        points.push((record, volume.read()));
+    }
+    assert!(points[0].1[..1 << 20] == noise(1, 1 << 20)[..], "it has its bytes of the first one");
+    volume.snapshot("named");
+    let named = location("main", &format!("{}@named", volume.spec()));
+    let (copy, method, _) = bench.backup_somehow(volume_id, &named, Parent::None).await;
+    assert_eq!(method, "copy full");
+    points.push((copy, volume.read()));
+    for (record, bytes) in &points {
+        verify(&bench.engine, record.backup_id).await.unwrap();
+        assert!(bench.restored(record.backup_id).await == *bytes);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_diff_that_librbd_refuses_leads_to_a_full_one_and_then_to_a_full_copy() {
+    let bench = Bench::on(Ceph::start_with(&[]), settings());
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    // Without a map of its objects each of them is asked for what differs.
+    let features = ["fast-diff", "object-map"];
+    bench.main.rbd(&[["feature", "disable", volume.spec()].as_slice(), &features].concat());
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 9 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let at_full = volume.read();
+    volume.write(&[(5 * MIB, &noise(2, 100_000))]);
+    bench.main.forget_clone_sizes(&format!("rbd_data.{}.{:016x}", volume.id(), 1));
+
+    let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
+    let sink = Recorder::default();
+    let ended = bench.end_in(&Context::default(), &job, 1, &sink).await;
+
     let Ended::Over(completion) = ended else { panic!("{ended:?}") };
-    assert_eq!(completion.outcome, Outcome::Cancelled);
-    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
-    assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
-    assert!(bench.engine.catalog().records().await.unwrap().records.is_empty());
-    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    let fell_back = |happening: &Happening| match happening {
+        Happening::FellBack { from, to, reason } => Some((format!("{from} to {to}"), reason.clone())),
+        _ => None,
+    };
+    let told: Vec<_> = sink.0.lock().unwrap().iter().filter_map(fell_back).collect();
+    let [(first, first_reason), (second, second_reason)] = &told[..] else { panic!("{told:?}") };
+    assert_eq!((&**first, &**second), ("rbd incremental to rbd full", "rbd full to copy full"));
+    for reason in [first_reason, second_reason] {
+        assert!(reason.to_string().contains("find what has changed in image"), "{reason}");
+    }
+    let record = bench.record(job.backup_id()).await;
+    assert_eq!(record.method.unwrap().to_string(), "copy full");
+    assert_eq!(record.parent_id, None);
+    // Why it is not an incremental one, which it was to be.
+    assert_eq!(completion.account.fallback_reason.as_ref(), Some(first_reason));
+    assert_eq!(record.fallback_reason.as_ref(), Some(first_reason));
+    verify(&bench.engine, record.backup_id).await.unwrap();
+    assert!(bench.restored(record.backup_id).await == volume.read());
+    assert!(bench.restored(full.backup_id).await == at_full);
+    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_device_is_copied_and_restored_onto() {
+    let mut bytes = vec![0; 24 << 20];
+    bytes[5 << 20..8 << 20].copy_from_slice(&noise(1, 3 << 20));
+    let old = noise(2, 32 << 20);
+    // `make test` says so.
+    let Some((source, target)) = BlockDevice::holding(&bytes).zip(BlockDevice::holding(&old)) else { return };
+    let small = BlockDevice::holding(&[1; 8 << 20]).unwrap();
+    let bench = Bench::new();
+    let from_device = Location::File(source.path().into());
+    let (copy, method, reason) = bench.backup_somehow(VolumeId::random(), &from_device, Parent::None).await;
+    assert_eq!((method.as_str(), reason), ("copy full", None));
+    assert_eq!((copy.volume_bytes, copy.counts.bytes_stored), (24 << 20, 3 << 20));
+    assert!(bench.restored(copy.backup_id).await == bytes);
+    let (volume_id, volume) = bench.volume(20 * MIB + 512);
+    volume.write(&[(MIB, &noise(3, 70_000))]);
+    let image = location("main", volume.spec());
+    bench.backup(volume_id, &image, Parent::None).await.unwrap();
+    volume.write(&[(20 * MIB - 100, &noise(4, 612))]);
+    let incremental = bench.backup(volume_id, &image, Parent::Latest).await.unwrap();
+
+    let onto = |device: &BlockDevice| Location::File(device.path().into());
+    // As somebody does who has it mounted.
+    let exclusively = rustix::fs::OFlags::EXCL.bits() as i32;
+    let user = fs::OpenOptions::new().read(true).custom_flags(exclusively).open(target.path()).unwrap();
+    for (device, expected) in [(&target, "in use"), (&small, "smaller than the backup")] {
+        let error = bench.restore(copy.backup_id, &onto(device)).await.unwrap_err();
+        let told = Problem::new(error.class(), &error).to_string();
+        assert!(told.contains(expected), "{told}");
+    }
+    assert!(fs::read(target.path()).unwrap() == old);
+    assert!(fs::read(small.path()).unwrap() == [1; 8 << 20]);
+    drop(user);
+    for (record, bytes) in [(&copy, bytes), (&incremental, volume.read())] {
+        bench.restore(record.backup_id, &onto(&target)).await.unwrap();
+        // What is behind the end of the backup stays.
+        let restored = fs::read(target.path()).unwrap();
+        assert!(restored[..bytes.len()] == bytes);
+        assert!(restored[24 << 20..] == old[24 << 20..]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1093,25 +1438,55 @@ async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
     let (volume_id, volume) = bench.volume(64 * MIB);
     let source = location("main", volume.spec());
     volume.write(&[(0, &noise(1, 64 << 20))]);
+    let deleted = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let at_full = volume.read();
     volume.write(&[(0, &noise(2, 64 << 20))]);
-    let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
-    let ctx = Context::default();
-    let (result, ()) = tokio::join!(bench.engine.run(&ctx, &job, bench.methods(&job)[0]), async {
-        while ctx.progress.read().counts.bytes_stored == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+    let backup = backup_job_of(volume_id, source.clone(), Parent::Latest);
+    let target = location("main", "volumes/restored");
+    let restore = restore_job(backup.backup_id(), &target);
+    let remove = job(Work::Delete(deleted.backup_id));
+    for job in [&backup, &restore, &remove] {
+        let ctx = Context::default();
+        // With room for two pieces at a time it is in no hurry.
+        let little = 8 << 20;
+        let most = bench.memory.reserve(MEMORY_BYTES - little).await;
+        let pool = bench.clusters.connect(Some("main")).unwrap().pool("backups").unwrap();
+        let image = base(&deleted).strip_prefix("backups/").unwrap().to_owned();
+        // A delete waits for whoever has the image open.
+        let user = (job == &remove).then(|| pool.open_image(&image, None, OpenMode::Write).unwrap());
+        let in_the_middle = || match &user {
+            Some(user) => user.snapshots().unwrap().is_empty(),
+            None => {
+                let counts = ctx.progress.read().counts;
+                counts.bytes_stored.max(counts.bytes_written) >= 9 * MIB
+            }
+        };
+        let (result, ()) = tokio::join!(bench.engine.run(&ctx, job, bench.methods(job)[0]), async {
+            while !in_the_middle() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // It stands still in the middle.
+            let held = (bench.memory.reserve(little).await, most);
+            bench.main.stop_osd();
+            drop(held);
+        });
+        let error = result.unwrap_err();
+        let told = format!("{}: {}", job.operation(), Problem::new(error.class(), &error));
+        assert_eq!(error.class(), Class::Transient, "{told}");
+        assert!(told.contains("timed out"), "{told}");
+        bench.main.start_osd();
+        drop(user);
+        assert_eq!(bench.complete(job).await.outcome, Outcome::Succeeded, "{told}");
+        assert!(bench.restored(full.backup_id).await == at_full);
+        if job == &restore {
+            assert!(bench.export("volumes/restored") == volume.read());
+            assert!(!bench.images("volumes").iter().any(|name| name.contains("partial")));
         }
-        bench.main.stop_osd();
-    });
-    let error = result.unwrap_err();
-    assert_eq!(error.class(), Class::Transient, "{error:?}");
-    assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
-    bench.main.start_osd();
-    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
-    assert!(bench.restored(job.backup_id()).await == volume.read());
-    assert!(bench.restored(full.backup_id).await == at_full);
-    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+    }
+    assert_eq!(bench.snapshots(volume.spec()), bench.snapshots(&base(&full)));
+    assert_eq!(bench.images("backups"), [base(&full).strip_prefix("backups/").unwrap()]);
+    verify(&bench.engine, full.backup_id).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1121,10 +1496,20 @@ async fn a_full_pool_is_a_clear_error_and_costs_nothing() {
     let source = location("main", volume.spec());
     volume.write(&[(0, &noise(1, 8 << 20))]);
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
-    bench.main.ceph(&["osd", "pool", "set-quota", "backups", "max_bytes", "1000000"]);
-    while !bench.main.ceph(&["osd", "pool", "ls", "detail"]).contains("full_quota") {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    let target = bench.main.image("volumes", 64 * MIB);
+    let quota = async |pool: &str, bytes: u64| {
+        bench.main.ceph(&["osd", "pool", "set-quota", pool, "max_bytes", &bytes.to_string()]);
+        while bench.main.ceph(&["osd", "pool", "ls", "detail"]).contains("full_quota") != (bytes > 0) {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    quota("volumes", 1_000_000).await;
+    let restore = bench.complete(&restore_job(full.backup_id, &location("main", target.spec()))).await;
+    let Outcome::Failed(problem) = &restore.outcome else { panic!("{restore:?}") };
+    assert!(problem.to_string().contains("uota"), "{problem}");
+    verify(&bench.engine, full.backup_id).await.unwrap();
+    quota("volumes", 0).await;
+    quota("backups", 1_000_000).await;
     // Ceph refuses what needs more room, not what is written over something.
     volume.write(&[(8 * MIB, &noise(2, 50 << 20))]);
     let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
@@ -1136,10 +1521,7 @@ async fn a_full_pool_is_a_clear_error_and_costs_nothing() {
     verify(&bench.engine, full.backup_id).await.unwrap();
     let error = delete(&bench.engine, full.backup_id).await.unwrap_err();
     assert!(Problem::new(error.class(), &error).to_string().contains("make room"), "{error:?}");
-    bench.main.ceph(&["osd", "pool", "set-quota", "backups", "max_bytes", "0"]);
-    while bench.main.ceph(&["osd", "pool", "ls", "detail"]).contains("full_quota") {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    quota("backups", 0).await;
     delete(&bench.engine, full.backup_id).await.unwrap();
     assert_eq!(bench.images("backups"), Vec::<String>::new());
 }

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::process::Stdio;
 
-use backhaul::broker::{Broker, Properties, QueueKind, Routed, Settings, Subscription, Tls};
+use backhaul::broker::{Broker, Properties, Routed};
 use serde_json::{Value, json};
 use support::link::Link;
 use support::rabbit::Rabbit;
-use support::stack::{Stack, noise, rest_of, until};
+use support::stack::{Stack, event, noise, rest_of, settings, until};
 
 const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
 const BACKUP: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";
@@ -20,33 +20,6 @@ const SMALL: &str = "object_bytes = 1048576\nsha_block_bytes = 4096";
 /// With one thread, slow enough that a test can do something while a backup runs, however many cores there are.
 const SLOW: &str = "object_bytes = 1048576\nsha_block_bytes = 4096\ncompression = \"bz2\"";
 const ONE_THREAD: &str = "cpu_threads_max = 1";
-
-fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
-    Settings {
-        url: rabbit.url().parse().unwrap(),
-        prefix: stack.prefix().into(),
-        connection_name: "test".into(),
-        heartbeat_seconds: 60,
-        tls: Tls::default(),
-        queue_kind: QueueKind::Auto,
-        retry_delay_seconds: 1,
-        retry_delay_seconds_max: 8,
-        reconnect_seconds_max: 1,
-        publish_seconds_max: 30,
-        message_bytes_max: 1 << 20,
-    }
-}
-
-/// The next event of a job with one of these states.
-async fn event(events: &mut Subscription, states: &[&str]) -> Value {
-    loop {
-        let notice = tokio::time::timeout(std::time::Duration::from_secs(150), events.next()).await;
-        let notice = notice.expect("an event in time").expect("a broker");
-        if states.iter().any(|state| notice.routing_key.split('.').nth(1) == Some(state)) {
-            return serde_json::from_slice(&notice.body).unwrap();
-        }
-    }
-}
 
 fn backup(stack: &Stack, more: &[&str]) -> Vec<String> {
     let source = stack.location("a.img");

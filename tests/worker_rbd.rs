@@ -7,11 +7,13 @@ mod support;
 
 use std::fs;
 use std::path::Path;
+use std::process::{Child, Stdio};
 
+use backhaul::broker::{Broker, Properties};
 use serde_json::{Value, json};
 use support::ceph::{Ceph, Image};
 use support::rabbit::Rabbit;
-use support::stack::{Stack, noise, until};
+use support::stack::{Stack, event, noise, rest_of, settings, until};
 use uuid::Uuid;
 
 const MIB: usize = 1 << 20;
@@ -35,6 +37,19 @@ fn images(ceph: &Ceph, pool: &str, part: &str) -> Vec<String> {
 
 fn snapshots(ceph: &Ceph, image: &str) -> Value {
     serde_json::from_str(&ceph.rbd(&["snap", "ls", "--format", "json", image])).unwrap()
+}
+
+/// A job that is under way, and somebody who waits for its end.
+fn submitted(stack: &Stack, arguments: &[&str]) -> Child {
+    let mut command = stack.command(&[&["submit"], arguments, &["--wait", "--json"]].concat());
+    command.stdout(Stdio::piped()).spawn().unwrap()
+}
+
+/// The `data` of the event that ends the job, which succeeds.
+fn succeeded(mut job: Child) -> Value {
+    let told = rest_of(&mut job);
+    assert_eq!(job.wait().unwrap().code(), Some(0), "{told}");
+    serde_json::from_str::<Value>(&told).unwrap()["data"].take()
 }
 
 /// Some data, and a lot of nothing.
@@ -172,6 +187,145 @@ fn a_worker_does_not_begin_with_a_pool_or_a_user_that_it_cannot_use() {
     }
 }
 
+/// What a worker is doing when it is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    Full,
+    Incremental,
+    Restore,
+}
+
+// One test, because most of it is waiting: Ceph forgets who died, and had an image open, only half a minute later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_worker_that_is_killed_in_the_middle_leaves_the_job_to_another_one() {
+    let all = [Doing::Full, Doing::Incremental, Doing::Restore];
+    for one in all.map(|doing| tokio::spawn(kill_while(doing))) {
+        one.await.unwrap();
+    }
+}
+
+async fn kill_while(doing: Doing) {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let stack = Stack::new(rabbit.url(), "attempts_max = 100", &stores(ceph.conf(), ""));
+    let image = filled(&ceph);
+    let [volume_id, full_id, incremental_id] = [(); 3].map(|()| Uuid::new_v4().to_string());
+    let (source, chain) =
+        (format!("rbd:{}", image.spec()), format!("backups/volume-{volume_id}.backup.{full_id}"));
+    let backup = ["backup", "--volume-id", &volume_id, "--source", &source, "--backup-id"];
+    let (full, incremental) =
+        ([&backup[..], &[&full_id]].concat(), [&backup[..], &[&incremental_id, "--incremental"]].concat());
+    let restored = format!("volumes/restored-{full_id}");
+    let target = format!("rbd:{restored}");
+    let restore = ["restore", "--backup-id", &full_id, "--target", &target].to_vec();
+    let (job, slow) = match doing {
+        Doing::Full => (full, image.spec()),
+        Doing::Incremental | Doing::Restore => {
+            stack.ok(&[&["run"], &full[..]].concat());
+            if doing == Doing::Restore { (restore.clone(), &*chain) } else { (incremental, image.spec()) }
+        }
+    };
+    if doing == Doing::Incremental {
+        image.write(&[(30 << 20, &noise(3, 8 * MIB))]);
+    }
+    ceph.existing(slow).slow_down(MIB as u64);
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let first = stack.worker();
+
+    let told = stack.ok(&[&["submit"], &job[..], &["--json"]].concat());
+    let job_id = serde_json::from_str::<Value>(&told).unwrap()["job_id"].clone();
+    let mut bytes_done = 0;
+    while bytes_done < 2 * MIB as u64 {
+        let progress = event(&mut events, &["progress", "succeeded", "failed"]).await;
+        assert_eq!(progress["type"], "backhaul.job.progress.v1", "it was too quick");
+        assert_eq!(progress["data"]["bytes_total"], 64 << 20);
+        let now = progress["data"]["bytes_done"].as_u64().unwrap();
+        assert!(bytes_done <= now && now < 64 << 20, "{progress}");
+        bytes_done = now;
+    }
+    first.kill();
+    let written =
+        if doing == Doing::Restore { format!("{restored}.backhaul-partial") } else { chain.clone() };
+    let ids = [volume_id.clone(), full_id.clone(), incremental_id.clone(), ceph.existing(&written).id()];
+    ceph.existing(slow).hurry();
+    let mut second = stack.worker();
+
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!((&ended["type"], &ended["data"]["job_id"]), (&json!("backhaul.job.succeeded.v1"), &job_id));
+    second.terminate();
+    assert_eq!(second.ended(), 0);
+    broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
+    let next = event(&mut events, &["succeeded", "failed", "cancelled", "end"]).await;
+    assert_eq!(next, json!({}), "one completion event, and no other before the test's own");
+
+    // Whole backups, and nothing beside them.
+    let list: Value =
+        serde_json::from_str(&stack.ok(&["list", "--volume-id", &volume_id, "--json"])).unwrap();
+    let made = if doing == Doing::Incremental { vec![&full_id, &incremental_id] } else { vec![&full_id] };
+    let listed: Vec<_> =
+        list.as_array().unwrap().iter().map(|b| json!([b["backup_id"], b["state"]])).collect();
+    assert_eq!(listed, made.iter().map(|id| json!([id, "available"])).collect::<Vec<_>>());
+    let names = |image: &str| -> Vec<Value> {
+        snapshots(&ceph, image).as_array().unwrap().iter().map(|snapshot| snapshot["name"].clone()).collect()
+    };
+    assert_eq!(names(image.spec()).len(), made.len());
+    assert_eq!(names(image.spec()), names(&chain));
+    for id in &made {
+        stack.ok(&["run", "verify", "--backup-id", id]);
+        let lists = ceph.names_with("backups", &[&format!(".backhaul/digests/{id}")]);
+        assert_eq!(lists.len(), 1, "{lists:?}");
+    }
+    if doing != Doing::Restore {
+        stack.ok(&["run", "restore", "--backup-id", made[made.len() - 1], "--target", &target]);
+    }
+    assert!(ceph.existing(&restored).read() == image.read());
+    assert_eq!(snapshots(&ceph, &restored), json!([]));
+    ceph.rbd(&["rm", "--no-progress", &restored]);
+    for id in made.into_iter().rev() {
+        stack.ok(&["run", "delete", "--backup-id", id]);
+    }
+    assert_eq!(snapshots(&ceph, image.spec()), json!([]));
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    // What only a snapshot held goes some time after it.
+    until("nothing is left", || {
+        ["backups", "volumes"].iter().all(|pool| ceph.names_with(pool, &ids).is_empty())
+    });
+}
+
+#[test]
+fn a_delete_of_what_is_in_use_waits_then_says_so_and_is_tried_again() {
+    let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
+    let stack = Stack::new(rabbit.url(), "attempts_max = 100", &stores(ceph.conf(), ""));
+    let worker = stack.worker();
+    let image = filled(&ceph);
+    let source = format!("rbd:{}", image.spec());
+    let made = [(); 2].map(|()| {
+        let [volume_id, id] = [(); 2].map(|()| Uuid::new_v4().to_string());
+        let backup = ["backup", "--volume-id", &volume_id, "--source", &source, "--backup-id", &id];
+        assert_eq!(stack.submit(&backup).0, 0);
+        (id.clone(), format!("backups/volume-{volume_id}.backup.{id}"))
+    });
+    let [(watched_id, watched), (cloned_id, cloned)] = &made;
+    let user = ceph.existing(watched).watch();
+    // As whoever looks into a backup does.
+    let snapshot = format!("{cloned}@{}", snapshots(&ceph, cloned)[0]["name"].as_str().unwrap());
+    ceph.rbd(&["snap", "protect", &snapshot]);
+    let ids = [watched_id, cloned_id, &ceph.existing(watched).id(), &ceph.existing(cloned).id()];
+
+    let mut jobs = [watched_id, cloned_id].map(|id| submitted(&stack, &["delete", "--backup-id", id]));
+    until("both are put off", || {
+        let log = worker.log();
+        ["is in use by somebody else", "it is protected"].iter().all(|why| log.contains(why))
+    });
+    assert!(jobs.iter_mut().all(|job| job.try_wait().unwrap().is_none()));
+    drop(user);
+    ceph.rbd(&["snap", "unprotect", &snapshot]);
+    jobs.into_iter().for_each(|job| drop(succeeded(job)));
+
+    assert_eq!(snapshots(&ceph, image.spec()), json!([]));
+    until("nothing is left", || ceph.names_with("backups", &ids.map(|id| &**id)).is_empty());
+}
+
 #[test]
 fn check_finds_a_pool_well_and_leaves_nothing_behind() {
     let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
@@ -182,7 +336,7 @@ fn check_finds_a_pool_well_and_leaves_nothing_behind() {
 
     let ok = "ok      store images: pool backups can be written, read and listed, and images be made in it";
     assert!(told.contains(ok) && !told.contains("FAILED"), "{told}");
-    assert_eq!(images(&ceph, "backups", "check"), [""; 0]);
+    assert_eq!(ceph.names_with("backups", &["check"]), [""; 0]);
     // Stripes must fit into an object.
     let stack = Stack::new(rabbit.url(), "", &stores(ceph.conf(), &more.replace("65536", "8388608")));
     let output = stack.run(&["check"]);

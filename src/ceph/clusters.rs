@@ -35,6 +35,11 @@ impl Clusters {
         }
     }
 
+    /// The names of all.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// Connects to the cluster of this name; without one, to the only one there is.
     ///
     /// Each call makes a connection of its own. A job has its own, so that a worker that takes a job over can have the

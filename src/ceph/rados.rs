@@ -97,6 +97,26 @@ impl Cluster {
         Ok(text_of(&text))
     }
 
+    /// The names of all its pools.
+    pub fn pools(&self) -> Result<Vec<String>, Error> {
+        let mut text: Vec<u8> = Vec::new();
+        loop {
+            // SAFETY: the handle is connected, and the buffer has room for as many bytes as told.
+            let length =
+                unsafe { rados::rados_pool_list(self.0.handle, text.as_mut_ptr().cast(), text.len()) };
+            let length = check(length)
+                .map_err(|code| Error::operation("list the pools of the cluster of", &self.0.name, code))?;
+            if length as usize <= text.len() {
+                break;
+            }
+            // It says how much room it needs.
+            text = vec![0; length as usize];
+        }
+        // Each ends with a zero byte, and the last one is followed by another.
+        let names = text.split(|byte| *byte == 0).take_while(|name| !name.is_empty());
+        Ok(names.map(|name| String::from_utf8_lossy(name).into_owned()).collect())
+    }
+
     /// Opens a pool.
     pub fn pool(&self, name: &str) -> Result<Pool, Error> {
         let c_name = c_string(name)?;

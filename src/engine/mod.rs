@@ -362,16 +362,29 @@ impl Engine {
             }
         }
         #[cfg(feature = "ceph")]
-        if let Some(taken) = &record.source {
-            match self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await {
-                // Its cluster may be known no more, and the backup is to go all the same.
-                Err(error) if error.class() == Class::Permanent => {
-                    warn!(error = %Causes(&error), "the snapshot of the backup stays on the volume");
-                }
-                removed => removed?,
+        match self.remove_from_source(record).await {
+            // Its cluster may be known no more, and the backup is to go all the same.
+            Err(error) if error.class() == Class::Permanent => {
+                warn!(error = %Causes(&error), "the snapshot of the backup stays on the volume");
             }
+            removed => removed?,
         }
         Ok(())
+    }
+
+    /// Removes the snapshot that a backup was made of from the volume.
+    #[cfg(feature = "ceph")]
+    async fn remove_from_source(&self, record: &Record) -> Result<(), Error> {
+        match (&record.source, &self.format) {
+            (Some(taken), _) => self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await,
+            // Cinder leaves it there, and does not say where that is; but no other snapshot has such a name.
+            (None, Format::Rbd(_)) if record.job_id.is_none() => {
+                let (image, id) = (rbd::source_image(record.volume_id), record.backup_id);
+                let is_its_own = move |snapshot: &str| rbd::backup_of(snapshot) == Some(id);
+                self.volumes.remove_snapshots_somewhere(image, is_its_own).await.map(drop)
+            }
+            (None, _) => Ok(()),
+        }
     }
 
     /// Removes what an attempt has left that came to nothing, and nothing of the one that went on with its job, of which

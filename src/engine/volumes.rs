@@ -93,6 +93,17 @@ impl Volumes {
         let (clusters, image) = (self.clusters.clone(), image.clone());
         Ok(blocking(move || rbd::remove_snapshots(&clusters, &image, &taken)).await??)
     }
+
+    /// Removes the snapshots that are `wanted` from an image of which nobody knows more than its name.
+    #[cfg(feature = "ceph")]
+    pub async fn remove_snapshots_somewhere(
+        &self,
+        image: String,
+        wanted: impl Fn(&str) -> bool + Send + 'static,
+    ) -> Result<bool, Error> {
+        let clusters = self.clusters.clone();
+        Ok(blocking(move || rbd::remove_snapshots_somewhere(&clusters, &image, wanted)).await??)
+    }
 }
 
 #[cfg(feature = "ceph")]

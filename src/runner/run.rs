@@ -152,7 +152,8 @@ pub async fn run(
                 warn!(%method, %next, error = %Causes(&error), "method not usable, trying the next");
                 let (reason, to) = (problem.clone(), *next);
                 report.tell(Happening::FellBack { from: method, to, reason }).await;
-                account.fallback_reason = Some(problem);
+                // Why the second one was not usable either is told, too; what counts is why it is not the first one.
+                account.fallback_reason.get_or_insert(problem);
             }
             (Class::Cancelled, _) => break Outcome::Cancelled,
             // Whoever took over ends the job; giving up here would take it from under them.

@@ -318,6 +318,50 @@ pub fn remove_snapshots(
     Ok(())
 }
 
+/// Removes the snapshots that are `wanted` from the first image of this name that has any, whatever cluster and pool it
+/// is in. Says whether there was one.
+pub fn remove_snapshots_somewhere(
+    clusters: &Clusters,
+    name: &str,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<bool, ceph::Error> {
+    let mut not_looked_at = None;
+    for cluster in clusters.names() {
+        let pools = clusters.connect(Some(cluster)).and_then(|cluster| Ok((cluster.pools()?, cluster)));
+        let (pools, cluster) = match pools {
+            Ok(found) => found,
+            Err(error) => {
+                not_looked_at.get_or_insert(error);
+                continue;
+            }
+        };
+        for pool in pools {
+            let removed = cluster.pool(&pool).and_then(|pool| {
+                let found = pool.open_image(name, None, Mode::Read)?.snapshots()?;
+                let mut found = found.into_iter().filter(|snapshot| wanted(&snapshot.name)).peekable();
+                if found.peek().is_none() {
+                    return Ok(false);
+                }
+                let image = pool.open_image(name, None, Mode::Write)?;
+                for snapshot in found {
+                    ceph::while_busy(|| image.remove_snapshot(&snapshot.name))?;
+                }
+                Ok(true)
+            });
+            match removed {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                // The image is in another pool, and not every pool is ours to look into.
+                Err(error)
+                    if [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied].contains(&error.kind()) => {
+                }
+                Err(error) => drop(not_looked_at.get_or_insert(error)),
+            }
+        }
+    }
+    not_looked_at.map_or(Ok(false), Err)
+}
+
 /// What there is of a range of an image, in order, by whole objects where it has no finer knowledge.
 pub fn existing(image: &Image, range: Range<u64>) -> Result<Vec<Range<u64>>, ceph::Error> {
     let extents = image.diff(None, range.clone(), Diff::Objects)?;

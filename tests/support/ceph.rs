@@ -2,9 +2,9 @@
 //!
 //! Everything here goes through Ceph's own programs, as client.admin, and through none of our code.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -88,6 +88,22 @@ impl Ceph {
         run(&mut ceph_sh("start-osd", self.own_folder()));
     }
 
+    /// Has one's own cluster forget how large the older states of a RADOS object are, which its snapshots keep: it reads
+    /// them as before, and refuses to tell what differs between them. Stops the OSD for that, and starts it again.
+    pub(crate) fn forget_clone_sizes(&self, object: &str) {
+        self.stop_osd();
+        let data = self.own_folder().join("osd.0");
+        let tool = |arguments: &[&str]| {
+            let mut tool = Command::new("ceph-objectstore-tool");
+            tool.args(["--no-mon-config", "--data-path"]).arg(&data);
+            text(run(tool.args(arguments)))
+        };
+        let states = tool(&["--op", "list", object]);
+        let newest = states.lines().find(|state| state.contains(r#""snapid":-2"#)).unwrap();
+        tool(&[newest, "clear-snapset", "clone_size"]);
+        self.start_osd();
+    }
+
     /// Starts the gateway of one's own cluster, if it does not run, and gives the URL at which it speaks S3.
     pub(crate) fn start_gateway(&self) -> String {
         text(run(&mut ceph_sh("gateway", self.own_folder()))).trim_end().into()
@@ -105,6 +121,13 @@ impl Ceph {
     /// Runs rados against it and gives what it printed.
     pub(crate) fn rados(&self, arguments: &[&str]) -> String {
         text(run(Command::new("rados").arg("-c").arg(&self.conf).args(arguments)))
+    }
+
+    /// The names of the images and RADOS objects of a pool that have one of these in them.
+    pub(crate) fn names_with(&self, pool: &str, parts: &[&str]) -> Vec<String> {
+        let (images, objects) = (self.rbd(&["ls", pool]), self.rados(&["-p", pool, "ls"]));
+        let names = images.lines().chain(objects.lines());
+        names.filter(|name| parts.iter().any(|part| name.contains(part))).map(Into::into).collect()
     }
 
     /// An image that is there already.
@@ -166,6 +189,37 @@ impl Image<'_> {
         assert!(import.wait().unwrap().success(), "rbd import-diff - {}", self.spec);
     }
 
+    /// Its id, which the names of its RADOS objects have.
+    pub(crate) fn id(&self) -> String {
+        let info = self.ceph.rbd(&["info", "--format", "json", &self.spec]);
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        info["id"].as_str().unwrap().into()
+    }
+
+    /// Has Ceph let each client that opens it from now on read and write so many bytes a second.
+    pub(crate) fn slow_down(&self, bytes_per_second: u64) {
+        let limit = bytes_per_second.to_string();
+        self.ceph.rbd(&["config", "image", "set", &self.spec, "rbd_qos_bps_limit", &limit]);
+    }
+
+    /// Ends that, for those who open it from now on.
+    pub(crate) fn hurry(&self) {
+        // rbd would tell all who have it open, and wait half a minute for one that is dead.
+        let pool = self.spec.split_once('/').unwrap().0;
+        let header = format!("rbd_header.{}", self.id());
+        self.ceph.rados(&["-p", pool, "rmomapkey", &header, "metadata_conf_rbd_qos_bps_limit"]);
+    }
+
+    /// Has somebody open it.
+    pub(crate) fn watch(&self) -> Watcher {
+        let mut watch = self.ceph.rbd_command(&["watch", &self.spec]);
+        let mut watch = watch.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut told = String::new();
+        BufReader::new(watch.stdout.take().unwrap()).read_line(&mut told).unwrap();
+        assert!(told.contains("press enter"), "{told}");
+        Watcher(watch)
+    }
+
     /// Makes a snapshot of it.
     pub(crate) fn snapshot(&self, name: &str) {
         self.ceph.rbd(&["snap", "create", "--no-progress", &format!("{}@{name}", self.spec)]);
@@ -183,6 +237,16 @@ impl Image<'_> {
 
     fn export(&self, spec: &str) -> Vec<u8> {
         run(&mut self.ceph.rbd_command(&["export", "--no-progress", spec, "-"])).stdout
+    }
+}
+
+/// Somebody who has an image open. Dropping it ends that.
+pub(crate) struct Watcher(Child);
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
     }
 }
 

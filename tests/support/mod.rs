@@ -5,6 +5,7 @@ pub(crate) mod ceph;
 pub(crate) mod cinder;
 #[cfg(feature = "ceph")]
 pub(crate) mod content;
+pub(crate) mod device;
 pub(crate) mod engine;
 pub(crate) mod faulty;
 pub(crate) mod link;

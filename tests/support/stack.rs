@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use backhaul::broker::{QueueKind, Settings, Subscription, Tls};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use super::rabbit::Rabbit;
 
 /// Nothing that a test waits for takes this long.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -149,6 +152,34 @@ impl Drop for Worker {
         let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("log of the worker:\n{}", fs::read_to_string(&self.log).unwrap_or_default());
+        }
+    }
+}
+
+/// How the broker is reached, with the exchanges and queues of the stack.
+pub(crate) fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
+    Settings {
+        url: rabbit.url().parse().unwrap(),
+        prefix: stack.prefix().into(),
+        connection_name: "test".into(),
+        heartbeat_seconds: 60,
+        tls: Tls::default(),
+        queue_kind: QueueKind::Auto,
+        retry_delay_seconds: 1,
+        retry_delay_seconds_max: 8,
+        reconnect_seconds_max: 1,
+        publish_seconds_max: 30,
+        message_bytes_max: 1 << 20,
+    }
+}
+
+/// The next event of a job with one of these states.
+pub(crate) async fn event(events: &mut Subscription, states: &[&str]) -> Value {
+    loop {
+        let notice = tokio::time::timeout(PATIENCE, events.next()).await;
+        let notice = notice.expect("an event in time").expect("a broker");
+        if states.iter().any(|state| notice.routing_key.split('.').nth(1) == Some(state)) {
+            return serde_json::from_slice(&notice.body).unwrap();
         }
     }
 }

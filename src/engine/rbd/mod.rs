@@ -28,7 +28,7 @@ use crate::job::{BackupId, BackupWork, Counts, JobId, Method, Mode as Share, Rec
 use crate::store::ObjectStore;
 
 pub use backup::{Unfinished, trim};
-pub use names::SERVICE;
+pub use names::{SERVICE, backup_of, source_image};
 pub use transfer::To;
 
 /// How a store's images are made. Everything else is as Cinder has it.

@@ -18,6 +18,11 @@ pub fn base(volume_id: VolumeId, backup_id: BackupId) -> String {
     format!("volume-{volume_id}.backup.{backup_id}")
 }
 
+/// The image of a volume, as Cinder calls it if it is not set to another name.
+pub fn source_image(volume_id: VolumeId) -> String {
+    format!("volume-{volume_id}")
+}
+
 /// The image of backups that Cinder made of snapshots, or long ago.
 fn legacy_base(volume_id: VolumeId) -> String {
     format!("volume-{volume_id}.backup.base")
