@@ -942,7 +942,7 @@ async fn progress_grows_and_ends_with_the_whole_volume() {
     let incremental = backup_job_of(volume_id, source, Parent::Latest);
     let target = location("main", &format!("volumes/restored-{}", full.backup_id()));
     let restore = restore_job(full.backup_id(), &target);
-    let check = job(Work::Verify(incremental.backup_id()));
+    let check = job(Work::Verify(incremental.backup_id().into()));
 
     for job in [&full, &incremental, &restore, &check] {
         volume.slow_down(8 * MIB);
