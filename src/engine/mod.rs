@@ -453,11 +453,11 @@ impl Engine {
             Format::Rbd(rbd) => rbd.read_back(ctx, &chain, rbd::To::Nowhere, sample).await,
         };
         let digest = match read {
-            Err(error) if error.is_damage() => {
-                faults.add(error);
+            Ok(digest) => digest,
+            Err(error) => {
+                faults.take(error)?;
                 None
             }
-            read => read?,
         };
         if !faults.found.is_empty() {
             return Err(self.damaged(&chain, &faults).await);
@@ -583,12 +583,17 @@ impl Faults {
     /// More are counted, but not told one by one.
     const FOUND_MAX: usize = 20;
 
-    fn add(&mut self, error: Error) {
+    /// Keeps what tells of damage; gives back anything else.
+    fn take(&mut self, error: Error) -> Result<(), Error> {
+        if !error.is_damage() {
+            return Err(error);
+        }
         if self.found.len() < Self::FOUND_MAX {
             self.found.push(error);
         } else {
             self.more_count += 1;
         }
+        Ok(())
     }
 }
 

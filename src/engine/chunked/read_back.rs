@@ -57,7 +57,7 @@ impl Chunked {
         sample: Option<(Sample, u64)>,
         faults: &mut Faults,
     ) -> Result<String, Error> {
-        let mut take = |error: Error| if error.is_damage() { Ok(faults.add(error)) } else { Err(error) };
+        let mut take = |error: Error| faults.take(error);
         self.read_back(ctx, chain, None, sample, &mut take).await
     }
 
