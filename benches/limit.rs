@@ -31,8 +31,10 @@ fn main() {
         for _ in 0..thread::available_parallelism().unwrap().get() {
             scope.spawn(|| {
                 while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let zero =
-                        chunk.chunks(BLOCK_BYTES).fold(true, |all, block| digester.digest(block).1 && all);
+                    let mut zero = true;
+                    for block in chunk.chunks(BLOCK_BYTES) {
+                        zero &= digester.digest(block).1;
+                    }
                     // A chunk of zeros is packed once for all.
                     if let (false, Some(compression)) = (zero, compression) {
                         std::hint::black_box((compression.compress(chunk).unwrap(), md5(chunk)));
