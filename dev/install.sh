@@ -20,7 +20,7 @@ case ${1:-run} in
 run) ;;
 ceph) packages+=("${cluster_packages[@]}") ;;
 test)
-  packages+=("${cluster_packages[@]}" openssl python3-rados python3-rbd python3-venv radosgw)
+  packages+=("${cluster_packages[@]}" memcached openssl python3-rados python3-rbd python3-venv radosgw)
   tools=(cargo-nextest@0.9.143)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
@@ -89,6 +89,9 @@ install_packages() {
   command -v systemctl >/dev/null || return 0
   if [[ " $* " == *" ceph-mon "* ]]; then
     as_root systemctl --quiet disable ceph-crash.service >&2 || true # looks for crashes of a cluster that is not ours
+  fi
+  if [[ " $* " == *" memcached "* ]]; then
+    as_root systemctl --quiet disable memcached.service >&2 || true # the tests start one of their own
   fi
   if [[ " $* " == *" rabbitmq-server "* ]]; then
     say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"

@@ -10,7 +10,7 @@
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 
-servers=(account container object keystone proxy hasty proxy-keystone)
+servers=(memcached account container object keystone proxy hasty proxy-keystone)
 # Files hold keys.
 umask 077
 
@@ -116,10 +116,11 @@ END
 write_proxy() {
     local name=$1
     shift
-    write_server "$name" "catch_errors gatekeeper healthcheck bulk $* copy slo dlo proxy-server"
+    write_server "$name" "catch_errors gatekeeper healthcheck cache bulk $* copy slo dlo proxy-server"
     for filter in catch_errors gatekeeper healthcheck bulk copy slo dlo; do
         printf '[filter:%s]\nuse = egg:swift#%s\n' "$filter" "$filter"
     done
+    printf '[filter:cache]\nuse = egg:swift#memcache\nmemcache_servers = 127.0.0.1:%s\n' "${port[memcached]}"
     printf '[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\nnode_timeout = 60\nconn_timeout = 10\n'
     cat
 }
@@ -248,6 +249,10 @@ up() {
     for server in "${servers[@]}"; do port[$server]=$(free_port); done
     key=$(uuid) fernet=$(head -c 32 /dev/urandom | base64 | tr +/ -_)
     write_configuration
+    touch "$dir/memcached.conf"
+    # It reads no file: by that path on its command line it is known for ours.
+    start memcached memcached --listen=127.0.0.1 --port="${port[memcached]}" --memory-limit=16 --threads=1 \
+        --user="$(id -un)" -P
     start_keystone >>"$dir/log/start.log" 2>&1 </dev/null &
     starting=$!
     "$python" -W ignore -c "$rings" "$dir" "${port[account]}" "${port[container]}" "${port[object]}"

@@ -84,6 +84,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::secret_is_a_number("[store.x]\nkind = \"s3\"\nsecret_key = 1234", &[], &["store.x.secret_key (FILE): found a number; write a text, in quotes"])]
 #[case::empty_secret(S3, &[("BACKHAUL_STORE__X__ACCESS_KEY", "")], &["store.x.access_key (environment variable BACKHAUL_STORE__X__ACCESS_KEY): it is empty"])]
 #[case::endpoint_with_keys("[store.x]\nkind = \"s3\"\nendpoint = \"ftp://h\"", &[], &["store.x.endpoint (FILE): found \"ftp://h\"; write the URL of the server without user"])]
+#[case::endpoint_with_password(&S3.replace("http://h", "http://u:hush@h"), &[], &["store.x.endpoint (FILE): there is a user in it; write the URL of the server without user"])]
 #[case::no_bucket(&format!("{S3}bucket = \"a/b\""), &[], &["store.x.bucket (FILE): found \"a/b\"; write the name of a bucket"])]
 #[case::no_region(&format!("{S3}region = \"\""), &[], &["store.x.region (FILE): found \"\"; write 1 to 100"])]
 #[case::no_proxy(&format!("{S3}proxy = \"u:hush@h\""), &[], &["store.x.proxy (FILE): not the URL of a proxy; write"])]

@@ -265,23 +265,35 @@ pub(super) fn broker_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<A
 
 /// Reads the URL of a server that is spoken to by HTTP.
 pub(super) fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
-    let expected =
-        "the URL of the server without user, password and bucket, such as \"https://s3.example.org\"";
-    text_that(deserializer, expected, |text| bare_url(text).map(Some))
+    bare_url(
+        deserializer,
+        "the URL of the server without user, password and bucket, such as \"https://s3.example.org\"",
+    )
 }
 
 /// Reads the URL of a login to Swift, or of an account there.
 pub(super) fn swift_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
-    let expected = "a URL without user and password, such as \"https://keystone.example.org:5000/v3\"";
-    text_that(deserializer, expected, |text| bare_url(text).map(Some))
+    bare_url(
+        deserializer,
+        "a URL without user and password, such as \"https://keystone.example.org:5000/v3\"",
+    )
 }
 
-/// A URL that has neither keys in it nor anything behind its path.
-fn bare_url(text: &str) -> Option<Url> {
-    let url = Url::parse(text).ok()?;
-    let user = !url.username().is_empty() || url.password().is_some();
-    let more = url.query().is_some() || url.fragment().is_some();
-    (["http", "https"].contains(&url.scheme()) && !user && !more).then_some(url)
+/// Reads a URL with nothing before its host and behind its path.
+fn bare_url<'de, D>(deserializer: D, expected: &'static str) -> Result<Option<Url>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let text = text_that(deserializer, expected, |text| Some(text.to_owned()))?;
+    // What stands there may be a password, so that it is not repeated.
+    if text.contains('@') {
+        return Err(D::Error::custom(format!("there is a user in it; write {expected}")));
+    }
+    let bare = |url: &Url| {
+        ["http", "https"].contains(&url.scheme()) && url.query().is_none() && url.fragment().is_none()
+    };
+    let url = Url::parse(&text).ok().filter(bare);
+    url.map(Some).ok_or_else(|| D::Error::invalid_value(Unexpected::Str(&text), &expected))
 }
 
 /// The version of a login to Swift.
