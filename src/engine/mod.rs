@@ -460,7 +460,7 @@ impl Engine {
             }
         };
         if !faults.found.is_empty() {
-            return Err(self.damaged(&chain, &faults).await);
+            return Err(self.damaged(&chain, faults).await);
         }
         let verified = Verified { at: Timestamp::now(), sample_percent: work.sample };
         self.catalog.keep_verified(work.backup_id, &verified).await?;
@@ -468,7 +468,7 @@ impl Engine {
     }
 
     /// Says what is wrong with `chain[0]`, and which other backups lack the same.
-    async fn damaged(&self, chain: &[Record], faults: &Faults) -> Error {
+    async fn damaged(&self, chain: &[Record], mut faults: Faults) -> Error {
         let backup_id = chain[0].backup_id;
         let owner = |error: &Error| {
             let text = error.to_string();
@@ -484,6 +484,8 @@ impl Engine {
         let others: Vec<String> =
             sharing.iter().filter(|id| **id != backup_id).map(ToString::to_string).collect();
         let shared = match others.as_slice() {
+            // It says all that there is to say.
+            [] if faults.found.len() == 1 => return faults.found.remove(0),
             [] => String::new(),
             [one] => format!("; backup {one} shares what is damaged"),
             several => format!("; the backups {} share what is damaged", several.join(", ")),
