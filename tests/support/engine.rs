@@ -116,7 +116,8 @@ impl Bench {
     }
 
     /// All that lies in the store, by path: objects, and where they are files also temporary ones and, with a `/` at
-    /// the end, empty folders that are not our own. Another store is looked through in these `containers`.
+    /// the end, empty folders that are not our own. Another store is looked through in these `containers`. When a backup was
+    /// verified is left out, as long as the backup has a record.
     pub(crate) async fn everything(
         &self,
         containers: impl IntoIterator<Item = &Container>,
@@ -124,14 +125,19 @@ impl Bench {
         let mut found = BTreeSet::new();
         if let Some(root) = &self.root {
             walk(root, "", &mut found);
-            return found;
-        }
-        let own = ["records", "outcomes", "checksums", "cancels", "verified"].map(Folder::own);
-        for folder in own.into_iter().chain(containers.into_iter().map(Folder::from)) {
-            for listed in self.store.list(&folder, "").await.unwrap() {
-                found.insert(format!("{}/{}", folder.as_str(), listed.name));
+        } else {
+            let own = ["records", "outcomes", "checksums", "cancels", "verified"].map(Folder::own);
+            for folder in own.into_iter().chain(containers.into_iter().map(Folder::from)) {
+                for listed in self.store.list(&folder, "").await.unwrap() {
+                    found.insert(format!("{}/{}", folder.as_str(), listed.name));
+                }
             }
         }
+        let records = found.clone();
+        found.retain(|path| {
+            !path.starts_with(".backhaul/verified/")
+                || !records.contains(&path.replace("verified", "records"))
+        });
         found
     }
 
