@@ -238,8 +238,9 @@ async fn kill_while(doing: Doing) {
     while bytes_done < 2 * MIB as u64 {
         let progress = event(&mut events, &["progress", "succeeded", "failed"]).await;
         assert_eq!(progress["type"], "backhaul.job.progress.v1", "it was too quick");
-        assert_eq!(progress["data"]["bytes_total"], 64 << 20);
         let now = progress["data"]["bytes_done"].as_u64().unwrap();
+        // At first it is not known how much there is to do.
+        assert!(now == 0 || progress["data"]["bytes_total"] == 64 << 20, "{progress}");
         assert!(bytes_done <= now && now < 64 << 20, "{progress}");
         bytes_done = now;
     }
