@@ -30,7 +30,7 @@ impl Stack {
         }
         let prefix = format!("test-{}", uuid::Uuid::new_v4().simple());
         let config = format!(
-            "[broker]\nurl = \"{url}\"\nprefix = \"{prefix}\"\nretry_delay_seconds = 1\n\n\
+            "[broker]\nurl = \"{url}\"\nprefix = \"{prefix}\"\nretry_delay_seconds = 1\nretry_delay_seconds_max = 1\n\n\
              [worker]\nfile_roots = [\"volumes\"]\n{worker}\n\n\
              [store.local]\nkind = \"posix\"\npath = \"backups\"\n{store}\n"
         );
@@ -166,7 +166,7 @@ pub(crate) fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
         tls: Tls::default(),
         queue_kind: QueueKind::Auto,
         retry_delay_seconds: 1,
-        retry_delay_seconds_max: 8,
+        retry_delay_seconds_max: 1,
         reconnect_seconds_max: 1,
         publish_seconds_max: 30,
         message_bytes_max: 1 << 20,
