@@ -157,12 +157,13 @@ async fn tokens_that_expire_in_the_middle_cost_nothing_but_a_renewal() {
 
     let begun = Instant::now();
     let target = bench.volumes().join("target");
-    while begun.elapsed() < enough {
+    // A restore asks for its objects one after the other, and how many tokens that takes depends on the machine.
+    while link.counted() < logins + 2 {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{logins}, then {}", link.counted());
         let _ = fs::remove_file(&target);
         restore(&engine, record.backup_id, &target).await.unwrap();
         assert!(fs::read(&target).unwrap() == volume.bytes);
     }
-    assert!(link.counted() >= logins + 2, "{logins}, then {}", link.counted());
 }
 
 #[tokio::test(flavor = "multi_thread")]
