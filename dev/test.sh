@@ -2,6 +2,7 @@
 # Runs every test, with and without the feature `ceph`, against a RabbitMQ, an OpenStack Swift with a Keystone, and two Ceph
 # clusters of its own, one of them with a gateway for S3 and Swift, which it stops at the end, and with OpenStack's Cinder.
 # What is of OpenStack dev/cinder.sh installs.
+# Block devices are tested where losetup makes them; where not, it says so at its end.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
 cd "$(dirname "$0")/.."

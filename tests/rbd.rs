@@ -1438,55 +1438,25 @@ async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
     let (volume_id, volume) = bench.volume(64 * MIB);
     let source = location("main", volume.spec());
     volume.write(&[(0, &noise(1, 64 << 20))]);
-    let deleted = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let at_full = volume.read();
     volume.write(&[(0, &noise(2, 64 << 20))]);
-    let backup = backup_job_of(volume_id, source.clone(), Parent::Latest);
-    let target = location("main", "volumes/restored");
-    let restore = restore_job(backup.backup_id(), &target);
-    let remove = job(Work::Delete(deleted.backup_id));
-    for job in [&backup, &restore, &remove] {
-        let ctx = Context::default();
-        // With room for two pieces at a time it is in no hurry.
-        let little = 8 << 20;
-        let most = bench.memory.reserve(MEMORY_BYTES - little).await;
-        let pool = bench.clusters.connect(Some("main")).unwrap().pool("backups").unwrap();
-        let image = base(&deleted).strip_prefix("backups/").unwrap().to_owned();
-        // A delete waits for whoever has the image open.
-        let user = (job == &remove).then(|| pool.open_image(&image, None, OpenMode::Write).unwrap());
-        let in_the_middle = || match &user {
-            Some(user) => user.snapshots().unwrap().is_empty(),
-            None => {
-                let counts = ctx.progress.read().counts;
-                counts.bytes_stored.max(counts.bytes_written) >= 9 * MIB
-            }
-        };
-        let (result, ()) = tokio::join!(bench.engine.run(&ctx, job, bench.methods(job)[0]), async {
-            while !in_the_middle() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            // It stands still in the middle.
-            let held = (bench.memory.reserve(little).await, most);
-            bench.main.stop_osd();
-            drop(held);
-        });
-        let error = result.unwrap_err();
-        let told = format!("{}: {}", job.operation(), Problem::new(error.class(), &error));
-        assert_eq!(error.class(), Class::Transient, "{told}");
-        assert!(told.contains("timed out"), "{told}");
-        bench.main.start_osd();
-        drop(user);
-        assert_eq!(bench.complete(job).await.outcome, Outcome::Succeeded, "{told}");
-        assert!(bench.restored(full.backup_id).await == at_full);
-        if job == &restore {
-            assert!(bench.export("volumes/restored") == volume.read());
-            assert!(!bench.images("volumes").iter().any(|name| name.contains("partial")));
+    let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
+    let ctx = Context::default();
+    let (result, ()) = tokio::join!(bench.engine.run(&ctx, &job, bench.methods(&job)[0]), async {
+        while ctx.progress.read().counts.bytes_stored == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-    }
-    assert_eq!(bench.snapshots(volume.spec()), bench.snapshots(&base(&full)));
-    assert_eq!(bench.images("backups"), [base(&full).strip_prefix("backups/").unwrap()]);
-    verify(&bench.engine, full.backup_id).await.unwrap();
+        bench.main.stop_osd();
+    });
+    let error = result.unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error:?}");
+    assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
+    bench.main.start_osd();
+    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
+    assert!(bench.restored(job.backup_id()).await == volume.read());
+    assert!(bench.restored(full.backup_id).await == at_full);
+    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

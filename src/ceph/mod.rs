@@ -14,9 +14,9 @@ pub use rados::{Cluster, MapChange, Pool};
 use std::ffi::{CString, NulError, c_int};
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use backon::{BlockingRetryable, ConstantBuilder};
 use rustix::io::Errno;
 
 /// What went wrong in a cluster.
@@ -108,15 +108,21 @@ fn os_error(code: c_int) -> io::Error {
 }
 
 /// Ceph frees an image that a client had open when it died only after half a minute.
+const BUSY_TIME_MAX: Duration = Duration::from_secs(40);
 const BUSY_WAIT: Duration = Duration::from_secs(1);
-const BUSY_TRIES_MAX: usize = 40;
 
 /// Does something again and again for as long as an image or snapshot is in use, up to a limit.
-pub fn while_busy<T>(action: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
-    action
-        .retry(ConstantBuilder::default().with_delay(BUSY_WAIT).with_max_times(BUSY_TRIES_MAX))
-        .when(|error| error.kind() == io::ErrorKind::ResourceBusy)
-        .call()
+pub fn while_busy<T>(mut action: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    // Not by their number, because a try may take some seconds.
+    let begun = Instant::now();
+    loop {
+        match action() {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < BUSY_TIME_MAX => {
+                thread::sleep(BUSY_WAIT);
+            }
+            done => return done,
+        }
+    }
 }
 
 fn check(code: c_int) -> Result<c_int, c_int> {
