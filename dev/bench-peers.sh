@@ -68,7 +68,7 @@ timed() {
 ours() {
   timed backhaul backhaul run "$@" --json
   tail -1 out.log >event.json
-  [[ $(jq --raw-output .type event.json) == *succeeded ]] || die "backhaul run $*: $(<event.json)"
+  [[ $(jq --raw-output .type event.json) == *.succeeded.* ]] || die "backhaul run $*: $(<event.json)"
 }
 
 configure() {
