@@ -75,7 +75,7 @@ configure() {
   cat >backhaul.toml <<END
 [worker]
 file_roots = ["$work"]
-memory_bytes_max = ${memory_bytes_max:-268435456}
+memory_bytes_max = 268435456
 [store.local]
 kind = "posix"
 path = "$work/backups"
@@ -364,4 +364,4 @@ printf '\nOn %s cores. "x" is how many times quicker Backhaul is, "of limit" its
   "$(nproc)"
 echo 'digests and compression on data in memory, "memory" the peak of the process. Cinder is its driver alone, in a process'
 echo 'that runs already, with objects of the same size; restic encrypts besides.'
-if [[ ${BENCH_FIGURES:-} ]]; then cp figures.tsv "$BENCH_FIGURES"; fi
+cp figures.tsv "$target/bench-peers.tsv" # for dev/draw-figures.py

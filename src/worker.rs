@@ -567,7 +567,7 @@ impl Worker {
     /// by whom.
     async fn keep_cancel(self: &Arc<Self>, delivery: Delivery) {
         let Ok(Control::Cancel(id)) = message::parse_control(&delivery.body) else {
-            // `take_control` has said so.
+            // What workers ask each other lies here too, and is of no use later; all else `take_control` has told of.
             return if let Err(error) = delivery.ack().await {
                 warn!(error = %Causes(&error), "a control message was not settled");
             };

@@ -411,7 +411,7 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
 }
 
 #[tokio::test]
-async fn a_job_waits_longer_each_time_up_to_a_limit_and_never_as_long_as_another() {
+async fn a_job_waits_no_longer_than_the_limit_of_its_attempt_which_doubles_up_to_the_last_one() {
     let delays =
         Settings { retry_delay_seconds: 1, retry_delay_seconds_max: 100, ..settings(Rabbit::shared().url()) };
     let broker = Broker::connect(delays.clone()).await.unwrap();

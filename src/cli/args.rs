@@ -96,7 +96,7 @@ Examples:
   backhaul run verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b")]
     Run(JobArgs),
 
-    /// Ask the workers that are up for the end of a job, whether it runs or still waits.
+    /// Ask for the end of a job, whether it runs, waits, or is to be tried again later.
     #[command(after_help = "\
 Examples:
   backhaul cancel 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3")]

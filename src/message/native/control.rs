@@ -61,3 +61,23 @@ pub fn parse_control(body: &[u8]) -> Result<Control, Rejection> {
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_workers_tell_each_other_is_read_as_it_was_written() {
+        let (job_id, worker) = (JobId::random(), "one".to_owned());
+        for control in [
+            Control::Cancel(job_id),
+            Control::WhoRuns { job_id, worker: worker.clone() },
+            Control::Runs { job_id, worker },
+        ] {
+            assert_eq!(parse_control(&encode_control(control.clone())).unwrap(), control);
+        }
+        for body in [&b"{"[..], b"{}", br#"{"operation": "runs", "job_id": "7", "worker": "one"}"#] {
+            assert!(parse_control(body).is_err(), "{}", String::from_utf8_lossy(body));
+        }
+    }
+}

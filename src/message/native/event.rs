@@ -380,7 +380,7 @@ struct AccountWire {
     strategy: Option<StrategyText>,
     mode: Option<ModeText>,
     attempt_count: u32,
-    #[serde(default, skip_serializing_if = "is_none")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     revival_count: u32,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     earlier_attempts: Vec<AttemptWire>,
@@ -393,7 +393,7 @@ struct AccountWire {
     digest: Option<String>,
 }
 
-fn is_none(count: &u32) -> bool {
+fn is_zero(count: &u32) -> bool {
     *count == 0
 }
 
