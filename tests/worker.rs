@@ -6,6 +6,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use backhaul::broker::{Broker, Properties, Routed};
@@ -297,6 +298,21 @@ fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
     until("all is settled", || stack.objects().is_empty());
 }
 
+#[test]
+fn who_waits_for_a_job_that_no_worker_takes_up_is_told_so() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", "");
+    fs::write(stack.volume("a.img"), noise(3, 1 << 20)).unwrap();
+    stack.ok(&["check"]); // makes the queues
+    let arguments = backup(&stack, &["--wait"]);
+    let arguments = [&["submit"][..], &strs(&arguments)].concat();
+    let mut submit = stack.command(&arguments).stderr(Stdio::piped()).spawn().unwrap();
+    let mut told = BufReader::new(submit.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(told.any(|line| line.contains("no worker has taken the job up yet")));
+    let _worker = stack.worker();
+    assert_eq!(submit.wait().unwrap().code(), Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn another_job_with_the_id_of_one_that_runs_is_rejected_and_not_taken_for_it() {
     let rabbit = Rabbit::shared();
@@ -475,7 +491,7 @@ fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
     let other = "00000000-0000-4000-8000-000000000000";
     let target = stack.location("a.img");
     let without_cluster = match cfg!(feature = "ceph") {
-        true => "there is no such cluster in the configuration",
+        true => "no cluster is in the configuration",
         false => "built without Ceph",
     };
     let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
@@ -612,4 +628,12 @@ fn a_job_can_be_done_without_a_broker() {
     let output = stack.run(&["run", "verify", "--backup-id", "00000000-0000-4000-8000-000000000000"]);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(stack.run(&["run", "verify", "--backup-id", "7"]).status.code(), Some(2));
+    for command in [&["list"][..], &["run", "verify", "--backup-id", BACKUP]] {
+        let output = stack.run(&[command, &["--store", "other"]].concat());
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.code() == Some(2) && told.contains("there are: local"),
+            "{command:?}: {output:?}"
+        );
+    }
 }

@@ -47,13 +47,12 @@ impl Clusters {
     pub fn connect(&self, name: Option<&str>) -> Result<Cluster, Error> {
         let access = name.or_else(|| self.only_name()).and_then(|name| self.0.get(name));
         let Some(Access { conf, user, operation_seconds_max }) = access else {
-            let known = match self.0.is_empty() {
-                true => "none; write [ceph.NAME] with conf and user".into(),
-                false => self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", "),
-            };
-            let name =
-                name.map_or_else(|| "which one of several is not said".into(), |name| format!("{name:?}"));
-            return Err(Error::UnknownCluster { name, known });
+            let known = self.names().collect::<Vec<_>>().join(", ");
+            return Err(match name {
+                _ if known.is_empty() => Error::NoCluster,
+                Some(name) => Error::UnknownCluster { name: name.to_owned(), known },
+                None => Error::UnnamedCluster { known },
+            });
         };
         Cluster::connect(conf, user, *operation_seconds_max)
     }

@@ -25,11 +25,20 @@ pub enum Error {
     /// A name or path that cannot be handed over.
     #[error("a name for Ceph has a zero byte")]
     ZeroByte(#[from] NulError),
+    /// A cluster was named, but none is in the configuration.
+    #[error("no cluster is in the configuration: write [ceph.NAME] with conf and user")]
+    NoCluster,
     /// The configuration has no such cluster.
-    #[error("there is no such cluster in the configuration ({name}): it has {known}")]
+    #[error("no cluster {name:?} is in the configuration: it has {known}")]
     UnknownCluster {
-        /// What was asked for, for people.
+        /// What was asked for.
         name: String,
+        /// What there is, for people.
+        known: String,
+    },
+    /// Of several clusters none was named.
+    #[error("it is not said which cluster is meant: name one of {known}")]
+    UnnamedCluster {
         /// What there is, for people.
         known: String,
     },
@@ -80,7 +89,10 @@ impl Error {
     /// What the operating system, in whose words Ceph speaks, calls the error.
     pub fn kind(&self) -> io::ErrorKind {
         match self {
-            Self::ZeroByte(_) | Self::UnknownCluster { .. } => io::ErrorKind::InvalidInput,
+            Self::ZeroByte(_)
+            | Self::NoCluster
+            | Self::UnknownCluster { .. }
+            | Self::UnnamedCluster { .. } => io::ErrorKind::InvalidInput,
             // The cluster has shut this client out, mostly because somebody else has taken over what it did.
             Self::Operation { error, .. } if error.raw_os_error() == Some(Errno::SHUTDOWN.raw_os_error()) => {
                 io::ErrorKind::ConnectionAborted

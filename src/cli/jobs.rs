@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::signal::unix::SignalKind;
+use tokio::time::sleep;
 
 use super::args::{JobArgs, SubmitArgs};
 use super::render::{self, Bar};
-use super::{CANCELLED, Error, FAILED, listen, say};
+use super::{CANCELLED, Error, FAILED, engine_of, listen, say};
 use crate::broker::{Broker, Properties, Routed};
 use crate::config::Config;
 use crate::event::{self, EventSink};
@@ -20,6 +21,10 @@ use crate::worker::{self, Stores};
 
 /// How often the bar of a job in this process moves.
 const BAR_EVERY: Duration = Duration::from_millis(200);
+/// How long a job may lie in the queue before that is said.
+const TAKEN_UP_SOON: Duration = Duration::from_secs(5);
+const NOT_TAKEN_UP: &str =
+    "no worker has taken the job up yet, and it waits in the queue: the workers are busy, or none runs";
 /// Who tells the events of a job that is done in this process.
 const SOURCE: &str = "/backhaul/run";
 
@@ -67,15 +72,29 @@ async fn submit_through(broker: &Broker, args: &SubmitArgs, job: &Job, body: Vec
         eprintln!("{}", submitted(job));
     }
     let bar = Bar::new(job.operation());
-    while let Some(notice) = events.next().await {
+    let mut taken_up = false;
+    let mut late = std::pin::pin!(sleep(TAKEN_UP_SOON));
+    loop {
+        let notice = tokio::select! {
+            notice = events.next() => notice,
+            () = &mut late, if !taken_up => {
+                taken_up = true;
+                bar.say(NOT_TAKEN_UP);
+                continue;
+            }
+        };
+        let Some(notice) = notice else { break };
         match message::parse_event(&notice.body) {
-            Ok(Received::Job(event)) if event.job_id == job.id => match &event.happening {
-                Happening::Ended(completion) => {
-                    bar.end();
-                    return Ok(ended(completion, args.job.json.then_some(&notice.body[..])));
+            Ok(Received::Job(event)) if event.job_id == job.id => {
+                taken_up = true;
+                match &event.happening {
+                    Happening::Ended(completion) => {
+                        bar.end();
+                        return Ok(ended(completion, args.job.json.then_some(&notice.body[..])));
+                    }
+                    happening => show(&bar, happening),
                 }
-                happening => show(&bar, happening),
-            },
+            }
             Ok(Received::Rejected { job_id, message, .. }) if job_id == Some(job.id) => {
                 bar.end();
                 return Err(Error::Usage(message));
@@ -124,7 +143,7 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let (mut job, _) = job(args)?;
     let stores = Stores::open(config)?;
     stores.name_default(&mut job);
-    let engine = stores.engine(job.store.as_ref()).await.map_err(Error::Problem)?;
+    let engine = engine_of(config, &stores, job.store.as_ref()).await?;
     let terminal = Terminal { bar: Bar::new(job.operation()), last: Mutex::default() };
     let report = Report::new(&terminal, &job);
     let ctx = Context::default();

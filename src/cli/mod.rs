@@ -20,10 +20,11 @@ use tracing::warn;
 use crate::broker;
 use crate::cinder::export_record;
 use crate::config::{Config, ConfigError};
-use crate::engine;
+use crate::engine::{self, Engine};
 use crate::error::Problem;
 use crate::event;
-use crate::worker::{self, Shutdown};
+use crate::job::StoreName;
+use crate::worker::{self, Shutdown, Stores};
 
 /// A job failed, or something that is not the caller's fault.
 const FAILED: u8 = 1;
@@ -138,6 +139,16 @@ async fn work(config: &Config) -> Result<u8, Error> {
         () = signals => {}
     }
     Ok(0)
+}
+
+/// The engine of the store `name`, or of the default one. To name one that is not in the configuration is a mistake of usage.
+async fn engine_of<'a>(
+    config: &Config,
+    stores: &'a Stores,
+    name: Option<&StoreName>,
+) -> Result<&'a Engine, Error> {
+    config.store(name)?;
+    stores.engine(name).await.map_err(Error::Problem)
 }
 
 fn listen(kind: SignalKind) -> Result<Signal, Error> {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Error, FAILED, print_json, render, say};
+use super::{Error, FAILED, engine_of, print_json, render, say};
 use crate::cinder::export_record::{self, Form};
 use crate::config::{Config, StoreKind};
 use crate::engine;
@@ -21,7 +21,7 @@ pub(super) async fn list(
     json: bool,
 ) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
+    let engine = engine_of(config, &stores, store.as_ref()).await?;
     let engine::Listing { mut records, damaged } = engine.catalog().records().await?;
     records.retain(|record| volume_id.is_none_or(|id| record.volume_id == id));
     if json {
@@ -43,7 +43,7 @@ pub(super) async fn show(
     json: bool,
 ) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
+    let engine = engine_of(config, &stores, store.as_ref()).await?;
     let record = engine.catalog().record(id).await?.ok_or(engine::Error::UnknownBackup(id))?;
     let verified = engine.catalog().verified(id).await?;
     if json {
@@ -65,7 +65,7 @@ struct Shown<'a> {
 /// Prints Cinder's export record of a backup.
 pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreName>) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
+    let engine = engine_of(config, &stores, store.as_ref()).await?;
     say(export_record::export(&engine.catalog().available(id).await?));
     Ok(0)
 }
@@ -73,7 +73,7 @@ pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreNam
 /// Takes in a backup by Cinder's export record.
 pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName>) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
-    let engine = stores.engine(store.as_ref()).await.map_err(Error::Problem)?;
+    let engine = engine_of(config, &stores, store.as_ref()).await?;
     let text = if path == Path::new("-") {
         let mut text = Vec::new();
         io::stdin()
