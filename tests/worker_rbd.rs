@@ -225,7 +225,7 @@ async fn kill_while(doing: Doing) {
         }
     };
     if doing == Doing::Incremental {
-        image.write(&[(30 << 20, &noise(3, 8 * MIB))]);
+        image.write(&[(8 << 20, &noise(3, 48 * MIB))]);
     }
     ceph.existing(slow).slow_down(MIB as u64);
     let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
