@@ -2,7 +2,9 @@
 //!
 //! A store knows bytes and names. It must not know jobs, volumes, or what the objects mean.
 
+mod gcs;
 mod http;
+mod logins;
 mod memory;
 mod name;
 mod posix;
@@ -13,6 +15,7 @@ mod s3;
 mod secret;
 mod swift;
 
+pub use gcs::{Gcs, GcsSettings};
 pub use http::HttpSettings;
 pub use memory::Memory;
 pub use name::{Folder, InvalidObjectName, ObjectName};

@@ -8,6 +8,7 @@ pub(crate) mod content;
 pub(crate) mod device;
 pub(crate) mod engine;
 pub(crate) mod faulty;
+pub(crate) mod gcs;
 pub(crate) mod link;
 pub(crate) mod rabbit;
 pub(crate) mod s3;
