@@ -811,7 +811,8 @@ mod network {
                 account.set_path(if kind == Kind::Gateway { "/swift/v1" } else { "/v1/AUTH_backup" });
                 settings.endpoint = Endpoint::At(account);
             }
-            far.http().idle_seconds_max = 2;
+            // One of them takes a large object apart in Python, on its only thread.
+            far.http().idle_seconds_max = if kind == Kind::GcsChunks { 20 } else { 2 };
             far
         }
 
@@ -840,16 +841,8 @@ mod network {
         }
 
         fn bench(&self) -> Bench {
-            Bench { store: self.open(), ..Bench::new(Kind::S3) }.leaving(self)
-        }
-    }
-
-    impl Bench {
-        fn leaving(self, far: &Far) -> Self {
-            match far {
-                Far::S3(_) => self,
-                Far::Swift(_) | Far::Gcs(_) => Self { left: Left::Nothing, ..self },
-            }
+            let left = if matches!(self, Self::S3(_)) { Left::Uploads } else { Left::Nothing };
+            Bench { store: self.open(), left, ..Bench::new(Kind::Memory) }
         }
     }
 
@@ -1123,12 +1116,12 @@ mod network {
     }
 
     #[rstest]
-    #[case::slow_down(&[Kind::S3, Kind::Swift, Kind::Gcs], "503 Slow Down", "Retry-After: 1\r\n", "<Error><Code>SlowDown</Code></Error>")]
-    #[case::busy(&[Kind::S3, Kind::Swift, Kind::Gcs], "503 Service Unavailable", "", "")]
-    #[case::broken(&[Kind::S3, Kind::Swift, Kind::Gcs], "500 Internal Server Error", "", "<html>")]
-    #[case::gateway(&[Kind::S3, Kind::Swift, Kind::Gcs], "502 Bad Gateway", "", "")]
+    #[case::slow_down(&[Kind::Gcs, Kind::S3, Kind::Swift], "503 Slow Down", "Retry-After: 1\r\n", "<Error><Code>SlowDown</Code></Error>")]
+    #[case::busy(&[Kind::Gcs, Kind::S3, Kind::Swift], "503 Service Unavailable", "", "")]
+    #[case::broken(&[Kind::Gcs, Kind::S3, Kind::Swift], "500 Internal Server Error", "", "<html>")]
+    #[case::gateway(&[Kind::Gcs, Kind::S3, Kind::Swift], "502 Bad Gateway", "", "")]
     #[case::rate_limit(&[Kind::Swift], "498 Rate Limited", "", "Slow down")]
-    #[case::too_many(&[Kind::S3, Kind::Swift, Kind::Gcs], "429 Too Many Requests", "Retry-After: soon\r\n", "")]
+    #[case::too_many(&[Kind::Gcs, Kind::S3, Kind::Swift], "429 Too Many Requests", "Retry-After: soon\r\n", "")]
     #[case::mutations(&[Kind::Gcs], "403 Forbidden", "", r#"{"error":{"code":403,"message":"x","errors":[{"reason":"rateLimitExceeded"}]}}"#)]
     #[case::too_late(&[Kind::S3], "400 Bad Request", "", "<Error><Code>RequestTimeout</Code><Message>x</Message></Error>")]
     #[case::at_once(&[Kind::S3], "409 Conflict", "", "<Error><Code>OperationAborted</Code></Error>")]
@@ -1375,7 +1368,8 @@ mod network {
         link.count("content-range: bytes */");
         writer.write(bytes.slice(before..)).await.unwrap();
         writer.finish().await.unwrap();
-        assert!(link.counted() >= 1, "{}", link.counted());
+        // Otherwise it was the beginning of the upload that was tried again.
+        assert!(link.counted() >= usize::from(before > 8 * MIB), "{}", link.counted());
         assert!(bench.read(&name).await.unwrap() == bytes);
         assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
         bench.clean().await;

@@ -7,6 +7,7 @@ mod http;
 mod logins;
 mod memory;
 mod name;
+mod nfs;
 mod posix;
 #[cfg(feature = "ceph")]
 mod rados;
@@ -19,6 +20,7 @@ pub use gcs::{Gcs, GcsSettings};
 pub use http::HttpSettings;
 pub use memory::Memory;
 pub use name::{Folder, InvalidObjectName, ObjectName};
+pub use nfs::Share;
 pub use posix::Posix;
 #[cfg(feature = "ceph")]
 pub use rados::Rados;

@@ -59,6 +59,37 @@ pub(crate) fn settings(url: &str, bucket: &str) -> GcsSettings {
     }
 }
 
+/// Emulators of one's own, which may be stopped.
+pub(crate) struct Own(TempDir);
+
+impl Own {
+    pub(crate) fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    /// Starts them, with what they had when they were stopped. Gives the URL, which stays the same.
+    pub(crate) fn up(&self) -> String {
+        self.run("up").trim_end().into()
+    }
+
+    pub(crate) fn down(&self) {
+        self.run("down");
+    }
+
+    fn run(&self, command: &str) -> String {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/dev/gcs.sh");
+        let output = Command::new(script).arg(command).arg(self.0.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        self.down();
+    }
+}
+
 /// Gives tokens to who has the key of its only service account, as Google documents it (OAuth 2.0 for server to server
 /// applications): the emulators look at no token.
 pub(crate) struct Tokens {

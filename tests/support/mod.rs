@@ -2,6 +2,7 @@
 
 #[cfg(feature = "ceph")]
 pub(crate) mod ceph;
+pub(crate) mod chain;
 pub(crate) mod cinder;
 #[cfg(feature = "ceph")]
 pub(crate) mod content;
