@@ -91,12 +91,12 @@ fn failed(share: &str, folder: &Path, why: &str) -> Error {
 /// What is mounted on a folder, by the lines of the kernel; the last one is what one sees.
 fn source_on(mounts: &[u8], folder: &Path) -> Option<Vec<u8>> {
     let lines = mounts.split(|byte| *byte == b'\n');
-    let mounted = lines.filter_map(|line| {
+    let mut mounted = lines.filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
         let (source, on) = (plain(fields.next()?), plain(fields.next()?));
         (on == folder.as_os_str().as_bytes()).then_some(source)
     });
-    mounted.last()
+    mounted.next_back()
 }
 
 /// A field without the octal numbers that stand for blanks and the like.

@@ -1,5 +1,6 @@
 //! The emulators of Google Cloud Storage that all tests share, and who gives tokens for it.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -199,10 +200,9 @@ fn answer(client: TcpStream, state: &Mutex<State>) {
     }
     let mut body = vec![0; body_bytes];
     reader.read_exact(&mut body).unwrap();
-    let mut fields = url::form_urlencoded::parse(&body);
-    let mut field = |wanted: &str| fields.find(|(name, _)| name == wanted).unwrap().1.into_owned();
+    let fields: HashMap<_, _> = url::form_urlencoded::parse(&body).into_owned().collect();
     assert!(head.starts_with("POST /token "), "{head}");
-    assert_eq!(field("grant_type"), "urn:ietf:params:oauth:grant-type:jwt-bearer");
+    assert_eq!(fields["grant_type"], "urn:ietf:params:oauth:grant-type:jwt-bearer");
 
     let mut state = state.lock().unwrap();
     let (status, answer) = match state.refuses {
@@ -211,7 +211,7 @@ fn answer(client: TcpStream, state: &Mutex<State>) {
             json!({ "error": "invalid_grant", "error_description": "Invalid JWT Signature." }),
         ),
         false => {
-            state.assertions.push(field("assertion"));
+            state.assertions.push(fields["assertion"].clone());
             let token = format!("token-{}", state.assertions.len());
             let good_for = state.good_for_seconds;
             ("200 OK", json!({ "access_token": token, "expires_in": good_for, "token_type": "Bearer" }))
