@@ -1229,7 +1229,7 @@ mod network {
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn connections_that_are_cut_in_the_middle_cost_nothing_but_time(
-        #[values(Kind::S3, Kind::Swift, Kind::Gateway, Kind::GcsChunks)] kind: Kind,
+        #[values(Kind::S3, Kind::Swift, Kind::Gateway, Kind::Gcs)] kind: Kind,
     ) {
         let link = Link::to(&url_of(kind));
         let bench = Far::behind(kind, &link).bench();
@@ -1242,6 +1242,9 @@ mod network {
         assert!(bench.read(&name).await.unwrap() == bytes);
         assert_eq!(link.cuts_left(), 0);
 
+        if kind == Kind::Gcs {
+            return bench.clean().await; // It takes the question how far an upload has come for its end.
+        }
         let name = bench.name("b");
         link.cut_after([MIB, 12 * MIB, 300]);
         let mut writer = bench.store.create(&name).await.unwrap();
@@ -1372,6 +1375,23 @@ mod network {
         assert!(link.counted() >= usize::from(before > 8 * MIB), "{}", link.counted());
         assert!(bench.read(&name).await.unwrap() == bytes);
         assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
+        bench.clean().await;
+    }
+
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_upload_goes_on_where_the_server_has_it_when_it_is_cut(
+        #[values(MIB, 9 * MIB, 20 * MIB)] cut_after: usize,
+    ) {
+        let link = Link::to(&gcs::chunks_url());
+        let bench = Far::behind(Kind::GcsChunks, &link).bench();
+        let (name, bytes) = (bench.name("a"), junk(30 * MIB + 5));
+        link.cut_after([cut_after, 300]);
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(bytes.clone()).await.unwrap();
+        writer.finish().await.unwrap();
+        assert_eq!(link.cuts_left(), 0);
+        assert!(bench.read(&name).await.unwrap() == bytes);
         bench.clean().await;
     }
 
