@@ -217,12 +217,12 @@ impl Writer {
     }
 }
 
-/// How many bytes of an upload the server says that it has. It keeps whole units only.
+/// How many bytes of an upload the server says that it has. It keeps no part of a first unit: what is said to be one is none.
 fn stored(headers: &HeaderMap) -> u64 {
     let range =
         headers.get(RANGE).and_then(|range| range.to_str().ok()?.strip_prefix("bytes=0-")?.parse().ok());
-    let bytes = range.map_or(0, |last: u64| last + 1);
-    bytes - bytes % CHUNK_UNIT_BYTES
+    let bytes = range.map_or(0, |last: u64| last.saturating_add(1));
+    if bytes < CHUNK_UNIT_BYTES { 0 } else { bytes }
 }
 
 #[async_trait]
