@@ -25,7 +25,7 @@ const TOLD_CHARS_MAX: usize = 200;
 /// A server, with a service account unless we are nobody there.
 pub(super) struct Api {
     pub(super) http: Http,
-    settings: GcsSettings,
+    pub(super) settings: GcsSettings,
     logins: Option<Logins<Token>>,
     /// The project of new buckets, if it is known.
     pub(super) project: Option<String>,
@@ -285,6 +285,6 @@ pub(super) struct Page {
 #[derive(Deserialize)]
 pub(super) struct Entry {
     pub(super) name: String,
-    /// Numbers of 64 bits are texts.
-    pub(super) size: String,
+    /// Numbers of 64 bits are texts, and that of nothing need not be there.
+    pub(super) size: Option<String>,
 }

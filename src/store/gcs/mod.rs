@@ -75,7 +75,6 @@ pub struct GcsSettings {
 #[derive(Debug, Clone)]
 pub struct Gcs {
     api: Arc<Api>,
-    settings: GcsSettings,
 }
 
 /// Where an object or a folder lies. The names of all that is in a folder begin with its key.
@@ -88,17 +87,17 @@ struct Place {
 impl Gcs {
     /// Prepares to talk to the server, which may be away. Fails where the settings cannot be used.
     pub fn new(settings: GcsSettings) -> Result<Self> {
-        Ok(Self { api: Arc::new(Api::new(settings.clone())?), settings })
+        Ok(Self { api: Arc::new(Api::new(settings)?) })
     }
 
     /// Asks the server something that it answers only if the service account may use the store's own bucket, and that is
     /// there or may be made. Fails with [`Reason::Passing`] when there is no answer within 10 seconds; nothing is tried again.
     pub async fn reach(&self) -> Result<()> {
-        let bucket = &self.settings.bucket;
+        let bucket = &self.api.settings.bucket;
         let request = Request::objects(Method::GET, bucket).query("maxResults", "1");
         let answer = timeout(REACH_MAX, self.api.call_once(&request)).await;
         match answer.unwrap_or_else(|elapsed| Err(Failure::passing(elapsed.into()))) {
-            Err(failure) if is_missing(&failure) && self.settings.create_buckets => Ok(()),
+            Err(failure) if is_missing(&failure) && self.api.settings.create_buckets => Ok(()),
             Err(failure) if is_missing(&failure) => Err(no_bucket(bucket)),
             answer => answer.map(drop),
         }
@@ -108,7 +107,7 @@ impl Gcs {
     fn place(&self, action: &'static str, folder: &Folder, name: &str) -> Result<Place> {
         if folder.is_own() {
             let key = format!("{}/{name}", folder.as_str());
-            return Ok(Place { bucket: self.settings.bucket.clone(), key });
+            return Ok(Place { bucket: self.api.settings.bucket.clone(), key });
         }
         let (bucket, key) = (folder.as_str().to_owned(), name.to_owned());
         if !is_bucket_name(&bucket) {
@@ -131,7 +130,7 @@ impl Gcs {
         F: Future<Output = std::result::Result<T, Failure>>,
     {
         match request().await {
-            Err(failure) if is_missing(&failure) && self.settings.create_buckets => {
+            Err(failure) if is_missing(&failure) && self.api.settings.create_buckets => {
                 self.make_bucket(bucket).await?;
                 request().await
             }
@@ -145,7 +144,7 @@ impl Gcs {
             let text = format!("there is no bucket {bucket}, and no project to make it in: write project");
             return Err(Failure::unusable(ErrorKind::NotFound, text));
         };
-        let GcsSettings { location, storage_class, .. } = &self.settings;
+        let GcsSettings { location, storage_class, .. } = &self.api.settings;
         let body = json!({ "name": bucket, "location": location, "storageClass": storage_class });
         let request = Request::to(Method::POST, &["storage", "v1", "b"])
             .query("project", project)
@@ -317,7 +316,8 @@ impl ObjectStore for Gcs {
                     // Our own folders are in no container of Cinder's.
                     Some(name) if !name.starts_with('.') => {
                         let unusable = |error| Failure::unusable(ErrorKind::InvalidData, error);
-                        let bytes = entry.size.parse().map_err(unusable).map_err(failed)?;
+                        let bytes =
+                            entry.size.as_deref().unwrap_or("0").parse().map_err(unusable).map_err(failed)?;
                         listed.push(Listed { name: name.to_owned(), bytes });
                     }
                     _ => {}
