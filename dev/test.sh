@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs every test, with and without the feature `ceph`, against a RabbitMQ, an OpenStack Swift with a Keystone, and two Ceph
-# clusters of its own, one of them with a gateway for S3 and Swift, which it stops at the end, and with OpenStack's Cinder.
-# What is of OpenStack dev/cinder.sh installs.
+# Runs every test, with and without the feature `ceph`, against a RabbitMQ, an OpenStack Swift with a Keystone, emulators of
+# Google Cloud Storage, and two Ceph clusters of its own, one of them with a gateway for S3 and Swift, which it stops at the
+# end, and with OpenStack's Cinder. What is of OpenStack, and the emulators, dev/cinder.sh installs.
 # Block devices are tested where losetup makes them; where not, it says so at its end.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
@@ -18,6 +18,7 @@ finish() {
   dev/ceph.sh down "$work/ceph-1" || true
   dev/ceph.sh down "$work/ceph-2" || true
   dev/swift.sh down "$work/swift" || true
+  dev/gcs.sh down "$work/gcs" || true
   dev/rabbit.sh down "$work/rabbit" || true
   rm -rf "$work"
 }
@@ -31,7 +32,7 @@ else
 fi
 
 # The clusters start, and what is of OpenStack is installed and started, while the tests are built.
-{ dev/cinder.sh >"$work/cinder" && dev/swift.sh up "$work/swift" >/dev/null; } &
+{ dev/cinder.sh >"$work/cinder" && dev/swift.sh up "$work/swift" >/dev/null && dev/gcs.sh up "$work/gcs" >/dev/null; } &
 openstack=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
 first_cluster=$!
@@ -44,7 +45,7 @@ BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")
 BACKHAUL_TEST_S3=$(<"$work/ceph-1/s3")
 BACKHAUL_TEST_S3_TLS=$(<"$work/ceph-1/s3-tls")
 export BACKHAUL_TEST_AMQP_URL BACKHAUL_TEST_S3 BACKHAUL_TEST_S3_TLS BACKHAUL_TEST_S3_CA=$work/ceph-1/ca.pem
-export BACKHAUL_TEST_SWIFT=$work/swift BACKHAUL_TEST_SWIFT_GATEWAY=$work/ceph-1/swift
+export BACKHAUL_TEST_GCS=$work/gcs BACKHAUL_TEST_SWIFT=$work/swift BACKHAUL_TEST_SWIFT_GATEWAY=$work/ceph-1/swift
 
 cargo nextest run --locked --no-default-features --no-run
 wait "$openstack"

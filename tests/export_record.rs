@@ -12,13 +12,14 @@ use serde_json::{Map, Value, json};
 const POSIX: &str = "cinder.backup.drivers.posix.PosixBackupDriver";
 const S3: &str = "cinder.backup.drivers.s3.S3BackupDriver";
 const SWIFT: &str = "cinder.backup.drivers.swift.SwiftBackupDriver";
+const GCS: &str = "cinder.backup.drivers.gcs.GoogleBackupDriver";
 const CEPH: &str = "cinder.backup.drivers.ceph.CephBackupDriver";
 
 /// A store of the kind that the record is of, or would be.
 fn form_for(service: &str) -> Form {
     match service {
         _ if service.contains("ceph") => Form::Images { pool: "backups".parse().unwrap() },
-        _ if service.contains("s3") || service.contains("swift") => Form::Buckets,
+        _ if ["s3", "swift", "gcs"].iter().any(|name| service.contains(name)) => Form::Buckets,
         _ => Form::Files,
     }
 }
@@ -206,6 +207,7 @@ fn bucket_fields_with(changes: Value) -> Value {
 #[case::with_class(S3)]
 #[case::module_only("cinder.backup.drivers.s3")]
 #[case::swift(SWIFT)]
+#[case::gcs(GCS)]
 #[case::swift_module_only("cinder.backup.drivers.swift")]
 fn backups_in_buckets_are_taken_in(#[case] service: &str) {
     let fields = bucket_fields_with(json!({ "service": service }));
@@ -292,7 +294,7 @@ fn a_backup_is_not_taken_into_a_store_of_another_kind(
 }
 
 #[rstest]
-#[case::gcs("cinder.backup.drivers.gcs.GoogleBackupDriver")]
+#[case::another_name("cinder.backup.drivers.gcs.GCSBackupDriver")]
 #[case::another_class("cinder.backup.drivers.ceph.PosixBackupDriver")]
 #[case::mixed("cinder.backup.drivers.posix.NFSBackupDriver")]
 #[case::longer("cinder.backup.drivers.posix.PosixBackupDriver.x")]
@@ -303,7 +305,7 @@ fn backups_of_other_drivers_are_refused_with_the_names_of_those_that_are_not(#[c
 
     let text = error.to_string();
     assert!(text.contains(&format!("{service:?}")), "{text}");
-    assert!([POSIX, S3, SWIFT, CEPH].iter().all(|known| text.contains(known)), "{text}");
+    assert!([POSIX, S3, SWIFT, GCS, CEPH].iter().all(|known| text.contains(known)), "{text}");
 }
 
 #[rstest]

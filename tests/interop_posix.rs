@@ -190,6 +190,36 @@ async fn either_restores_every_point_of_a_chain(#[case] who: [Who; 4]) {
     }
 }
 
+/// Cinder up to 28 leaves out the zeros of every backup of a chain on a new volume, not only those of the first one.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_became_zeros_is_zeros_where_cinder_28_leaves_what_was_there(
+    #[values([Backhaul; 3], [Openstack; 3], [Openstack, Backhaul, Openstack])] who: [Who; 3],
+) {
+    let mut stage = Stage::new();
+    let (mut parent, mut told) = (None, String::new());
+    for (index, who) in who.into_iter().enumerate() {
+        match index {
+            0 => stage.volume.fill(0..BYTES, Fill::Noise(7)),
+            1 => stage.volume.fill(MIB / 2..5 * MIB / 2, Fill::Zeros),
+            _ => stage.volume.fill(MIB..MIB + 100, Fill::Noise(8)),
+        }
+        parent = Some(stage.back_up(who, ("zstd", 4 * MIB), parent).await);
+        told += &format!("{who:?}, ");
+    }
+    stage.check_all(&told).await;
+
+    // So it is a chain by which that shows.
+    let target = stage.bench.volumes().join("target");
+    fs::File::create(&target).unwrap().set_len(BYTES as u64).unwrap();
+    let (id, bytes) = stage.points[2].clone();
+    let new_volume = VolumeId::random();
+    stage.cinder.add_volume(new_volume, 1);
+    let to = json!({ "file": target });
+    stage.cinder.ask("restore_as_28", json!({ "backup_id": id, "volume_id": new_volume, "target": to }));
+    assert!(fs::read(&target).unwrap() != bytes);
+}
+
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_of_what_has_not_changed_has_no_objects_and_is_restored_by_either(

@@ -7,99 +7,44 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 
-use backhaul::engine::Engine;
-use backhaul::engine::chunked::{Compression, Settings};
-use backhaul::job::{Container, Parent, Record, VolumeId};
+use backhaul::engine::chunked::Compression;
+use backhaul::job::Container;
 use backhaul::store::S3;
 use rstest::rstest;
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup, delete, paths_of, restore, verify};
+use support::chain::{Chain, MIB, Trouble, settings, volume};
+use support::engine::{Bench, Kind, MEMORY_BYTES, paths_of};
 use support::link::Link;
 use support::s3;
 use support::stack::{Stack, until};
-use support::volume::{Fill, Volume};
-
-const MIB: usize = 1 << 20;
-
-fn settings(compression: Compression) -> Settings {
-    Settings {
-        compression,
-        object_bytes: MIB,
-        sha_block_bytes: 32 << 10,
-        unchanged_check_per_mille: 1,
-        source_snapshots_max: 1,
-    }
-}
-
-/// A volume of text, noise, zeros and a hole, whose last block is short.
-fn volume(bench: &Bench) -> Volume {
-    let mut volume = Volume::create(bench.volumes().join("volume"), 12 * MIB + 5000);
-    volume.fill(0..3 * MIB, Fill::Noise(1));
-    volume.fill(3 * MIB..5 * MIB, Fill::Text(1));
-    volume.fill(5 * MIB..6 * MIB, Fill::Zeros);
-    volume.fill(9 * MIB + 77..12 * MIB + 5000, Fill::Noise(2));
-    volume
-}
-
-/// Makes a full backup and two incremental ones, with what the volume held at the time of each.
-async fn chain(engine: &Engine, volume: &mut Volume) -> Vec<(Record, Vec<u8>)> {
-    let volume_id = VolumeId::random();
-    let mut chain: Vec<(Record, Vec<u8>)> = Vec::new();
-    for step in 0..3 {
-        if step > 0 {
-            let at = step as usize * 2 * MIB + 1000;
-            volume.fill(at..at + 200_000, Fill::Noise(10 + step));
-            volume.fill(at + 200_000..at + 300_000, Fill::Zeros);
-        }
-        let parent = chain.last().map_or(Parent::None, |(record, _)| Parent::Given(record.backup_id));
-        let record = backup(engine, volume_id, &volume.path, parent).await.unwrap();
-        chain.push((record, volume.bytes.clone()));
-    }
-    chain
-}
-
-async fn check(bench: &Bench, engine: &Engine, chain: &[(Record, Vec<u8>)]) {
-    for (record, bytes) in chain {
-        let target = bench.volumes().join(format!("target-{}", record.backup_id));
-        restore(engine, record.backup_id, &target).await.unwrap();
-        assert!(fs::read(&target).unwrap() == *bytes, "{}", record.backup_id);
-        verify(engine, record.backup_id).await.unwrap();
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_lies_in_a_bucket_as_cinder_has_it_and_goes_without_a_trace() {
     let bench = Bench::new(Kind::S3);
     let engine = bench.engine(settings(Compression::Zstd));
-    let chain = chain(&engine, &mut volume(&bench)).await;
+    let chain = Chain::make(&engine, &mut volume(&bench)).await;
 
     let mut expected = BTreeSet::new();
-    for (record, _) in &chain {
+    for (record, _) in &chain.0 {
         let time = record.created_at.strftime("%Y%m%d%H%M%S");
         let (volume_id, backup_id) = (record.volume_id, record.backup_id);
         assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
         assert_eq!(record.service, "cinder.backup.drivers.s3.S3BackupDriver");
         expected.extend(paths_of(record, record.counts.object_count));
     }
-    let container: Container = chain[0].0.container.clone();
+    let container: Container = chain.0[0].0.container.clone();
     assert_eq!(bench.everything([&container]).await, expected);
-    check(&bench, &engine, &chain).await;
+    chain.check(&bench, &engine).await;
 
-    for (record, _) in chain.iter().rev() {
-        delete(&engine, record.backup_id).await.unwrap();
-    }
+    chain.delete(&engine).await;
     assert_eq!(bench.everything([&container]).await, BTreeSet::new());
     assert_eq!(s3::uploads(container.as_str(), "").await, BTreeSet::new());
 }
 
 #[rstest]
-#[case::cut(|link: &Link| link.cut_after((1..30).map(|number| number * 700_001 % 2_000_000 + 100_000)))]
-#[case::answers_lost(|link: &Link| link.lose_answers(3))]
-#[case::overloaded(|link: &Link| {
-    let answer = "HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
-    link.answer((0..3).map(|_| answer.to_string()));
-})]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(#[case] fail: fn(&Link)) {
+async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(
+    #[values(Trouble::Cut, Trouble::AnswersLost, Trouble::Overloaded, Trouble::Slow)] trouble: Trouble,
+) {
     let bench = Bench::new(Kind::S3);
     let link = Link::to(&s3::url());
     let mut behind = s3::settings(link.url(), &s3::new_bucket());
@@ -108,17 +53,7 @@ async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(#[case] fail: 
     let store = Arc::new(S3::new(behind).unwrap());
     let engine = bench.engine_on(store, settings(Compression::None), MEMORY_BYTES);
 
-    fail(&link);
-    let chain = chain(&engine, &mut volume(&bench)).await;
-    let while_written = link.fault_count();
-    assert!(while_written >= 3, "{while_written}");
-    fail(&link);
-    check(&bench, &engine, &chain).await;
-    assert!(link.fault_count() >= while_written + 3, "{}", link.fault_count());
-    fail(&link);
-    for (record, _) in chain.iter().rev() {
-        delete(&engine, record.backup_id).await.unwrap();
-    }
+    trouble.costs_nothing_but_time(&bench, &engine, &link).await;
 }
 
 /// The program's configuration for a store in a bucket of its own, behind a link.
@@ -201,15 +136,17 @@ fn a_server_that_is_away_puts_jobs_off_until_it_is_back() {
 #[cfg(feature = "ceph")]
 mod restarted {
     use std::os::unix::fs::MetadataExt;
-    use std::sync::atomic::{AtomicBool, Ordering};
 
     use backhaul::engine::chunked::{Budget, Chunked, Naming};
-    use backhaul::engine::{Cpu, Volumes};
+    use backhaul::engine::{Cpu, Engine, Volumes};
+    use backhaul::job::{Parent, VolumeId};
     use backhaul::store::{Folder, ObjectStore};
     use backhaul::volume::FileRoots;
 
     use super::*;
     use crate::support::ceph::Ceph;
+    use crate::support::chain::restarting;
+    use crate::support::engine::{backup, restore};
     use crate::support::volume::junk;
 
     #[tokio::test(flavor = "multi_thread")]
@@ -227,10 +164,12 @@ mod restarted {
         let path = bench.volumes().join("volume");
         let bytes = junk(&path, 96 * MIB, 5);
 
+        let (stopped, started) = (ceph.clone(), ceph.clone());
+        let (stop, start) = (move || stopped.stop_gateway(), move || drop(started.start_gateway()));
         let container = Folder::from(&usual.parse::<Container>().unwrap());
         let begun = async || !store.list(&container, "").await.unwrap_or_default().is_empty();
         let backup = backup(&engine, VolumeId::random(), &path, Parent::None);
-        let record = restarting(&ceph, begun, backup).await.unwrap();
+        let record = restarting(stop.clone(), start.clone(), begun, backup).await.unwrap();
 
         let target = bench.volumes().join("target");
         // It gets its name when it is whole.
@@ -239,32 +178,7 @@ mod restarted {
             name != "volume" && data > 0
         };
         let begun = async || bench.volume_names().iter().any(has_data);
-        restarting(&ceph, begun, restore(&engine, record.backup_id, &target)).await.unwrap();
+        restarting(stop, start, begun, restore(&engine, record.backup_id, &target)).await.unwrap();
         assert!(fs::read(&target).unwrap() == bytes);
-    }
-
-    /// Does `work`, while the gateway is stopped as soon as that has `begun`, and started again.
-    async fn restarting<T>(
-        ceph: &Arc<Ceph>,
-        begun: impl AsyncFn() -> bool,
-        work: impl Future<Output = T>,
-    ) -> T {
-        let over = AtomicBool::new(false);
-        let work = async {
-            let done = work.await;
-            over.store(true, Ordering::SeqCst);
-            done
-        };
-        let restart = async {
-            while !begun().await {
-                assert!(!over.load(Ordering::SeqCst), "it was over before it was seen to have begun");
-                tokio::task::yield_now().await;
-            }
-            let (stopped, started) = (ceph.clone(), ceph.clone());
-            tokio::task::spawn_blocking(move || stopped.stop_gateway()).await.unwrap();
-            assert!(!over.load(Ordering::SeqCst), "it was over before the gateway was stopped");
-            tokio::task::spawn_blocking(move || started.start_gateway()).await.unwrap();
-        };
-        tokio::join!(work, restart).0
     }
 }

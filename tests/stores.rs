@@ -7,11 +7,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backhaul::store::{Folder, Listed, Memory, ObjectName, ObjectStore, Posix, Reason, S3, Swift};
+use backhaul::store::{Folder, Gcs, Listed, Memory, ObjectName, ObjectStore, Posix, Reason, S3, Swift};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use rstest::rstest;
-use support::{s3, swift};
+use support::{gcs, s3, swift};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -26,6 +26,10 @@ enum Kind {
     Swift,
     /// Ceph's gateway, spoken to as Swift.
     Gateway,
+    /// The emulator that keeps the conditions of writes, and not how far an upload has come.
+    Gcs,
+    /// The other one.
+    GcsChunks,
     #[cfg(feature = "ceph")]
     Rados,
 }
@@ -69,6 +73,10 @@ impl Bench {
                 let url = if kind == Kind::Swift { swift::url() } else { swift::gateway_url() };
                 let settings = swift::settings(&url, swift::CONTAINER);
                 (Arc::new(Swift::new(settings).unwrap()), Left::Nothing)
+            }
+            Kind::Gcs | Kind::GcsChunks => {
+                let url = if kind == Kind::Gcs { gcs::url() } else { gcs::chunks_url() };
+                (Arc::new(Gcs::new(gcs::settings(&url, gcs::BUCKET)).unwrap()), Left::Nothing)
             }
             #[cfg(feature = "ceph")]
             Kind::Rados => {
@@ -179,6 +187,7 @@ fn is_missing(result: Result<Bytes, Reason>) -> bool {
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_is_put_once(#[case] kind: Kind) {
@@ -202,6 +211,8 @@ async fn an_object_is_put_once(#[case] kind: Kind) {
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Kind) {
@@ -222,6 +233,7 @@ async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Ki
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) {
@@ -264,6 +276,8 @@ async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) 
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_is_written_in_pieces_becomes_visible_when_it_is_finished(
@@ -296,6 +310,8 @@ async fn an_object_that_is_written_in_pieces_becomes_visible_when_it_is_finished
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_may_stop_early(#[case] kind: Kind) {
@@ -316,6 +332,8 @@ async fn a_reader_may_stop_early(#[case] kind: Kind) {
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_that_is_dropped_leaves_nothing(#[case] kind: Kind, #[values(0, 10, 9 * MIB)] bytes: usize) {
@@ -339,9 +357,13 @@ async fn a_writer_that_is_dropped_leaves_nothing(#[case] kind: Kind, #[values(0,
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_does_not_finish_over_an_object(#[case] kind: Kind, #[values(10, 9 * MIB)] bytes: usize) {
+    if kind == Kind::Gcs && bytes > 8 * MIB {
+        return; // It forgets the condition of an upload in chunks, which the service itself does not.
+    }
     let bench = Bench::new(kind);
     let name = bench.name("a");
     let mut late = bench.store.create(&name).await.unwrap();
@@ -364,6 +386,7 @@ async fn a_writer_does_not_finish_over_an_object(#[case] kind: Kind, #[values(10
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_many_that_write_the_same_name_wins(
@@ -409,6 +432,8 @@ async fn one_of_many_that_write_the_same_name_wins(
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_are_listed_by_name_and_prefix(#[case] kind: Kind) {
@@ -444,6 +469,8 @@ async fn objects_are_listed_by_name_and_prefix(#[case] kind: Kind) {
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_folder_with_many_objects_is_listed_whole(#[case] kind: Kind) {
@@ -476,6 +503,8 @@ async fn a_folder_with_many_objects_is_listed_whole(#[case] kind: Kind) {
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delete_may_be_repeated(#[case] kind: Kind, #[values(3, 9 * MIB)] bytes: usize) {
@@ -501,6 +530,8 @@ async fn a_delete_may_be_repeated(#[case] kind: Kind, #[values(3, 9 * MIB)] byte
 #[case::s3(Kind::S3)]
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
 async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: Kind) {
@@ -741,7 +772,8 @@ mod rados {
 mod network {
     use backhaul::error::{Causes, Class};
     use backhaul::store::{
-        Credentials, Endpoint, Error, HttpSettings, S3Settings, Secret, SecretFrom, SwiftSettings,
+        Credentials, Endpoint, Error, GcsSettings, HttpSettings, S3Settings, Secret, SecretFrom,
+        SwiftSettings,
     };
 
     use super::*;
@@ -752,6 +784,7 @@ mod network {
     enum Far {
         S3(S3Settings),
         Swift(SwiftSettings),
+        Gcs(GcsSettings),
     }
 
     impl Far {
@@ -759,6 +792,7 @@ mod network {
         fn at(kind: Kind, url: &str) -> Self {
             match kind {
                 Kind::S3 => Self::S3(s3::settings(url, s3::BUCKET)),
+                Kind::Gcs | Kind::GcsChunks => Self::Gcs(gcs::settings(url, gcs::BUCKET)),
                 _ => Self::Swift(swift::settings(url, swift::CONTAINER)),
             }
         }
@@ -767,7 +801,7 @@ mod network {
         /// link happens to requests.
         fn behind(kind: Kind, link: &Link) -> Self {
             let mut far = match kind {
-                Kind::S3 => Self::at(kind, link.url()),
+                Kind::S3 | Kind::Gcs | Kind::GcsChunks => Self::at(kind, link.url()),
                 _ => Self::at(kind, &url_of(kind)),
             };
             if let Self::Swift(settings) = &mut far {
@@ -777,7 +811,8 @@ mod network {
                 account.set_path(if kind == Kind::Gateway { "/swift/v1" } else { "/v1/AUTH_backup" });
                 settings.endpoint = Endpoint::At(account);
             }
-            far.http().idle_seconds_max = 2;
+            // One of them takes a large object apart in Python, on its only thread.
+            far.http().idle_seconds_max = if kind == Kind::GcsChunks { 20 } else { 2 };
             far
         }
 
@@ -785,6 +820,7 @@ mod network {
             match self {
                 Self::S3(settings) => &mut settings.http,
                 Self::Swift(settings) => &mut settings.http,
+                Self::Gcs(settings) => &mut settings.http,
             }
         }
 
@@ -792,6 +828,7 @@ mod network {
             match self.clone() {
                 Self::S3(settings) => Arc::new(open(settings)),
                 Self::Swift(settings) => Arc::new(Swift::new(settings).unwrap()),
+                Self::Gcs(settings) => Arc::new(Gcs::new(settings).unwrap()),
             }
         }
 
@@ -799,20 +836,13 @@ mod network {
             match self.clone() {
                 Self::S3(settings) => open(settings).reach().await,
                 Self::Swift(settings) => Swift::new(settings).unwrap().reach().await,
+                Self::Gcs(settings) => Gcs::new(settings).unwrap().reach().await,
             }
         }
 
         fn bench(&self) -> Bench {
-            Bench { store: self.open(), ..Bench::new(Kind::S3) }.leaving(self)
-        }
-    }
-
-    impl Bench {
-        fn leaving(self, far: &Far) -> Self {
-            match far {
-                Far::S3(_) => self,
-                Far::Swift(_) => Self { left: Left::Nothing, ..self },
-            }
+            let left = if matches!(self, Self::S3(_)) { Left::Uploads } else { Left::Nothing };
+            Bench { store: self.open(), left, ..Bench::new(Kind::Memory) }
         }
     }
 
@@ -820,6 +850,8 @@ mod network {
         match kind {
             Kind::Swift => swift::url(),
             Kind::Gateway => swift::gateway_url(),
+            Kind::Gcs => gcs::url(),
+            Kind::GcsChunks => gcs::chunks_url(),
             _ => s3::url(),
         }
     }
@@ -1065,7 +1097,7 @@ mod network {
 
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_server_that_is_away_may_come_back(#[values(Kind::S3, Kind::Swift)] kind: Kind) {
+    async fn a_server_that_is_away_may_come_back(#[values(Kind::S3, Kind::Swift, Kind::Gcs)] kind: Kind) {
         let mut url: url::Url = url_of(kind).parse().unwrap();
         // Nobody listens there.
         url.set_port(Some(1)).unwrap();
@@ -1084,12 +1116,13 @@ mod network {
     }
 
     #[rstest]
-    #[case::slow_down(&[Kind::S3, Kind::Swift], "503 Slow Down", "Retry-After: 1\r\n", "<Error><Code>SlowDown</Code></Error>")]
-    #[case::busy(&[Kind::S3, Kind::Swift], "503 Service Unavailable", "", "")]
-    #[case::broken(&[Kind::S3, Kind::Swift], "500 Internal Server Error", "", "<html>")]
-    #[case::gateway(&[Kind::S3, Kind::Swift], "502 Bad Gateway", "", "")]
+    #[case::slow_down(&[Kind::Gcs, Kind::S3, Kind::Swift], "503 Slow Down", "Retry-After: 1\r\n", "<Error><Code>SlowDown</Code></Error>")]
+    #[case::busy(&[Kind::Gcs, Kind::S3, Kind::Swift], "503 Service Unavailable", "", "")]
+    #[case::broken(&[Kind::Gcs, Kind::S3, Kind::Swift], "500 Internal Server Error", "", "<html>")]
+    #[case::gateway(&[Kind::Gcs, Kind::S3, Kind::Swift], "502 Bad Gateway", "", "")]
     #[case::rate_limit(&[Kind::Swift], "498 Rate Limited", "", "Slow down")]
-    #[case::too_many(&[Kind::S3, Kind::Swift], "429 Too Many Requests", "Retry-After: soon\r\n", "")]
+    #[case::too_many(&[Kind::Gcs, Kind::S3, Kind::Swift], "429 Too Many Requests", "Retry-After: soon\r\n", "")]
+    #[case::mutations(&[Kind::Gcs], "403 Forbidden", "", r#"{"error":{"code":403,"message":"x","errors":[{"reason":"rateLimitExceeded"}]}}"#)]
     #[case::too_late(&[Kind::S3], "400 Bad Request", "", "<Error><Code>RequestTimeout</Code><Message>x</Message></Error>")]
     #[case::at_once(&[Kind::S3], "409 Conflict", "", "<Error><Code>OperationAborted</Code></Error>")]
     #[case::said_too_soon(&[Kind::S3], "200 OK", "", "<?xml version=\"1.0\"?>\n<Error><Code>InternalError</Code></Error>")]
@@ -1162,6 +1195,20 @@ mod network {
     )]
     #[case::swift_no_room(Kind::Swift, "507 Insufficient Storage", "", "the store is full")]
     #[case::swift_denied(Kind::Swift, "403 Forbidden", "<html>", "may not do that in container tests")]
+    #[case::gcs_denied(
+        Kind::Gcs,
+        "403 Forbidden",
+        r#"{"error":{"code":403,"message":"no storage.objects.create","errors":[{"reason":"forbidden"}]}}"#,
+        "may not do that in bucket tests: the server answered 403 Forbidden forbidden no storage.objects.create"
+    )]
+    #[case::gcs_nobody(Kind::Gcs, "401 Unauthorized", "Anonymous caller", "wants to know who we are")]
+    #[case::gcs_md5(
+        Kind::Gcs,
+        "200 OK",
+        r#"{"md5Hash":"XrY7u+Ae7tCTyyK7j1rNww=="}"#,
+        "the server keeps something with the MD5 \"XrY7u+Ae7tCTyyK7j1rNww==\""
+    )]
+    #[case::gcs_no_answer(Kind::Gcs, "200 OK", "<html>", "not what is answered")]
     #[case::swift_odd(Kind::Swift, "400 Bad Request", "InvalidBucketName", "400 Bad Request")]
     #[tokio::test(flavor = "multi_thread")]
     async fn what_does_not_pass_is_told_at_once(
@@ -1182,7 +1229,7 @@ mod network {
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn connections_that_are_cut_in_the_middle_cost_nothing_but_time(
-        #[values(Kind::S3, Kind::Swift, Kind::Gateway)] kind: Kind,
+        #[values(Kind::S3, Kind::Swift, Kind::Gateway, Kind::Gcs)] kind: Kind,
     ) {
         let link = Link::to(&url_of(kind));
         let bench = Far::behind(kind, &link).bench();
@@ -1195,6 +1242,9 @@ mod network {
         assert!(bench.read(&name).await.unwrap() == bytes);
         assert_eq!(link.cuts_left(), 0);
 
+        if kind == Kind::Gcs {
+            return bench.clean().await; // It takes the question how far an upload has come for its end.
+        }
         let name = bench.name("b");
         link.cut_after([MIB, 12 * MIB, 300]);
         let mut writer = bench.store.create(&name).await.unwrap();
@@ -1210,11 +1260,14 @@ mod network {
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn a_write_whose_answer_is_lost_is_done_once(
-        #[values(Kind::S3, Kind::Swift, Kind::Gateway)] kind: Kind,
+        #[values(Kind::S3, Kind::Swift, Kind::Gateway, Kind::Gcs)] kind: Kind,
         #[values(How::Put, How::Finish)] how: How,
         #[values(1, 2)] lost: usize,
         #[values(MIB, 9 * MIB)] size: usize,
     ) {
+        if kind == Kind::Gcs && matches!(how, How::Finish) && size > 8 * MIB {
+            return; // It takes the question how far an upload has come for its end.
+        }
         let link = Link::to(&url_of(kind));
         let bench = Far::behind(kind, &link).bench();
         let (name, bytes) = (bench.name("a"), junk(size));
@@ -1246,7 +1299,7 @@ mod network {
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn a_server_that_says_nothing_is_given_up_and_one_that_is_slow_is_not(
-        #[values(Kind::S3, Kind::Swift)] kind: Kind,
+        #[values(Kind::S3, Kind::Swift, Kind::Gcs)] kind: Kind,
     ) {
         let link = Link::to(&url_of(kind));
         let mut far = Far::behind(kind, &link);
@@ -1285,7 +1338,7 @@ mod network {
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn an_object_that_is_replaced_while_it_is_read_is_never_mixed_with_the_new_one(
-        #[values(Kind::S3, Kind::Swift, Kind::Gateway)] kind: Kind,
+        #[values(Kind::S3, Kind::Swift, Kind::Gateway, Kind::Gcs)] kind: Kind,
     ) {
         let link = Link::to(&url_of(kind));
         let bench = Far::behind(kind, &link).bench();
@@ -1301,6 +1354,113 @@ mod network {
         assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
         assert!(told(&error).contains("replaced or deleted while it was read"), "{}", told(&error));
         bench.clean().await;
+    }
+
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_upload_goes_on_where_the_server_has_it_when_answers_are_lost(
+        #[values(1, 2, 3)] lost: usize,
+        #[values(0, 8 * MIB, 20 * MIB + 1)] before: usize,
+    ) {
+        let link = Link::to(&gcs::chunks_url());
+        let bench = Far::behind(Kind::GcsChunks, &link).bench();
+        let (name, bytes) = (bench.name("a"), junk(30 * MIB + 5));
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(bytes.slice(..before)).await.unwrap();
+        link.lose_answers(lost);
+        link.count("content-range: bytes */");
+        writer.write(bytes.slice(before..)).await.unwrap();
+        writer.finish().await.unwrap();
+        // Otherwise it was the beginning of the upload that was tried again.
+        assert!(link.counted() >= usize::from(before > 8 * MIB), "{}", link.counted());
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        assert_eq!(bench.list("").await, [("a".to_string(), bytes.len() as u64)]);
+        bench.clean().await;
+    }
+
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_upload_goes_on_where_the_server_has_it_when_it_is_cut(
+        #[values(MIB, 9 * MIB, 20 * MIB)] cut_after: usize,
+    ) {
+        let link = Link::to(&gcs::chunks_url());
+        let bench = Far::behind(Kind::GcsChunks, &link).bench();
+        let (name, bytes) = (bench.name("a"), junk(30 * MIB + 5));
+        link.cut_after([cut_after, 300]);
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(bytes.clone()).await.unwrap();
+        writer.finish().await.unwrap();
+        assert_eq!(link.cuts_left(), 0);
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_bucket_of_gcs_that_is_missing_is_made_or_said_to_be_missing() {
+        let mut settings = gcs::settings(&gcs::url(), &gcs::new_bucket());
+        settings.create_buckets = false;
+        let open = |settings: &GcsSettings| Gcs::new(settings.clone()).unwrap();
+        let (folder, store) = (Folder::own("stores"), open(&settings));
+        let name = folder.object("a").unwrap();
+        let mut writer = store.create(&name).await.unwrap();
+        let failed = [
+            store.reach().await.unwrap_err(),
+            store.put(&name, junk(1)).await.unwrap_err(),
+            store.replace(&name, junk(1)).await.unwrap_err(),
+            writer.write(junk(9 * MIB)).await.unwrap_err(),
+        ];
+        for error in &failed {
+            let told = told(error);
+            assert_eq!(error.class(), Class::Permanent, "{told}");
+            assert!(told.contains(&settings.bucket) && told.contains("create_containers"), "{told}");
+        }
+        let error = writer.finish().await.unwrap_err();
+        assert!(told(&error).contains("an earlier write to it failed"), "{}", told(&error));
+        assert!(matches!(store.get(&name).await.unwrap_err().reason(), Reason::Missing));
+        assert_eq!(store.list(&folder, "").await.unwrap(), []);
+        store.delete(&name).await.unwrap();
+        store.delete_all(std::slice::from_ref(&name)).await.unwrap();
+
+        settings.create_buckets = true;
+        settings.project = None;
+        let error = open(&settings).put(&name, junk(1)).await.unwrap_err();
+        assert!(told(&error).contains("no project to make it in: write project"), "{}", told(&error));
+
+        settings.project = Some("backups".into());
+        let makes = open(&settings);
+        makes.reach().await.unwrap();
+        let puts = (0..8).map(|number| {
+            let (makes, name) = (makes.clone(), folder.object(&format!("{number}")).unwrap());
+            async move { makes.put(&name, junk(1)).await.unwrap() }
+        });
+        side_by_side(puts).await;
+        let names: Vec<_> = (0..8).map(|number| folder.object(&format!("{number}")).unwrap()).collect();
+        assert_eq!(store.list(&folder, "").await.unwrap().len(), 8);
+        store.delete_all(&names).await.unwrap();
+        assert_eq!(store.list(&folder, "").await.unwrap(), []);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_container_of_cinders_in_gcs_has_nothing_of_ours_in_it() {
+        let (usual, other) = (gcs::new_bucket(), gcs::new_bucket());
+        let store = Gcs::new(gcs::settings(&gcs::url(), &usual)).unwrap();
+        let container = |name: &str| Folder::from(&name.parse::<backhaul::job::Container>().unwrap());
+        // Names that must be written otherwise in a URL.
+        let (own, odd) = (Folder::own("records"), "a b/%41?x=1&y#z+\u{fc}\u{1f4be}");
+        let places = [(&own, "a"), (&container(&usual), "v/1/a-00001"), (&container(&other), odd)];
+        for (folder, name) in places {
+            store.put(&folder.object(name).unwrap(), junk(3)).await.unwrap();
+        }
+        for (folder, name) in places {
+            let listed = store.list(folder, "").await.unwrap();
+            assert_eq!(listed, [Listed { name: name.into(), bytes: 3 }]);
+            store.delete_all(&[folder.object(name).unwrap()]).await.unwrap();
+            assert_eq!(store.list(folder, "").await.unwrap(), []);
+        }
+
+        let error = store.put(&container("3f/2b/3f2b9c1e").object("a").unwrap(), junk(1)).await.unwrap_err();
+        assert_eq!(error.class(), Class::Permanent);
+        assert!(told(&error).contains("3f/2b/3f2b9c1e is no name of a bucket"), "{}", told(&error));
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -9,66 +9,18 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backhaul::engine::Engine;
-use backhaul::engine::chunked::{Compression, Settings};
+use backhaul::engine::chunked::Compression;
 use backhaul::error::{Causes, Class};
-use backhaul::job::{Container, Parent, Record, VolumeId};
+use backhaul::job::{Container, Parent, VolumeId};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
 use bytes::Bytes;
 use rstest::rstest;
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup, delete, paths_of, restore, verify};
+use support::chain::{Chain, MIB, Trouble, settings, volume};
+use support::engine::{Bench, Kind, MEMORY_BYTES, backup, paths_of, restore};
 use support::link::Link;
 use support::stack::Stack;
 use support::swift;
 use support::volume::{Fill, Volume};
-
-const MIB: usize = 1 << 20;
-
-fn settings(compression: Compression) -> Settings {
-    Settings {
-        compression,
-        object_bytes: MIB,
-        sha_block_bytes: 32 << 10,
-        unchanged_check_per_mille: 1,
-        source_snapshots_max: 1,
-    }
-}
-
-/// A volume of text, noise, zeros and a hole, whose last block is short.
-fn volume(bench: &Bench) -> Volume {
-    let mut volume = Volume::create(bench.volumes().join("volume"), 12 * MIB + 5000);
-    volume.fill(0..3 * MIB, Fill::Noise(1));
-    volume.fill(3 * MIB..5 * MIB, Fill::Text(1));
-    volume.fill(5 * MIB..6 * MIB, Fill::Zeros);
-    volume.fill(9 * MIB + 77..12 * MIB + 5000, Fill::Noise(2));
-    volume
-}
-
-/// Makes a full backup and two incremental ones, with what the volume held at the time of each.
-async fn chain(engine: &Engine, volume: &mut Volume) -> Vec<(Record, Vec<u8>)> {
-    let volume_id = VolumeId::random();
-    let mut chain: Vec<(Record, Vec<u8>)> = Vec::new();
-    for step in 0..3 {
-        if step > 0 {
-            let at = step as usize * 2 * MIB + 1000;
-            volume.fill(at..at + 200_000, Fill::Noise(10 + step));
-            volume.fill(at + 200_000..at + 300_000, Fill::Zeros);
-        }
-        let parent = chain.last().map_or(Parent::None, |(record, _)| Parent::Given(record.backup_id));
-        let record = backup(engine, volume_id, &volume.path, parent).await.unwrap();
-        chain.push((record, volume.bytes.clone()));
-    }
-    chain
-}
-
-async fn check(bench: &Bench, engine: &Engine, chain: &[(Record, Vec<u8>)]) {
-    for (record, bytes) in chain {
-        let target = bench.volumes().join(format!("target-{}", record.backup_id));
-        restore(engine, record.backup_id, &target).await.unwrap();
-        assert!(fs::read(&target).unwrap() == *bytes, "{}", record.backup_id);
-        verify(engine, record.backup_id).await.unwrap();
-    }
-}
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
@@ -77,41 +29,31 @@ async fn a_chain_lies_in_a_container_as_cinder_has_it_and_goes_without_a_trace(
 ) {
     let bench = Bench::new(kind);
     let engine = bench.engine(settings(Compression::Zstd));
-    let chain = chain(&engine, &mut volume(&bench)).await;
+    let chain = Chain::make(&engine, &mut volume(&bench)).await;
 
     let mut expected = BTreeSet::new();
-    for (record, _) in &chain {
+    for (record, _) in &chain.0 {
         let time = record.created_at.strftime("%Y%m%d%H%M%S");
         let (volume_id, backup_id) = (record.volume_id, record.backup_id);
         assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
         assert_eq!(record.service, "cinder.backup.drivers.swift.SwiftBackupDriver");
         expected.extend(paths_of(record, record.counts.object_count));
     }
-    let container: Container = chain[0].0.container.clone();
+    let container: Container = chain.0[0].0.container.clone();
     assert_eq!(container.as_str(), bench.bucket());
     assert_eq!(bench.everything([&container]).await, expected);
-    check(&bench, &engine, &chain).await;
+    chain.check(&bench, &engine).await;
 
-    for (record, _) in chain.iter().rev() {
-        delete(&engine, record.backup_id).await.unwrap();
-    }
+    chain.delete(&engine).await;
     assert_eq!(bench.everything([&container]).await, BTreeSet::new());
 }
 
 #[rstest]
-#[case::cut(|link: &Link| link.cut_after((1..30).map(|number| number * 700_001 % 2_000_000 + 100_000)))]
-#[case::answers_lost(|link: &Link| link.lose_answers(3))]
-#[case::overloaded(|link: &Link| {
-    let answer = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
-    link.answer((0..3).map(|_| answer.to_string()));
-})]
-#[case::expired(|link: &Link| {
-    let answer = "HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
-    link.answer((0..1).map(|_| answer.to_string()));
-    link.lose_answers(2);
-})]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(#[case] fail: fn(&Link)) {
+async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(
+    #[values(Trouble::Cut, Trouble::AnswersLost, Trouble::Overloaded, Trouble::Expired, Trouble::Slow)]
+    trouble: Trouble,
+) {
     let bench = Bench::new(Kind::Swift);
     let link = Link::to(&swift::url());
     let mut behind = swift::settings(link.url(), &swift::new_container());
@@ -121,17 +63,7 @@ async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(#[case] fail: 
     store.reach().await.unwrap();
     let engine = bench.engine_on(Arc::new(store), settings(Compression::None), MEMORY_BYTES);
 
-    fail(&link);
-    let chain = chain(&engine, &mut volume(&bench)).await;
-    let while_written = link.fault_count();
-    assert!(while_written >= 3, "{while_written}");
-    fail(&link);
-    check(&bench, &engine, &chain).await;
-    assert!(link.fault_count() >= while_written + 3, "{}", link.fault_count());
-    fail(&link);
-    for (record, _) in chain.iter().rev() {
-        delete(&engine, record.backup_id).await.unwrap();
-    }
+    trouble.costs_nothing_but_time(&bench, &engine, &link).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -187,6 +119,33 @@ async fn many_requests_whose_token_has_expired_share_one_renewal() {
     assert_eq!(store.list(&folder, "").await.unwrap().len(), 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_objects_are_deleted_with_a_few_requests() {
+    let link = Link::to(&swift::url());
+    let mut settings = swift::settings(&swift::url(), &swift::new_container());
+    let mut account: url::Url = link.url().parse().unwrap();
+    account.set_username("").unwrap();
+    account.set_password(None).unwrap();
+    account.set_path("/v1/AUTH_backup");
+    settings.endpoint = Endpoint::At(account);
+    let store = Swift::new(settings).unwrap();
+    let folder = Folder::own("swift");
+    let names: Vec<_> = (0..2500).map(|number| folder.object(&number.to_string()).unwrap()).collect();
+    // It takes the server as long to find out that there is none.
+    for name in names.iter().step_by(100) {
+        store.put(name, Bytes::from_static(b"x")).await.unwrap();
+    }
+    assert_eq!(store.list(&folder, "").await.unwrap().len(), 25);
+
+    link.count("POST /v1/AUTH_backup?bulk-delete");
+    store.delete_all(&names).await.unwrap();
+    assert!((1..=3).contains(&link.counted()), "{}", link.counted());
+    assert_eq!(store.list(&folder, "").await.unwrap(), []);
+    link.count("DELETE /v1");
+    store.delete_all(&names).await.unwrap();
+    assert_eq!(link.counted(), 0);
+}
+
 #[rstest]
 #[case::password(swift::keystone_settings)]
 #[case::application_credential(swift::application_settings)]
@@ -196,11 +155,9 @@ async fn keystone_tells_who_we_are_and_where_the_account_is(#[case] of: fn(&str)
     let store = Swift::new(of(&swift::new_container())).unwrap();
     store.reach().await.unwrap();
     let engine = bench.engine_on(Arc::new(store), settings(Compression::Zstd), MEMORY_BYTES);
-    let chain = chain(&engine, &mut volume(&bench)).await;
-    check(&bench, &engine, &chain).await;
-    for (record, _) in chain.iter().rev() {
-        delete(&engine, record.backup_id).await.unwrap();
-    }
+    let chain = Chain::make(&engine, &mut volume(&bench)).await;
+    chain.check(&bench, &engine).await;
+    chain.delete(&engine).await;
 }
 
 #[rstest]

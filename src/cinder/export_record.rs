@@ -24,7 +24,8 @@ const GIB: u64 = 1 << 30;
 const DRIVERS: &str = "cinder.backup.drivers.";
 const FILE_DRIVERS: [(&str, &str); 3] =
     [("posix", "PosixBackupDriver"), ("nfs", "NFSBackupDriver"), ("glusterfs", "GlusterfsBackupDriver")];
-const BUCKET_DRIVERS: [(&str, &str); 2] = [("s3", "S3BackupDriver"), ("swift", "SwiftBackupDriver")];
+const BUCKET_DRIVERS: [(&str, &str); 3] =
+    [("s3", "S3BackupDriver"), ("swift", "SwiftBackupDriver"), ("gcs", "GoogleBackupDriver")];
 const IMAGE_DRIVERS: [(&str, &str); 1] = [("ceph", "CephBackupDriver")];
 
 /// What Cinder refuses to import a backup without. The others have a value that stands for their absence.
@@ -45,7 +46,7 @@ pub struct ExportRecord {
 pub enum Form {
     /// Files in folders.
     Files,
-    /// Objects in the buckets of S3, or in the containers of Swift: the same ones where a server speaks both.
+    /// Objects in the buckets of S3 or of Google, or in the containers of Swift: the same ones where a server speaks several.
     Buckets,
     /// RBD images.
     Images {
@@ -88,7 +89,7 @@ pub enum Error {
     #[error(
         "backups of {service:?} cannot be taken in: this version reads those of {DRIVERS}posix.PosixBackupDriver, \
          {DRIVERS}nfs.NFSBackupDriver, {DRIVERS}glusterfs.GlusterfsBackupDriver, {DRIVERS}s3.S3BackupDriver, \
-         {DRIVERS}swift.SwiftBackupDriver and {DRIVERS}ceph.CephBackupDriver"
+         {DRIVERS}swift.SwiftBackupDriver, {DRIVERS}gcs.GoogleBackupDriver and {DRIVERS}ceph.CephBackupDriver"
     )]
     ForeignDriver {
         /// What the record names.

@@ -62,6 +62,8 @@ pub(super) struct Http {
 #[derive(Debug, Clone)]
 pub(super) enum Payload {
     Bytes(Bytes),
+    /// One behind the other.
+    Parts(Arc<[Bytes]>),
     /// A file with so many bytes.
     File(Arc<File>, u64),
 }
@@ -131,6 +133,23 @@ impl Http {
             .with_max_times(self.retries_max)
             .with_jitter();
         Tries { pauses: pauses.build() }
+    }
+
+    /// Makes a request until it is answered, as often as its failures pass.
+    pub(super) async fn until_answered<T, F>(
+        &self,
+        request: impl Fn() -> F,
+    ) -> std::result::Result<T, Failure>
+    where
+        F: Future<Output = std::result::Result<T, Failure>>,
+    {
+        let mut tries = self.tries();
+        loop {
+            match request().await {
+                Ok(answer) => return Ok(answer),
+                Err(failure) => tries.pause(failure).await?,
+            }
+        }
     }
 
     /// Sends a request once and waits for the head of its answer, whatever that says.
@@ -207,15 +226,29 @@ impl Payload {
     pub(super) fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
+            Self::Parts(parts) => parts.iter().map(|part| part.len() as u64).sum(),
             Self::File(_, bytes) => *bytes,
         }
     }
 
     /// What is sent next after `offset` bytes; nothing at the end.
-    async fn piece(&self, offset: u64) -> io::Result<Bytes> {
+    async fn piece(&self, mut offset: u64) -> io::Result<Bytes> {
         let length = (self.len() - offset).min(SENT_AT_ONCE_BYTES as u64) as usize;
+        let of = |bytes: &Bytes, offset: u64| {
+            let offset = offset as usize;
+            bytes.slice(offset..bytes.len().min(offset + length))
+        };
         match self {
-            Self::Bytes(bytes) => Ok(bytes.slice(offset as usize..offset as usize + length)),
+            Self::Bytes(bytes) => Ok(of(bytes, offset)),
+            Self::Parts(parts) => {
+                for part in parts.iter() {
+                    match offset.checked_sub(part.len() as u64) {
+                        Some(behind) => offset = behind,
+                        None => return Ok(of(part, offset)),
+                    }
+                }
+                Ok(Bytes::new())
+            }
             Self::File(file, _) => {
                 let file = file.clone();
                 let read = move || {
@@ -255,8 +288,10 @@ impl Failure {
 impl Refusal {
     /// Whether the same request may succeed later.
     fn may_pass(&self) -> bool {
-        const CODES: [&str; 8] = [
+        const CODES: [&str; 10] = [
             "SlowDown",
+            "rateLimitExceeded",
+            "userRateLimitExceeded",
             "InternalError",
             "ServiceUnavailable",
             "RequestTimeout",

@@ -2,9 +2,12 @@
 //!
 //! A store knows bytes and names. It must not know jobs, volumes, or what the objects mean.
 
+mod gcs;
 mod http;
+mod logins;
 mod memory;
 mod name;
+mod nfs;
 mod posix;
 #[cfg(feature = "ceph")]
 mod rados;
@@ -13,9 +16,11 @@ mod s3;
 mod secret;
 mod swift;
 
+pub use gcs::{Gcs, GcsSettings};
 pub use http::HttpSettings;
 pub use memory::Memory;
 pub use name::{Folder, InvalidObjectName, ObjectName};
+pub use nfs::Share;
 pub use posix::Posix;
 #[cfg(feature = "ceph")]
 pub use rados::Rados;

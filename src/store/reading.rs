@@ -4,19 +4,32 @@ use std::io::{self, ErrorKind};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
-use reqwest::header::ETAG;
+use reqwest::header::HeaderName;
 use reqwest::{Response, StatusCode};
 use tokio::sync::mpsc::Sender;
 
 use super::http::{Failure, Http, Refusal, Tries};
 use super::{Error, ObjectName, PIECE_BYTES, Pieces, Result};
 
-/// Asks for the object again, with these headers.
-type Again = Box<
-    dyn Fn(Vec<(&'static str, String)>) -> BoxFuture<'static, std::result::Result<Response, Failure>>
-        + Send
-        + Sync,
->;
+/// Asks for the object, or for what is left of it.
+type Open =
+    Box<dyn Fn(Option<Rest>) -> BoxFuture<'static, std::result::Result<Response, Failure>> + Send + Sync>;
+
+/// What is left of an object.
+pub(super) struct Rest {
+    /// Where it begins.
+    pub(super) offset: u64,
+    /// What the server has called this version of the object, if it has.
+    pub(super) version: Option<String>,
+}
+
+impl Rest {
+    /// The headers that ask for it.
+    pub(super) fn headers(self) -> Vec<(&'static str, String)> {
+        let range = ("range", format!("bytes={}-", self.offset));
+        [range].into_iter().chain(self.version.map(|etag| ("if-match", etag))).collect()
+    }
+}
 
 /// Reads an object over as many connections as break while it does.
 pub(super) struct Reader {
@@ -24,13 +37,15 @@ pub(super) struct Reader {
     pub(super) object: ObjectName,
     /// What a failure means.
     pub(super) explain: Box<dyn Fn(Failure) -> Error + Send + Sync>,
-    pub(super) again: Again,
+    pub(super) open: Open,
+    /// The header by which the server names the version of an object.
+    pub(super) version: HeaderName,
 }
 
 impl Reader {
-    /// Reads what this answer brings, and what may have to follow it, on a task of its own, which ends with the object or
-    /// with whoever takes it.
-    pub(super) fn start(self, answer: Response) -> Pieces {
+    /// Opens the object, and reads it on a task of its own, which ends with the object or with whoever takes it.
+    pub(super) async fn start(self) -> Result<Pieces> {
+        let answer = (self.open)(None).await.map_err(&self.explain)?;
         let (sender, pieces) = Pieces::channel();
         tokio::spawn(async move {
             if let Err(error) = self.read(answer, &sender).await {
@@ -38,13 +53,14 @@ impl Reader {
                 sender.send(Err(error)).await.ok();
             }
         });
-        pieces
+        Ok(pieces)
     }
 
     /// Passes on what comes until the end of the object, or until nobody takes it any more.
     async fn read(&self, mut answer: Response, sender: &Sender<Result<Bytes>>) -> Result<()> {
         let bytes = answer.content_length();
-        let etag = answer.headers().get(ETAG).and_then(|etag| etag.to_str().ok()).map(ToOwned::to_owned);
+        let version = answer.headers().get(&self.version).and_then(|version| version.to_str().ok());
+        let version = version.map(ToOwned::to_owned);
         let (mut offset, mut piece) = (0, BytesMut::new());
         let mut tries = self.http.tries();
         loop {
@@ -67,9 +83,9 @@ impl Reader {
                 }
                 Ok(None) => {
                     let error = io::Error::new(ErrorKind::ConnectionReset, "the answer ended too early");
-                    answer = self.go_on(offset, &etag, &mut tries, Failure::passing(error)).await?;
+                    answer = self.go_on(offset, &version, &mut tries, Failure::passing(error)).await?;
                 }
-                Err(failure) => answer = self.go_on(offset, &etag, &mut tries, failure).await?,
+                Err(failure) => answer = self.go_on(offset, &version, &mut tries, failure).await?,
             }
         }
     }
@@ -78,14 +94,12 @@ impl Reader {
     async fn go_on(
         &self,
         offset: u64,
-        etag: &Option<String>,
+        version: &Option<String>,
         tries: &mut Tries,
         failure: Failure,
     ) -> Result<Response> {
         tries.pause(failure).await.map_err(&self.explain)?;
-        let mut headers = vec![("range", format!("bytes={offset}-"))];
-        headers.extend(etag.as_ref().map(|etag| ("if-match", etag.clone())));
-        let changed = match (self.again)(headers).await {
+        let changed = match (self.open)(Some(Rest { offset, version: version.clone() })).await {
             Ok(answer) if answer.status() == StatusCode::PARTIAL_CONTENT => return Ok(answer),
             Ok(_) => "the server gives no part of it after the connection broke",
             Err(Failure::Refused(Refusal {

@@ -3,6 +3,8 @@
 
     cinder_driver.py FOLDER DRIVER [OPTION=VALUE ...]
 
+With the variable GCS_URL, Google Cloud Storage is there.
+
 Needs the Python that `dev/cinder.sh` prints. DRIVER is what Cinder calls backup_driver, an OPTION one of Cinder's in
 [DEFAULT]. The database lies in FOLDER; there is no other service. A command is a line of JSON on standard input,
 {"do": NAME, ...arguments}; the answer is a line on standard output, {"ok": ...} or {"error": ...}. The methods of `Peer`
@@ -11,6 +13,7 @@ are the commands. Volumes and backups are named by their ids. Where a volume is 
 """
 import json
 import logging
+import os
 import sys
 import warnings
 
@@ -29,6 +32,15 @@ from cinder.db import api as db                                 # noqa: E402
 from cinder.db import migration                                 # noqa: E402
 from cinder import rpc                                          # noqa: E402
 from cinder.volume import volume_types                          # noqa: E402
+
+def find_gcs_at(url):
+    """Lets Google's client find the JSON API there: it has no setting for that, but a document that says where it is."""
+    from googleapiclient import discovery, discovery_cache
+    document = json.loads(discovery_cache.get_static_doc('storage', 'v1'))
+    document.update(rootUrl=url + '/', baseUrl=url + '/storage/v1/', mtlsRootUrl=url + '/')
+    discovery.build = lambda name, version, cache_discovery, credentials: discovery.build_from_document(
+        document, credentials=credentials)
+
 
 NOWHERE = '00000000-0000-0000-0000-000000000000'
 CONFIGURATION = """
@@ -122,12 +134,23 @@ class Peer:
         backup.save()
 
     def restore(self, backup_id, volume_id, target, new):
+        self.restore_with(self.driver(), backup_id, volume_id, target, new)
+
+    def restore_as_28(self, backup_id, volume_id, target):
+        """Restores onto a new volume as Cinder up to 28 did: each backup of a chain as if it were the first."""
+        driver = self.driver()
+        restore = driver._restore_v1
+        driver._restore_v1 = lambda backup, volume_id, metadata, file, new, requested: restore(
+            backup, volume_id, metadata, file, True, requested)
+        self.restore_with(driver, backup_id, volume_id, target, True)
+
+    def restore_with(self, driver, backup_id, volume_id, target, new):
         backup = objects.Backup.get_by_id(self.context, backup_id)
         backup.status = 'restoring'
         backup.save()
         try:
             with self.open(target, 'r+b') as file:
-                self.driver().restore(backup, volume_id, file, new)
+                driver.restore(backup, volume_id, file, new)
         finally:
             backup.status = 'available'
             backup.save()
@@ -150,6 +173,8 @@ class Peer:
 
 
 def main():
+    if 'GCS_URL' in os.environ:
+        find_gcs_at(os.environ['GCS_URL'])
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     peer = Peer(*sys.argv[1:])
     for line in sys.stdin:

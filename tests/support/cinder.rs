@@ -32,6 +32,11 @@ impl Cinder {
     /// Starts it, which takes some seconds: with the driver of that name in Cinder's words, and options of its own,
     /// each `OPTION=VALUE`.
     pub(crate) fn start(driver: &str, options: &[String]) -> Self {
+        Self::start_with(driver, options, None)
+    }
+
+    /// The same with a variable in its environment.
+    pub(crate) fn start_with(driver: &str, options: &[String], variable: Option<(&str, String)>) -> Self {
         let python = std::env::var_os("BACKHAUL_TEST_CINDER").expect(
             "BACKHAUL_TEST_CINDER names no Python that has Cinder: run `make test`, which installs one",
         );
@@ -41,6 +46,7 @@ impl Cinder {
             .arg(folder.path())
             .arg(driver)
             .args(options)
+            .envs(variable)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

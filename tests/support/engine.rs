@@ -12,13 +12,13 @@ use backhaul::job::{
     Record, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::plan;
-use backhaul::store::{Folder, Memory, ObjectName, ObjectStore, Posix, S3, Swift};
+use backhaul::store::{Folder, Gcs, Memory, ObjectName, ObjectStore, Posix, S3, Swift};
 use backhaul::volume::FileRoots;
 use bytes::Bytes;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use super::{s3, swift};
+use super::{gcs, s3, swift};
 
 pub(crate) const COMPRESSIONS: [Compression; 4] =
     [Compression::None, Compression::Zlib, Compression::Bz2, Compression::Zstd];
@@ -36,6 +36,8 @@ pub(crate) enum Kind {
     Swift,
     /// Ceph's gateway, spoken to as Swift.
     Gateway,
+    /// An emulator.
+    Gcs,
 }
 
 /// A store of its own, and a folder for volumes.
@@ -71,6 +73,11 @@ impl Bench {
                 let url = if kind == Kind::Swift { swift::url() } else { swift::gateway_url() };
                 let store = Swift::new(swift::settings(&url, &usual)).unwrap();
                 (Arc::new(store), None, Naming::Containers { usual })
+            }
+            Kind::Gcs => {
+                let usual = gcs::new_bucket();
+                let store = Gcs::new(gcs::settings(&gcs::url(), &usual)).unwrap();
+                (Arc::new(store), None, Naming::Buckets { usual })
             }
         };
         Self { folder, root, store, naming, cpu }

@@ -2,12 +2,14 @@
 
 #[cfg(feature = "ceph")]
 pub(crate) mod ceph;
+pub(crate) mod chain;
 pub(crate) mod cinder;
 #[cfg(feature = "ceph")]
 pub(crate) mod content;
 pub(crate) mod device;
 pub(crate) mod engine;
 pub(crate) mod faulty;
+pub(crate) mod gcs;
 pub(crate) mod link;
 pub(crate) mod rabbit;
 pub(crate) mod s3;

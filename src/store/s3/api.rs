@@ -118,13 +118,7 @@ impl Api {
         &self,
         request: &Request<'_>,
     ) -> std::result::Result<(HeaderMap, Bytes), Failure> {
-        let mut tries = self.http.tries();
-        loop {
-            match self.call_once(request).await {
-                Ok(answer) => return Ok(answer),
-                Err(failure) => tries.pause(failure).await?,
-            }
-        }
+        self.http.until_answered(|| self.call_once(request)).await
     }
 
     /// The same, but gives up at the first failure.
@@ -144,13 +138,7 @@ impl Api {
 
     /// Sends a request until there is an answer, and leaves its body to be read.
     pub(super) async fn open(&self, request: &Request<'_>) -> std::result::Result<Response, Failure> {
-        let mut tries = self.http.tries();
-        loop {
-            match self.send(request).await {
-                Ok(answer) => return Ok(answer),
-                Err(failure) => tries.pause(failure).await?,
-            }
-        }
+        self.http.until_answered(|| self.send(request)).await
     }
 
     /// Sends a request once. An answer that is no success is a failure.

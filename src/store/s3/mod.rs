@@ -23,6 +23,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use quick_xml::escape::escape;
 use reqwest::StatusCode;
+use reqwest::header::ETAG;
 use rusty_s3::Method;
 use tokio::time::timeout;
 use url::Url;
@@ -31,7 +32,7 @@ use uuid::Uuid;
 use self::api::{Api, Deleted, ObjectsPage, Request, UploadsPage, explain, parse};
 use self::upload::Writer;
 use super::http::{Failure, HttpSettings, Refusal};
-use super::reading::Reader;
+use super::reading::{Reader, Rest};
 use super::{
     Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result, Secret, SecretFrom,
 };
@@ -240,32 +241,27 @@ impl ObjectStore for S3 {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let place = self.object("read", object)?;
-        let failed = |failure| match failure {
-            Failure::Refused(refusal) if refusal.code == NO_BUCKET => {
-                Error::new("read", object, Reason::Missing)
-            }
-            failure => explain("read", object, &place.bucket, failure),
-        };
-        let request = Request::of_bytes(Method::Get, &place.bucket, &place.key);
-        let answer = self.api.open(&request).await.map_err(failed)?;
-        let api = self.api.clone();
+        let (api, of, bucket) = (self.api.clone(), object.clone(), place.bucket.clone());
         let reader = Reader {
             http: api.http.clone(),
             object: object.clone(),
-            explain: {
-                let (object, bucket) = (object.clone(), place.bucket.clone());
-                Box::new(move |failure| explain("read", &object, &bucket, failure))
-            },
-            again: Box::new(move |headers| {
+            explain: Box::new(move |failure| match failure {
+                Failure::Refused(refusal) if refusal.code == NO_BUCKET => {
+                    Error::new("read", &of, Reason::Missing)
+                }
+                failure => explain("read", &of, &bucket, failure),
+            }),
+            open: Box::new(move |rest| {
                 let (api, place) = (api.clone(), place.clone());
                 Box::pin(async move {
                     let mut request = Request::of_bytes(Method::Get, &place.bucket, &place.key);
-                    request.headers.extend(headers);
+                    request.headers.extend(rest.map(Rest::headers).unwrap_or_default());
                     api.open(&request).await
                 })
             }),
+            version: ETAG,
         };
-        Ok(reader.start(answer))
+        reader.start().await
     }
 
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {

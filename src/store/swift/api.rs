@@ -12,9 +12,10 @@ use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
 use url::Url;
 
-use super::login::Logins;
+use super::login::{self, Session};
 use super::{OBJECT_BYTES_MAX, SwiftSettings};
 use crate::store::http::{Failure, Http, Payload, Refusal};
+use crate::store::logins::Logins;
 use crate::store::{Error, Reason, Result};
 
 /// How many tokens in a row may have expired before a request was answered.
@@ -26,7 +27,7 @@ const TOLD_CHARS_MAX: usize = 200;
 pub(super) struct Api {
     pub(super) http: Http,
     settings: SwiftSettings,
-    logins: Logins,
+    logins: Logins<Session>,
     abilities: OnceCell<Abilities>,
 }
 
@@ -71,7 +72,7 @@ impl<'a> Request<'a> {
 impl Api {
     pub(super) fn new(settings: SwiftSettings) -> Result<Self> {
         let http = Http::new(&settings.http)?;
-        let logins = Logins::new(http.clone(), &settings)?;
+        let logins = login::logins(http.clone(), &settings)?;
         Ok(Self { http, settings, logins, abilities: OnceCell::new() })
     }
 
@@ -80,13 +81,7 @@ impl Api {
         &self,
         request: &Request<'_>,
     ) -> std::result::Result<(HeaderMap, Bytes), Failure> {
-        let mut tries = self.http.tries();
-        loop {
-            match self.call_once(request).await {
-                Ok(answer) => return Ok(answer),
-                Err(failure) => tries.pause(failure).await?,
-            }
-        }
+        self.http.until_answered(|| self.call_once(request)).await
     }
 
     /// The same, but gives up at the first failure.
@@ -101,19 +96,13 @@ impl Api {
 
     /// Sends a request until there is an answer, and leaves its body to be read.
     pub(super) async fn open(&self, request: &Request<'_>) -> std::result::Result<Response, Failure> {
-        let mut tries = self.http.tries();
-        loop {
-            match self.send(request).await {
-                Ok(answer) => return Ok(answer),
-                Err(failure) => tries.pause(failure).await?,
-            }
-        }
+        self.http.until_answered(|| self.send(request)).await
     }
 
     /// Sends a request once, and again with a new token where the old one has expired. An answer that is no success is a
     /// failure.
     async fn send(&self, request: &Request<'_>) -> std::result::Result<Response, Failure> {
-        let mut session = self.logins.session(None).await?;
+        let mut session = self.logins.current(None).await?;
         let mut renewals = 0;
         loop {
             let mut url = url_of(&session.storage_url, request.container, request.key);
@@ -135,7 +124,7 @@ impl Api {
             if answer.status() != StatusCode::UNAUTHORIZED || renewals == RENEWALS_MAX {
                 return Err(refused(&self.http, answer).await);
             }
-            session = self.logins.session(Some(&session)).await?;
+            session = self.logins.current(Some(&session)).await?;
             renewals += 1;
         }
     }
@@ -146,23 +135,19 @@ impl Api {
     }
 
     async fn ask_abilities(&self) -> std::result::Result<Abilities, Failure> {
-        let mut tries = self.http.tries();
-        loop {
-            let answer = async {
-                let session = self.logins.session(None).await?;
-                let request = self.http.client().get(info_url(&session.storage_url));
-                let answer = self.http.send(request, Bytes::new().into()).await?;
-                match answer.status().is_success() {
-                    true => Ok(serde_json::from_slice(&self.http.whole(answer).await?).unwrap_or_default()),
-                    false => Err(refused(&self.http, answer).await),
-                }
-            };
-            match answer.await {
-                // Who does not say what it can do gets by with what all can.
-                Err(Failure::Refused(_)) => return Ok(Abilities::default()),
-                Err(failure) => tries.pause(failure).await?,
-                answer => return answer,
+        let ask = || async {
+            let session = self.logins.current(None).await?;
+            let request = self.http.client().get(info_url(&session.storage_url));
+            let answer = self.http.send(request, Bytes::new().into()).await?;
+            match answer.status().is_success() {
+                true => Ok(serde_json::from_slice(&self.http.whole(answer).await?).unwrap_or_default()),
+                false => Err(refused(&self.http, answer).await),
             }
+        };
+        match self.http.until_answered(ask).await {
+            // Who does not say what it can do gets by with what all can.
+            Err(Failure::Refused(_)) => Ok(Abilities::default()),
+            answer => answer,
         }
     }
 }

@@ -1,11 +1,10 @@
-//! Logging in, for all requests that need a token, once for as many as ask at the same time.
+//! Logging in: by Swift's own way, or to Keystone.
 
 use std::io::ErrorKind;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, Shared};
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
@@ -15,6 +14,7 @@ use url::Url;
 use super::api::{parse, refused};
 use super::{Credentials, Endpoint, SwiftSettings};
 use crate::store::http::{Failure, Http};
+use crate::store::logins::Logins;
 use crate::store::{Result, Secret};
 
 /// What a login gives: until the token expires, which the server tells by refusing it.
@@ -24,15 +24,6 @@ pub(super) struct Session {
     pub(super) token: HeaderValue,
     /// The account.
     pub(super) storage_url: Url,
-}
-
-/// A login that is under way, or over.
-type Login = Shared<BoxFuture<'static, std::result::Result<Arc<Session>, Failure>>>;
-
-/// The logins of one store.
-pub(super) struct Logins {
-    how: Arc<How>,
-    last: Mutex<Option<Login>>,
 }
 
 /// Where and how to log in.
@@ -52,57 +43,38 @@ enum Proof {
     V3(Secret),
 }
 
-impl Logins {
-    pub(super) fn new(http: Http, settings: &SwiftSettings) -> Result<Self> {
-        let mut auth_url = settings.auth_url.clone();
-        let proof = match &settings.credentials {
-            Credentials::V1 { user, key } => Proof::V1 { user: user.clone(), key: key.read()? },
-            Credentials::Password { user, user_domain, project, project_domain, password } => {
-                let user = json!({
-                    "name": user,
-                    "domain": { "name": user_domain },
-                    "password": password.read()?.reveal(),
-                });
-                let project = json!({ "name": project, "domain": { "name": project_domain } });
-                v3(&json!({
-                    "identity": { "methods": ["password"], "password": { "user": user } },
-                    "scope": { "project": project },
-                }))
-            }
-            Credentials::ApplicationCredential { id, secret } => v3(&json!({ "identity": {
-                "methods": ["application_credential"],
-                "application_credential": { "id": id, "secret": secret.read()?.reveal() },
-            }})),
-        };
-        if matches!(proof, Proof::V3(_)) {
-            let path = auth_url.path().trim_end_matches('/');
-            let path = format!("{}/v3/auth/tokens", path.strip_suffix("/v3").unwrap_or(path));
-            auth_url.set_path(&path);
-        }
-        let how = How { http, auth_url, proof, endpoint: settings.endpoint.clone() };
-        Ok(Self { how: Arc::new(how), last: Mutex::new(None) })
-    }
-
-    /// The session to use now, after a login if there is none, or only the one that has `expired`. Whoever asks while a
-    /// login is under way waits for its end.
-    pub(super) async fn session(
-        &self,
-        expired: Option<&Arc<Session>>,
-    ) -> std::result::Result<Arc<Session>, Failure> {
-        let login = {
-            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-            let of_use = last.take().filter(|login| match login.peek() {
-                None => true,
-                Some(Ok(session)) => expired.is_none_or(|expired| !Arc::ptr_eq(session, expired)),
-                Some(Err(_)) => false,
+/// The logins of one store.
+pub(super) fn logins(http: Http, settings: &SwiftSettings) -> Result<Logins<Session>> {
+    let mut auth_url = settings.auth_url.clone();
+    let proof = match &settings.credentials {
+        Credentials::V1 { user, key } => Proof::V1 { user: user.clone(), key: key.read()? },
+        Credentials::Password { user, user_domain, project, project_domain, password } => {
+            let user = json!({
+                "name": user,
+                "domain": { "name": user_domain },
+                "password": password.read()?.reveal(),
             });
-            let how = self.how.clone();
-            let login =
-                of_use.unwrap_or_else(|| async move { how.log_in().await.map(Arc::new) }.boxed().shared());
-            last.insert(login).clone()
-        };
-        login.await
+            let project = json!({ "name": project, "domain": { "name": project_domain } });
+            v3(&json!({
+                "identity": { "methods": ["password"], "password": { "user": user } },
+                "scope": { "project": project },
+            }))
+        }
+        Credentials::ApplicationCredential { id, secret } => v3(&json!({ "identity": {
+            "methods": ["application_credential"],
+            "application_credential": { "id": id, "secret": secret.read()?.reveal() },
+        }})),
+    };
+    if matches!(proof, Proof::V3(_)) {
+        let path = auth_url.path().trim_end_matches('/');
+        let path = format!("{}/v3/auth/tokens", path.strip_suffix("/v3").unwrap_or(path));
+        auth_url.set_path(&path);
     }
+    let how = Arc::new(How { http, auth_url, proof, endpoint: settings.endpoint.clone() });
+    Ok(Logins::new(move || {
+        let how = how.clone();
+        async move { how.log_in().await }.boxed()
+    }))
 }
 
 fn v3(auth: &Value) -> Proof {

@@ -33,7 +33,7 @@ use uuid::Uuid;
 use self::api::{Api, BulkAnswer, Entry, Request, explain, parse};
 use self::spool::Writer;
 use super::http::{Failure, HttpSettings, Payload, Refusal};
-use super::reading::Reader;
+use super::reading::{Reader, Rest};
 use super::{
     DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result,
     SecretFrom,
@@ -319,27 +319,22 @@ impl ObjectStore for Swift {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let place = self.object("read", object)?;
-        let request = Request::new(Method::GET, &place.container, &place.key);
-        let failed = |failure| explain("read", object, &place.container, failure);
-        let answer = self.api.open(&request).await.map_err(failed)?;
-        let api = self.api.clone();
+        let (api, of, container) = (self.api.clone(), object.clone(), place.container.clone());
         let reader = Reader {
             http: api.http.clone(),
             object: object.clone(),
-            explain: {
-                let (object, container) = (object.clone(), place.container.clone());
-                Box::new(move |failure| explain("read", &object, &container, failure))
-            },
-            again: Box::new(move |headers| {
+            explain: Box::new(move |failure| explain("read", &of, &container, failure)),
+            open: Box::new(move |rest| {
                 let (api, place) = (api.clone(), place.clone());
                 Box::pin(async move {
                     let mut request = Request::new(Method::GET, &place.container, &place.key);
-                    request.headers.extend(headers);
+                    request.headers.extend(rest.map(Rest::headers).unwrap_or_default());
                     api.open(&request).await
                 })
             }),
+            version: ETAG,
         };
-        Ok(reader.start(answer))
+        reader.start().await
     }
 
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
