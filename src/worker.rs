@@ -36,7 +36,7 @@ use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Posix, S3, Swift};
+use crate::store::{self, Gcs, Posix, S3, Swift};
 use crate::volume::FileRoots;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
@@ -104,6 +104,8 @@ enum Store {
     S3(Engine, S3),
     /// The same.
     Swift(Engine, Swift),
+    /// The same.
+    Gcs(Engine, Gcs),
     /// It is opened when it is needed first.
     #[cfg(feature = "ceph")]
     Pool(Box<PoolStore>),
@@ -112,7 +114,9 @@ enum Store {
 impl Store {
     async fn engine(&self) -> Result<&Engine, Error> {
         match self {
-            Self::Folder(engine, _) | Self::S3(engine, _) | Self::Swift(engine, _) => Ok(engine),
+            Self::Folder(engine, _) | Self::S3(engine, _) | Self::Swift(engine, _) | Self::Gcs(engine, _) => {
+                Ok(engine)
+            }
             #[cfg(feature = "ceph")]
             Self::Pool(store) => store.engine().await,
         }
@@ -124,6 +128,7 @@ impl Store {
             Self::Folder(_, store) => store.reach(),
             Self::S3(_, store) => store.reach().await,
             Self::Swift(_, store) => store.reach().await,
+            Self::Gcs(_, store) => store.reach().await,
             #[cfg(feature = "ceph")]
             Self::Pool(_) => Ok(()),
         };
@@ -166,7 +171,8 @@ impl PoolStore {
 }
 
 impl Stores {
-    /// Opens all stores but those in clusters, which are opened when they are needed. Connects to nothing.
+    /// Opens all stores but those in clusters, which are opened when they are needed. Connects to nothing but the servers of
+    /// shares that are mounted for it.
     pub fn open(config: &Config) -> Result<Self, Error> {
         let (default, _) = match config.store(None) {
             Ok((name, store)) => (Some(name.clone()), Some(store)),
@@ -193,6 +199,13 @@ impl Stores {
                         Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
                     Store::Folder(Engine::new(chunked, volumes), opened)
                 }
+                StoreKind::Nfs { share, chunking } => {
+                    let opened = share.mount().and_then(|folder| Posix::open(&folder));
+                    let opened = opened.map_err(|source| Error::Store { name: name.clone(), source })?;
+                    let chunked =
+                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
+                    Store::Folder(Engine::new(chunked.with_naming(Naming::Shares), volumes), opened)
+                }
                 StoreKind::S3 { settings, chunking } => {
                     let opened = S3::new((**settings).clone())
                         .map_err(|source| Error::Store { name: name.clone(), source })?;
@@ -208,6 +221,14 @@ impl Stores {
                     let chunked =
                         Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
                     Store::Swift(Engine::new(chunked.with_naming(naming), volumes), opened)
+                }
+                StoreKind::Gcs { settings, chunking } => {
+                    let opened = Gcs::new((**settings).clone())
+                        .map_err(|source| Error::Store { name: name.clone(), source })?;
+                    let naming = Naming::Google { usual: settings.bucket.clone() };
+                    let chunked =
+                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
+                    Store::Gcs(Engine::new(chunked.with_naming(naming), volumes), opened)
                 }
                 #[cfg(feature = "ceph")]
                 StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {

@@ -76,7 +76,6 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::ceph_user("[ceph.main]\nuser = \"client.x\"", &[], &["ceph.main.user (FILE): found \"client.x\"", "without \"client.\""])]
 #[case::no_kind("[store.x]\npath = \"/b\"", &[], &["store.x.kind (FILE): it is missing; write kind = \"posix\""])]
 #[case::no_path("[store.x]\nkind = \"posix\"", &[], &["store.x.path (FILE): it is missing; write ", "path = "])]
-#[case::kind_to_come("[store.x]\nkind = \"gcs\"\nbucket = \"b\"", &[], &["store.x.kind (FILE): this version has no gcs stores yet; write \"posix\""])]
 #[case::no_endpoint("[store.x]\nkind = \"s3\"\naccess_key = \"a\"\nsecret_key = \"b\"", &[], &["store.x.endpoint (FILE): it is missing; write ", "endpoint = \"https://"])]
 #[case::no_access_key("[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\nsecret_key = \"b\"", &[], &["store.x.access_key (FILE): it is missing; write "])]
 #[case::no_secret_key("[store.x]\nkind = \"s3\"\nendpoint = \"http://h\"\naccess_key = \"a\"", &[], &["store.x.secret_key (FILE): it is missing; write ", "or secret_key_file"])]
@@ -104,6 +103,14 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::interface(&format!("{SWIFT}interface = \"publicURL\""), &[], &["store.x.interface (FILE): found \"publicURL\"; write one of \"public\", \"internal\", \"admin\""])]
 #[case::container_with_a_slash(&format!("{SWIFT}container = \"a/b\""), &[], &["store.x.container (FILE): found \"a/b\"; write the name of a container"])]
 #[case::bucket_of_swift(&format!("{SWIFT}bucket = \"bbb\""), &[], &["store.x.bucket (FILE): it is unknown to a store of kind \"swift\", which has default, auth_url, "])]
+#[case::no_bucket_of_google("[store.x]\nkind = \"gcs\"\nanonymous = true", &[], &["store.x.bucket (FILE): it is missing; write the bucket, such as bucket = "])]
+#[case::no_account("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"", &[], &["store.x.credentials_file (FILE): it is missing; write the path of the file with the key of a service account, or anonymous = true"])]
+#[case::nobody_with_an_account("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"\ncredentials_file = \"k\"\nanonymous = true", &[], &["store.x.anonymous (FILE): credentials_file is set, too; write only one of them"])]
+#[case::region_of_google("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"\nanonymous = true\nregion = \"r\"", &[], &["store.x.region (FILE): it is unknown to a store of kind \"gcs\", which has default, endpoint, bucket, "])]
+#[case::no_share("[store.x]\nkind = \"nfs\"", &[], &["store.x.share (FILE): it is missing; write the share, such as share = "])]
+#[case::share_without_a_host("[store.x]\nkind = \"nfs\"\nshare = \"/backups\"", &[], &["store.x.share (FILE): found \"/backups\"; write a share, such as "])]
+#[case::share_that_is_an_option("[store.x]\nkind = \"nfs\"\nshare = \"-o:/backups\"", &[], &["store.x.share (FILE): found \"-o:/backups\"; write a share, such as "])]
+#[case::two_shares("[store.x]\nkind = \"nfs\"\nshare = \"h:/b\"\npath = \"/b\"", &[], &["store.x.share (FILE): it is of no use with path; remove one of them"])]
 #[case::odd_object_in_a_container(&format!("{SWIFT}object_bytes = 100000"), &[], &["store.x.object_bytes (FILE): found 100000"])]
 #[case::path_of_a_bucket(&format!("{S3}path = \"/b\""), &[], &["store.x.path (FILE): it is unknown to a store of kind \"s3\", which has default, endpoint, "])]
 #[case::bucket_of_a_folder(&format!("{STORE}bucket = \"bbb\""), &[], &["store.local.bucket (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, "])]
@@ -224,6 +231,32 @@ fn other_logins_need_neither_a_project_nor_a_domain(#[case] more: &str, #[case] 
         panic!("another kind")
     };
     assert!(format!("{:?}", settings.credentials).contains(credentials), "{settings:?}");
+}
+
+#[test]
+fn a_store_in_google_cloud_storage_has_its_settings() {
+    let text = "[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"\ncredentials_file = \"google.json\"\n";
+    let file = TempConfig::of(text);
+    let config = file.load(&[("BACKHAUL_STORE__X__LOCATION", "EU")]).unwrap();
+    let StoreKind::Gcs { settings, .. } = &config.store(None).unwrap().1.kind else { panic!("another kind") };
+    assert_eq!(settings.endpoint.as_str(), "https://storage.googleapis.com/");
+    assert!(settings.credentials_file.as_ref().unwrap().is_absolute(), "{settings:?}");
+    assert_eq!((settings.location.as_str(), settings.storage_class.as_str()), ("EU", "NEARLINE"));
+    assert_eq!((settings.project.as_deref(), settings.create_buckets), (None, true));
+}
+
+#[test]
+fn a_share_is_mounted_by_somebody_else_or_by_us() {
+    let share = |more: &str| {
+        let config = TempConfig::of(&format!("[store.x]\nkind = \"nfs\"\n{more}")).load(&[]).unwrap();
+        let StoreKind::Nfs { share, .. } = config.store(None).unwrap().1.kind.clone() else {
+            panic!("another kind")
+        };
+        share.folder()
+    };
+    assert_eq!(share("path = \"/b\"").to_str().unwrap(), "/b");
+    let ours = share("share = \"h:/b\"\nmount_point_base = \"/m\"\nmount_options = \"ro\"");
+    assert_eq!(ours.to_str().unwrap(), "/m/924f05d00f00ab5c4b7825628e77b63a");
 }
 
 #[cfg(not(feature = "ceph"))]
@@ -424,7 +457,10 @@ fn the_documented_defaults_are_the_defaults() {
                     store.far.kind = \"s3\"\nstore.far.endpoint = \"http://h\"\n\
                     store.far.access_key = \"a\"\nstore.far.secret_key = \"b\"\n\
                     store.there.kind = \"swift\"\nstore.there.auth_url = \"http://h\"\n\
-                    store.there.user = \"u\"\nstore.there.project = \"p\"\nstore.there.password = \"b\"\n";
+                    store.there.user = \"u\"\nstore.there.project = \"p\"\nstore.there.password = \"b\"\n\
+                    store.google.kind = \"gcs\"\nstore.google.bucket = \"bbb\"\n\
+                    store.google.credentials_file = \"/k\"\n\
+                    store.share.kind = \"nfs\"\nstore.share.share = \"h:/b\"\n";
     let of_ceph = "store.images.kind = \"rbd\"\nstore.images.pool = \"p\"\n";
     let required = if cfg!(feature = "ceph") { format!("{required}{of_ceph}") } else { required.into() };
     let mut explicit = required.clone();
@@ -435,6 +471,8 @@ fn the_documented_defaults_are_the_defaults() {
                 Some("rbd") => "store.images",
                 Some("s3") => "store.far",
                 Some("swift") => "store.there",
+                Some("gcs") => "store.google",
+                Some("nfs") => "store.share",
                 _ => "store.NAME",
             };
             explicit += &format!("{} = {value}\n", setting.replace("store.NAME", store));

@@ -20,6 +20,7 @@ use support::chain::{Chain, MIB, Trouble, restarting, settings, volume};
 use support::engine::{Bench, Kind, MEMORY_BYTES, backup, paths_of, restore};
 use support::gcs::{self, Own, Tokens};
 use support::link::Link;
+use support::stack::Stack;
 use support::volume::{Fill, Volume, junk};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -33,6 +34,7 @@ async fn a_chain_lies_in_a_bucket_as_cinder_has_it_and_goes_without_a_trace() {
         let time = record.created_at.strftime("%Y%m%d%H%M%S");
         let (volume_id, backup_id) = (record.volume_id, record.backup_id);
         assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
+        assert_eq!(record.service, "cinder.backup.drivers.gcs.GoogleBackupDriver");
         expected.extend(paths_of(record, record.counts.object_count));
     }
     let container: Container = chain.0[0].0.container.clone();
@@ -237,4 +239,69 @@ async fn what_is_not_deleted_with_others_is_deleted_alone() {
         assert_eq!(link.counted(), 3);
         assert_eq!(store.list(&folder, "").await.unwrap(), []);
     }
+}
+
+#[test]
+fn the_program_checks_backs_up_and_restores() {
+    let (tokens, bucket, endpoint) = (Tokens::start(3600), gcs::new_bucket(), gcs::url());
+    let key_file = tokens.key_file();
+    let section = format!(
+        "[store.far]\nkind = \"gcs\"\ndefault = true\nendpoint = \"{endpoint}\"\nbucket = \"{bucket}\"\n\
+         credentials_file = \"{}\"\nobject_bytes = 1048576\n",
+        key_file.display()
+    );
+    // None of these commands needs a broker.
+    let stack = Stack::new("amqp://127.0.0.1:1", "", &section);
+    let checked = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
+    assert!(
+        checked.contains(&format!("bucket {bucket} of {endpoint}/ can be written, read and listed")),
+        "{checked}"
+    );
+    let bytes = support::stack::noise(3, 3 * MIB + 512);
+    fs::write(stack.volume("a"), &bytes).unwrap();
+
+    let volume_id = ["--volume-id", "00000000-0000-4000-8000-000000000001"];
+    let id = ["--backup-id", "00000000-0000-4000-8000-000000000002"];
+    let (source, target) = (stack.location("a"), stack.location("b"));
+    stack.ok(&[&["run", "backup", "--source", &source], &volume_id[..], &id[..]].concat());
+    stack.ok(&[&["run", "restore", "--target", &target], &id[..]].concat());
+    assert!(fs::read(stack.volume("b")).unwrap() == bytes);
+    let exported = stack.ok(&["record", "export", id[1]]);
+    assert!(exported.contains("cinder.backup.drivers.gcs.GoogleBackupDriver"), "{exported}");
+    stack.ok(&[&["run", "delete"], &id[..]].concat());
+
+    tokens.refuse();
+    let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
+    assert!(told.contains("does not accept the service account"), "{told}");
+}
+
+/// A folder is as good as a share for what is written there; that one is mounted cannot be shown without a server.
+#[test]
+fn a_store_on_a_share_has_cinders_word_for_it_and_a_mount_that_fails_is_told() {
+    let share = tempfile::tempdir().unwrap();
+    let mounted = format!("[store.share]\nkind = \"nfs\"\npath = \"{}\"\n", share.path().display());
+    let stack = Stack::new("amqp://127.0.0.1:1", "", &format!("{mounted}default = true\n"));
+    fs::write(stack.volume("a"), support::stack::noise(3, MIB)).unwrap();
+    let source = stack.location("a");
+    let id = "00000000-0000-4000-8000-000000000002";
+    let volume_id = "00000000-0000-4000-8000-000000000001";
+    stack.ok(&["run", "backup", "--source", &source, "--volume-id", volume_id, "--backup-id", id]);
+    let exported = stack.ok(&["record", "export", id]);
+    assert!(exported.contains("cinder.backup.drivers.nfs.NFSBackupDriver"), "{exported}");
+    assert!(share.path().join("00/00").join(id).is_dir());
+
+    // The record is taken in by another store where the same share is.
+    fs::remove_dir_all(share.path().join(".backhaul")).unwrap();
+    let record = stack.path("record");
+    fs::write(&record, exported).unwrap();
+    stack.ok(&["record", "import", record.to_str().unwrap()]);
+    stack.ok(&["run", "verify", "--backup-id", id]);
+
+    let ours = "[store.share]\nkind = \"nfs\"\ndefault = true\nshare = \"127.0.0.1:/no-such-share\"\n\
+                mount_options = \"retry=0\"\nmount_point_base = \"mounts\"\n";
+    let stack = Stack::new("amqp://127.0.0.1:1", "", ours);
+    let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
+    assert!(told.contains("FAILED  store share: mount 127.0.0.1:/no-such-share on /"), "{told}");
+    let told = String::from_utf8(stack.run(&["list"]).stderr).unwrap();
+    assert!(told.contains("mount 127.0.0.1:/no-such-share on /"), "{told}");
 }

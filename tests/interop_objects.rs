@@ -1,5 +1,5 @@
-//! Backhaul and OpenStack Cinder 29 on one server that speaks S3 or Swift: either restores, goes on from and deletes what the
-//! other made. Cinder's drivers are the real ones.
+//! Backhaul and OpenStack Cinder 29 on one server that speaks S3, Swift or the JSON API of Google Cloud Storage: either
+//! restores, goes on from and deletes what the other made. Cinder's drivers are the real ones.
 #![cfg(feature = "ceph")] // Cinder is there for the tests with all features.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -16,6 +16,7 @@ use rstest::rstest;
 use serde_json::json;
 use support::cinder::{Cinder, Of};
 use support::engine::{Bench, Kind, backup_job, delete, restore, run, verify};
+use support::gcs::{self, Tokens};
 use support::volume::{Fill, Volume};
 use support::{s3, swift};
 
@@ -29,9 +30,24 @@ enum Maker {
     Cinder,
 }
 
-/// A Cinder on the same server, with this bucket or container.
-fn cinder(kind: Kind, container: &str) -> Cinder {
+/// A Cinder on the same server, with this bucket or container; where that wants one, with a token.
+fn cinder(kind: Kind, container: &str, tokens: &Tokens) -> Cinder {
     let url = match kind {
+        Kind::Gcs => {
+            let options = [
+                format!("backup_gcs_bucket={container}"),
+                format!("backup_gcs_credential_file={}", tokens.key_file().display()),
+                "backup_gcs_project_id=backups".into(),
+                format!("backup_gcs_object_size={OBJECT_BYTES}"),
+            ];
+            // Google's client has no setting for that.
+            let variable = ("GCS_URL", gcs::url());
+            return Cinder::start_with(
+                "cinder.backup.drivers.gcs.GoogleBackupDriver",
+                &options,
+                Some(variable),
+            );
+        }
         Kind::Swift => swift::url(),
         Kind::Gateway => swift::gateway_url(),
         _ => {
@@ -106,7 +122,11 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
         (Kind::Swift, Compression::Zlib),
         (Kind::Swift, Compression::Bz2),
         (Kind::Swift, Compression::Zstd),
-        (Kind::Gateway, Compression::Zstd)
+        (Kind::Gateway, Compression::Zstd),
+        (Kind::Gcs, Compression::None),
+        (Kind::Gcs, Compression::Zlib),
+        (Kind::Gcs, Compression::Bz2),
+        (Kind::Gcs, Compression::Zstd)
     )]
     on: (Kind, Compression),
     #[values([Maker::Us, Maker::Cinder, Maker::Us], [Maker::Cinder, Maker::Us, Maker::Cinder])] makers: [Maker;
@@ -123,7 +143,8 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
         Compression::Zstd => "zstd",
     };
     let container: Container = bench.bucket().parse().unwrap();
-    let mut cinder = cinder(kind, bench.bucket());
+    let tokens = Tokens::start(3600);
+    let mut cinder = cinder(kind, bench.bucket(), &tokens);
     cinder.ask("set", json!({ "backup_compression_algorithm": packing }));
     let volume_id = VolumeId::random();
     cinder.add_volume(volume_id, 1);

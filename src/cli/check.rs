@@ -14,7 +14,10 @@ use crate::config::{self, Config, StoreKind};
 use crate::job::Container;
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Folder, HttpSettings, ObjectStore, Posix, S3, S3Settings, Swift, SwiftSettings};
+use crate::store::{
+    self, Folder, Gcs, GcsSettings, HttpSettings, ObjectStore, Posix, S3, S3Settings, Share, Swift,
+    SwiftSettings,
+};
 use crate::worker;
 
 /// Nobody who runs a check waits longer for a cluster or a server.
@@ -29,8 +32,10 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
     for (name, store) in &config.stores {
         let checked = match &store.kind {
             StoreKind::Posix { path, .. } => posix(path).await,
+            StoreKind::Nfs { share, .. } => mounted(share).await,
             StoreKind::S3 { settings, .. } => buckets(settings).await,
             StoreKind::Swift { settings, .. } => containers(settings).await,
+            StoreKind::Gcs { settings, .. } => google(settings).await,
             #[cfg(feature = "ceph")]
             StoreKind::Rbd { cluster, pool, journaling, stripes, .. } => {
                 let mut cluster_settings = config.ceph.iter();
@@ -155,6 +160,16 @@ async fn posix(path: &std::path::Path) -> Result<String, String> {
     Ok(format!("{} can be written, read and listed", path.display()))
 }
 
+/// Checks a store on a share; mounts it first if that is ours to do.
+async fn mounted(share: &Share) -> Result<String, String> {
+    let share = share.clone();
+    match tokio::task::spawn_blocking(move || share.mount()).await {
+        Ok(Ok(folder)) => posix(&folder).await,
+        Ok(Err(error)) => Err(render::error(&error)),
+        Err(error) => Err(render::error(&error)),
+    }
+}
+
 /// Checks a store of buckets; makes its own one if it is missing and may be made.
 async fn buckets(settings: &S3Settings) -> Result<String, String> {
     let settings = S3Settings { http: at_once(&settings.http), ..settings.clone() };
@@ -173,6 +188,16 @@ async fn containers(settings: &SwiftSettings) -> Result<String, String> {
         settings.container, settings.auth_url
     );
     let store = Swift::new(settings).map_err(|error| render::error(&error))?;
+    objects(&store).await?;
+    Ok(usable)
+}
+
+/// Checks a store of buckets of Google Cloud Storage; makes its own one if it is missing and may be made.
+async fn google(settings: &GcsSettings) -> Result<String, String> {
+    let settings = GcsSettings { http: at_once(&settings.http), ..settings.clone() };
+    let usable =
+        format!("bucket {} of {} can be written, read and listed", settings.bucket, settings.endpoint);
+    let store = Gcs::new(settings).map_err(|error| render::error(&error))?;
     objects(&store).await?;
     Ok(usable)
 }

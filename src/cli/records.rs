@@ -84,8 +84,8 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
         fs::read(path).map_err(|error| Error::Io("read the file with the record", error))?
     };
     let form = match &config.store(store.as_ref())?.1.kind {
-        StoreKind::Posix { .. } => Form::Files,
-        StoreKind::S3 { .. } | StoreKind::Swift { .. } => Form::Buckets,
+        StoreKind::Posix { .. } | StoreKind::Nfs { .. } => Form::Files,
+        StoreKind::S3 { .. } | StoreKind::Swift { .. } | StoreKind::Gcs { .. } => Form::Buckets,
         #[cfg(feature = "ceph")]
         StoreKind::Rbd { pool, .. } => Form::Images { pool: pool.clone() },
     };

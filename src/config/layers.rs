@@ -8,7 +8,6 @@ use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
-use super::value::KINDS;
 use super::{SETTINGS, Sections};
 
 /// Where the file is looked for, when nobody says.
@@ -147,7 +146,6 @@ impl Layers {
             for (name, section) in &stores {
                 let kind = section.find_ref("kind").and_then(Value::as_str);
                 let problem = match kind {
-                    Some("gcs") => format!("this version has no gcs stores yet; write {KINDS}"),
                     Some("rbd") if cfg!(not(feature = "ceph")) => {
                         "this program was built without Ceph: build it with the feature ceph, or remove the section"
                             .into()
@@ -210,10 +208,15 @@ fn example(setting: &str) -> &'static str {
     match setting {
         "url" => "the URL of the broker, such as url = \"amqp://user:password@host:5672/%2f\"",
         "kind" if cfg!(feature = "ceph") => {
-            "kind = \"posix\", kind = \"s3\", kind = \"swift\" or kind = \"rbd\""
+            "kind = \"posix\", kind = \"nfs\", kind = \"s3\", kind = \"swift\", kind = \"gcs\" or kind = \"rbd\""
         }
-        "kind" => "kind = \"posix\", kind = \"s3\" or kind = \"swift\"",
+        "kind" => "kind = \"posix\", kind = \"nfs\", kind = \"s3\", kind = \"swift\" or kind = \"gcs\"",
         "endpoint" => "the URL of the server, such as endpoint = \"https://s3.example.org\"",
+        "bucket" => "the bucket, such as bucket = \"example-volumebackups\"",
+        "credentials_file" => "the path of the file with the key of a service account, or anonymous = true",
+        "share" => {
+            "the share, such as share = \"nfs.example.org:/backups\", or path if somebody else mounts it"
+        }
         "access_key" => "the access key, such as access_key = \"AKIDEXAMPLE\"",
         "secret_key" => "the secret key, or secret_key_file with the path of a file that has it",
         "auth_url" => "the URL to log in at, such as auth_url = \"https://keystone.example.org:5000/v3\"",

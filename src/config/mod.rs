@@ -19,13 +19,18 @@ pub use value::Queue;
 use value::{
     AuthVersion, Kind, auth_version, broker_url, bucket, ceph_user, cluster, compression, container,
     core_count, endpoint, host_name, interface, kind, name, number, path, paths, pool, prefix, proxy, queue,
-    region, secret, some_path, some_whole, storage_policy, swift_url, text, whole,
+    region, secret, share, some_path, some_whole, storage_policy, swift_url, text, whole,
 };
 
 use crate::broker::AmqpUrl;
 use crate::engine::chunked::Compression;
 use crate::job::{Container, StoreName};
-use crate::store::{Credentials, Endpoint, HttpSettings, S3Settings, Secret, SecretFrom, SwiftSettings};
+use crate::store::{
+    Credentials, Endpoint, GcsSettings, HttpSettings, S3Settings, Secret, SecretFrom, Share, SwiftSettings,
+};
+
+/// Where Google Cloud Storage is.
+const GOOGLE: &str = "https://storage.googleapis.com";
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
 pub const MEMORY_BYTES_BASE: u64 = 96 << 20;
@@ -63,6 +68,9 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.sha_block_bytes",
     "store.NAME.unchanged_check_per_mille",
     "store.NAME.source_snapshots_max",
+    "store.NAME.share",
+    "store.NAME.mount_options",
+    "store.NAME.mount_point_base",
     "store.NAME.endpoint",
     "store.NAME.region",
     "store.NAME.path_style",
@@ -92,6 +100,10 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.storage_url",
     "store.NAME.container",
     "store.NAME.storage_policy",
+    "store.NAME.credentials_file",
+    "store.NAME.anonymous",
+    "store.NAME.location",
+    "store.NAME.storage_class",
     "store.NAME.cluster",
     "store.NAME.pool",
     "store.NAME.journaling",
@@ -106,6 +118,8 @@ const OF_CHUNKED: [&str; 5] =
     ["compression", "object_bytes", "sha_block_bytes", "unchanged_check_per_mille", "source_snapshots_max"];
 /// What only stores that are folders have.
 const OF_POSIX: [&str; 1] = ["path"];
+/// What only stores on shares of NFS servers have.
+const OF_NFS: [&str; 4] = ["path", "share", "mount_options", "mount_point_base"];
 /// What all stores have that are reached by HTTP.
 const OF_HTTP: [&str; 7] = [
     "create_containers",
@@ -145,6 +159,9 @@ const OF_SWIFT: [&str; 15] = [
     "container",
     "storage_policy",
 ];
+/// What stores in Google Cloud Storage have.
+const OF_GCS: [&str; 7] =
+    ["endpoint", "bucket", "credentials_file", "anonymous", "project", "location", "storage_class"];
 /// What says of a user of Keystone's who that is; an application credential says it itself.
 const OF_USERS: [&str; 4] = ["user", "user_domain", "project", "project_domain"];
 /// What says which endpoint of Keystone's catalog is meant.
@@ -287,6 +304,13 @@ pub enum StoreKind {
         /// How volumes are cut up for it.
         chunking: Chunking,
     },
+    /// A folder on a share of an NFS server.
+    Nfs {
+        /// Where it is.
+        share: Share,
+        /// How volumes are cut up for it.
+        chunking: Chunking,
+    },
     /// Buckets of a server that speaks S3.
     S3 {
         /// The server, and what is kept there.
@@ -298,6 +322,13 @@ pub enum StoreKind {
     Swift {
         /// The server, and what is kept there.
         settings: Box<SwiftSettings>,
+        /// How volumes are cut up for it.
+        chunking: Chunking,
+    },
+    /// Buckets of Google Cloud Storage.
+    Gcs {
+        /// The server, and what is kept there.
+        settings: Box<GcsSettings>,
         /// How volumes are cut up for it.
         chunking: Chunking,
     },
@@ -441,8 +472,9 @@ struct StoreSection {
     region: Option<String>,
     #[serde(default = "yes")]
     path_style: bool,
-    #[serde(default = "usual_container", deserialize_with = "bucket")]
-    bucket: String,
+    /// What it is by default depends on the kind.
+    #[serde(default, deserialize_with = "bucket")]
+    bucket: Option<String>,
     #[serde(default = "yes")]
     create_containers: bool,
     #[serde(default, deserialize_with = "secret")]
@@ -493,6 +525,20 @@ struct StoreSection {
     container: String,
     #[serde(default, deserialize_with = "storage_policy")]
     storage_policy: Option<String>,
+    #[serde(default, deserialize_with = "some_path")]
+    credentials_file: Option<PathBuf>,
+    #[serde(default)]
+    anonymous: bool,
+    #[serde(default, deserialize_with = "text")]
+    location: Option<String>,
+    #[serde(default, deserialize_with = "text")]
+    storage_class: Option<String>,
+    #[serde(default, deserialize_with = "share")]
+    share: Option<String>,
+    #[serde(default, deserialize_with = "text")]
+    mount_options: Option<String>,
+    #[serde(default = "mount_point_base", deserialize_with = "path")]
+    mount_point_base: PathBuf,
     #[serde(default, deserialize_with = "cluster")]
     cluster: Option<String>,
     #[serde(default, deserialize_with = "pool")]
@@ -539,12 +585,24 @@ impl StoreSection {
             Kind::Posix => {
                 StoreKind::Posix { path: folder.join(self.path.ok_or_else(|| missing("path"))?), chunking }
             }
+            Kind::Nfs => {
+                let share = match (self.path, self.share) {
+                    (Some(path), _) => Share::Mounted(folder.join(path)),
+                    (None, Some(share)) => Share::Ours {
+                        share,
+                        options: self.mount_options,
+                        base: folder.join(self.mount_point_base),
+                    },
+                    (None, None) => return Err(missing("share")),
+                };
+                StoreKind::Nfs { share, chunking }
+            }
             Kind::S3 => {
                 let settings = S3Settings {
                     endpoint: self.endpoint.ok_or_else(|| missing("endpoint"))?,
                     region: self.region.unwrap_or_else(usual_region),
                     path_style: self.path_style,
-                    bucket: self.bucket,
+                    bucket: self.bucket.unwrap_or_else(usual_container),
                     create_buckets: self.create_containers,
                     access_key: self.access_key.ok_or_else(|| missing("access_key"))?,
                     secret_key: secret_from(self.secret_key, self.secret_key_file, "secret_key")?,
@@ -590,6 +648,23 @@ impl StoreSection {
                     http,
                 };
                 StoreKind::Swift { settings: Box::new(settings), chunking }
+            }
+            Kind::Gcs => {
+                let endpoint = self.endpoint.or_else(|| Url::parse(GOOGLE).ok());
+                let settings = GcsSettings {
+                    endpoint: endpoint.ok_or_else(|| missing("endpoint"))?,
+                    credentials_file: self.credentials_file.map(|file| folder.join(file)),
+                    bucket: self.bucket.ok_or_else(|| missing("bucket"))?,
+                    create_buckets: self.create_containers,
+                    project: self.project,
+                    location: self.location.unwrap_or_else(|| "US".into()),
+                    storage_class: self.storage_class.unwrap_or_else(|| "NEARLINE".into()),
+                    http,
+                };
+                if settings.credentials_file.is_none() && !self.anonymous {
+                    return Err(missing("credentials_file"));
+                }
+                StoreKind::Gcs { settings: Box::new(settings), chunking }
             }
             #[cfg(feature = "ceph")]
             Kind::Rbd => StoreKind::Rbd {
@@ -648,8 +723,10 @@ fn check_store(
     let setting = |key: &str| format!("store.{name}.{key}");
     let known: &[&[&str]] = match section.kind {
         Kind::Posix => &[&OF_POSIX, &OF_CHUNKED],
+        Kind::Nfs => &[&OF_NFS, &OF_CHUNKED],
         Kind::S3 => &[&OF_S3, &OF_HTTP, &OF_CHUNKED],
         Kind::Swift => &[&OF_SWIFT, &OF_HTTP, &OF_CHUNKED],
+        Kind::Gcs => &[&OF_GCS, &OF_HTTP, &OF_CHUNKED],
         #[cfg(feature = "ceph")]
         Kind::Rbd => &[&OF_RBD],
     };
@@ -663,6 +740,22 @@ fn check_store(
     }
     match section.kind {
         Kind::Posix => check_chunking(section, setting, sections.worker.memory_bytes_max, layers),
+        Kind::Nfs => {
+            if section.path.is_some()
+                && let Some(key) = OF_NFS[1..].iter().find(|key| layers.has(&setting(key)))
+            {
+                let problem = "it is of no use with path; remove one of them".into();
+                return Err(layers.refuse(&setting(key), problem));
+            }
+            check_chunking(section, setting, sections.worker.memory_bytes_max, layers)
+        }
+        Kind::Gcs => {
+            if section.anonymous && section.credentials_file.is_some() {
+                let problem = "credentials_file is set, too; write only one of them".into();
+                return Err(layers.refuse(&setting("anonymous"), problem));
+            }
+            check_chunking(section, setting, sections.worker.memory_bytes_max, layers)
+        }
         Kind::S3 => {
             if section.secret_key.is_some() && section.secret_key_file.is_some() {
                 let problem = "secret_key is set, too; write only one of them".into();
@@ -822,6 +915,10 @@ fn usual_region() -> String {
 
 fn usual_container() -> String {
     "volumebackups".into()
+}
+
+fn mount_point_base() -> PathBuf {
+    "/var/lib/backhaul/mounts".into()
 }
 
 fn public() -> String {

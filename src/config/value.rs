@@ -151,17 +151,19 @@ pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue,
 
 /// The kinds of stores, as an error tells what may be written.
 pub(super) const KINDS: &str = if cfg!(feature = "ceph") {
-    "\"posix\", \"s3\", \"swift\" or \"rbd\""
+    "\"posix\", \"nfs\", \"s3\", \"swift\", \"gcs\" or \"rbd\""
 } else {
-    "\"posix\", \"s3\" or \"swift\""
+    "\"posix\", \"nfs\", \"s3\", \"swift\" or \"gcs\""
 };
 
 /// The kind of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Posix,
+    Nfs,
     S3,
     Swift,
+    Gcs,
     #[cfg(feature = "ceph")]
     Rbd,
 }
@@ -170,8 +172,10 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Posix => "posix",
+            Self::Nfs => "nfs",
             Self::S3 => "s3",
             Self::Swift => "swift",
+            Self::Gcs => "gcs",
             #[cfg(feature = "ceph")]
             Self::Rbd => "rbd",
         })
@@ -182,8 +186,10 @@ impl fmt::Display for Kind {
 pub(super) fn kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Kind, D::Error> {
     text_that(deserializer, KINDS, |text| match text {
         "posix" => Some(Kind::Posix),
+        "nfs" => Some(Kind::Nfs),
         "s3" => Some(Kind::S3),
         "swift" => Some(Kind::Swift),
+        "gcs" => Some(Kind::Gcs),
         #[cfg(feature = "ceph")]
         "rbd" => Some(Kind::Rbd),
         _ => None,
@@ -353,10 +359,20 @@ pub(super) fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
     })
 }
 
-/// Reads the name of a bucket.
-pub(super) fn bucket<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+/// Reads the name of a bucket that may be absent.
+pub(super) fn bucket<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let expected = "the name of a bucket: 3 to 63 of a-z, 0-9, '.' and '-', in quotes";
-    text_that(deserializer, expected, |text| is_bucket_name(text).then(|| text.into()))
+    text_that(deserializer, expected, |text| is_bucket_name(text).then(|| Some(text.into())))
+}
+
+/// Reads the name of a share that may be absent.
+pub(super) fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let expected =
+        "a share, such as \"nfs.example.org:/backups\", \"192.0.2.1:/backups\" or \"[2001:db8::1]:/backups\"";
+    text_that(deserializer, expected, |text| {
+        let fits = text.split_once(":/").is_some_and(|(host, _)| !host.is_empty() && !host.starts_with('-'));
+        (fits && !text.chars().any(char::is_control)).then(|| Some(text.into()))
+    })
 }
 
 /// Reads a text that must not be seen, so that no error repeats any of it either.

@@ -77,7 +77,7 @@ impl Bench {
             Kind::Gcs => {
                 let usual = gcs::new_bucket();
                 let store = Gcs::new(gcs::settings(&gcs::url(), &usual)).unwrap();
-                (Arc::new(store), None, Naming::Buckets { usual })
+                (Arc::new(store), None, Naming::Google { usual })
             }
         };
         Self { folder, root, store, naming, cpu }
@@ -95,8 +95,8 @@ impl Bench {
     /// The bucket or container of a store that has one.
     pub(crate) fn bucket(&self) -> &str {
         match &self.naming {
-            Naming::Buckets { usual } | Naming::Containers { usual } => usual,
-            Naming::Folders => panic!("this store has no bucket"),
+            Naming::Buckets { usual } | Naming::Containers { usual } | Naming::Google { usual } => usual,
+            Naming::Folders | Naming::Shares => panic!("this store has no bucket"),
         }
     }
 

@@ -53,6 +53,8 @@ pub enum Naming {
     /// Each backup has a folder of its own, as of the posix driver.
     #[default]
     Folders,
+    /// The same on a share, as of the NFS driver.
+    Shares,
     /// All backups that name no bucket share this one, as of the S3 driver.
     Buckets {
         /// Its name.
@@ -63,6 +65,11 @@ pub enum Naming {
         /// Its name.
         usual: String,
     },
+    /// The same as with buckets, as of the driver for Google Cloud Storage.
+    Google {
+        /// Its name.
+        usual: String,
+    },
 }
 
 impl Naming {
@@ -70,8 +77,10 @@ impl Naming {
     fn service(&self) -> &'static str {
         match self {
             Self::Folders => "cinder.backup.drivers.posix.PosixBackupDriver",
+            Self::Shares => "cinder.backup.drivers.nfs.NFSBackupDriver",
             Self::Buckets { .. } => "cinder.backup.drivers.s3.S3BackupDriver",
             Self::Containers { .. } => "cinder.backup.drivers.swift.SwiftBackupDriver",
+            Self::Google { .. } => "cinder.backup.drivers.gcs.GoogleBackupDriver",
         }
     }
 
@@ -79,8 +88,8 @@ impl Naming {
     fn container(&self, backup_id: BackupId) -> Result<Container, Error> {
         let id = backup_id.to_string();
         Ok(match self {
-            Self::Folders => format!("{}/{}/{id}", &id[..2], &id[2..4]).parse()?,
-            Self::Buckets { usual } | Self::Containers { usual } => usual.parse()?,
+            Self::Folders | Self::Shares => format!("{}/{}/{id}", &id[..2], &id[2..4]).parse()?,
+            Self::Buckets { usual } | Self::Containers { usual } | Self::Google { usual } => usual.parse()?,
         })
     }
 
@@ -89,9 +98,9 @@ impl Naming {
         let Record { volume_id, backup_id, .. } = record;
         let time = record.created_at.strftime("%Y%m%d%H%M%S");
         match self {
-            Self::Folders => format!("volume_{volume_id}_{time}_backup_{backup_id}"),
+            Self::Folders | Self::Shares => format!("volume_{volume_id}_{time}_backup_{backup_id}"),
             // Cinder's zone, if nobody gives it another name. It is in the prefix only, and nobody looks for it there.
-            Self::Buckets { .. } | Self::Containers { .. } => {
+            Self::Buckets { .. } | Self::Containers { .. } | Self::Google { .. } => {
                 format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}")
             }
         }
