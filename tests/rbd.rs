@@ -743,6 +743,58 @@ async fn a_delete_waits_for_an_image_that_is_in_use() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_delete_goes_on_where_one_before_was_broken_off() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let source = location("main", volume.spec());
+    for what in ["snapshot of the backup", "snapshot of the volume", "image"] {
+        let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+        let image = bench.main.existing(&base(&full));
+        let snapshot = bench.snapshots(volume.spec()).remove(0);
+        match what {
+            "snapshot of the backup" => image.half_remove_snapshot(&snapshot),
+            "snapshot of the volume" => volume.half_remove_snapshot(&snapshot),
+            _ => {
+                let header = format!("rbd_header.{}", image.id());
+                bench.main.rbd(&["snap", "purge", "--no-progress", image.spec()]);
+                bench.main.rados(&["-p", "backups", "rm", &header]);
+            }
+        }
+
+        delete(&bench.engine, full.backup_id).await.unwrap();
+
+        assert_eq!(bench.traces(volume_id, &volume).await, BTreeSet::new(), "{what}");
+        assert_eq!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]), "", "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_of_what_was_cloned_waits_for_clones_of_the_backup_and_for_no_others() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let image = bench.main.existing(&base(&full));
+    let snapshot = bench.snapshots(volume.spec()).remove(0);
+    let (of_backup, of_volume) = (image.clone_of(&snapshot), volume.clone_of(&snapshot));
+
+    let error = delete(&bench.engine, full.backup_id).await.unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error:?}");
+    assert!(error.to_string().contains("`rbd children` what clones there are"), "{error}");
+    assert!(of_backup.read() == volume.read());
+
+    bench.main.rbd(&["rm", "--no-progress", of_backup.spec()]);
+    delete(&bench.engine, full.backup_id).await.unwrap();
+    assert_eq!(bench.traces(volume_id, &volume).await, BTreeSet::new());
+    assert!(of_volume.read() == volume.read());
+    // Ceph removes the snapshot with the last of its clones.
+    assert!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]).contains(&snapshot));
+    bench.main.rbd(&["rm", "--no-progress", of_volume.spec()]);
+    assert_eq!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_metadata_of_a_volume_is_kept_beside_its_backup_as_cinder_keeps_it() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB);

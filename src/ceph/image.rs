@@ -14,12 +14,14 @@ use tokio::time::timeout;
 
 use super::librbd::*;
 use super::rados::text_of;
-use super::{Error, Pool, c_string, check};
+use super::{Error, Pool, c_string, check, while_busy};
 
 /// Snapshots, images or watchers that are asked for at first; when there are more, it is asked again.
 const LIST_MAX: usize = 64;
 /// How much longer than librados is waited for a request.
 const SECONDS_MORE: u32 = 5;
+/// Names of snapshots are never longer.
+const NAME_BYTES_MAX: usize = 4096;
 /// Metadata values are never longer: ours are ids.
 const METADATA_BYTES_MAX: usize = 4096;
 
@@ -357,8 +359,34 @@ impl Image {
             .map_err(self.failed("resize image"))
     }
 
-    /// Its snapshots, the oldest first.
+    /// Its snapshots, the oldest first, but for those in the trash.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let all = self.snapshots_and_trash()?;
+        Ok(all.into_iter().filter(|(_, trashed)| !trashed).map(|(snapshot, _)| snapshot).collect())
+    }
+
+    /// The snapshots in its trash, with the names that they had: each goes there first that is removed, and stays there
+    /// when that is broken off, or for as long as it has clones.
+    pub fn trashed_snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let mut trashed: Vec<Snapshot> = Vec::new();
+        for (snapshot, _) in self.snapshots_and_trash()?.into_iter().filter(|(_, trashed)| *trashed) {
+            let mut name = [0; NAME_BYTES_MAX];
+            // SAFETY: the image is open, and the buffer has the length that is told.
+            let code = unsafe {
+                rbd_snap_get_trash_namespace(self.handle, snapshot.id, name.as_mut_ptr(), name.len())
+            };
+            match check(code).map_err(self.failed("look into the trash of image")) {
+                Ok(_) => trashed.push(Snapshot { name: text_of(&name), ..snapshot }),
+                // It has gone since.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(trashed)
+    }
+
+    /// All its snapshots, and whether each is in the trash, where it has a name of Ceph's own.
+    fn snapshots_and_trash(&self) -> Result<Vec<(Snapshot, bool)>, Error> {
         let mut count = LIST_MAX as c_int;
         loop {
             // One more than told: librbd ends the list with an entry without a name.
@@ -369,19 +397,23 @@ impl Image {
                 continue;
             }
             let found = check(code).map_err(self.failed("list the snapshots of image"))? as usize;
-            let mut snapshots: Vec<Snapshot> = Vec::with_capacity(found);
+            let mut snapshots: Vec<(Snapshot, bool)> = Vec::with_capacity(found);
             if found > 0 {
                 // SAFETY: librbd has filled that many entries, and one that ends the list, with strings of its own,
                 // which are given back right here.
                 unsafe {
                     infos.set_len(found);
                     for info in &infos {
-                        snapshots.push(Snapshot { id: info.id, name: string(info.name), bytes: info.size });
+                        let snapshot = Snapshot { id: info.id, name: string(info.name), bytes: info.size };
+                        let mut kind = 0;
+                        // One that has gone since it was listed is in no trash.
+                        let code = rbd_snap_get_namespace_type(self.handle, info.id, &mut kind);
+                        snapshots.push((snapshot, code == 0 && kind == RBD_SNAP_NAMESPACE_TYPE_TRASH));
                     }
                     rbd_snap_list_end(infos.as_mut_ptr());
                 }
             }
-            snapshots.sort_by_key(|snapshot| snapshot.id);
+            snapshots.sort_by_key(|(snapshot, _)| snapshot.id);
             return Ok(snapshots);
         }
     }
@@ -412,6 +444,28 @@ impl Image {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes those of its snapshots that are `wanted`, also those whose removal was broken off before; waits for a while
+    /// for one that is in use. One that has clones stays in the trash, until Ceph removes it with the last of them.
+    pub fn remove_snapshots(&self, wanted: impl Fn(&Snapshot) -> bool) -> Result<(), Error> {
+        for snapshot in self.snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
+            while_busy(|| self.remove_snapshot(&snapshot.name))?;
+        }
+        for snapshot in self.trashed_snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
+            // SAFETY: the image is open.
+            let code = unsafe { rbd_snap_remove_by_id(self.handle, snapshot.id) };
+            match check(code).map_err(|code| {
+                let path = format!("{}@{}", self.path, snapshot.name);
+                Error::operation("remove snapshot", path, unanswered(code))
+            }) {
+                Ok(_) => {}
+                Err(error)
+                    if [io::ErrorKind::NotFound, io::ErrorKind::ResourceBusy].contains(&error.kind()) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Makes sure that nobody else writes to it while it is open. Who held its lock and still lives keeps it, and this

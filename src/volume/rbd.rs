@@ -304,18 +304,14 @@ pub fn remove_snapshots(
         image => image?,
     };
     let image_id = image.id()?;
-    for found in image.snapshots()? {
-        // Images and snapshots of the same name that were made later are other ones.
-        let ours = taken.iter().any(|taken| {
+    // Images and snapshots of the same name that were made later are other ones.
+    image.remove_snapshots(|found| {
+        taken.iter().any(|taken| {
             taken.image_id == image_id
                 && taken.image.snapshot.as_ref() == Some(&found.name)
                 && taken.snapshot_id.is_none_or(|id| id == found.id)
-        });
-        if ours {
-            ceph::while_busy(|| image.remove_snapshot(&found.name))?;
-        }
-    }
-    Ok(())
+        })
+    })
 }
 
 /// Removes the snapshots that are `wanted` from the first image of this name that has any, whatever cluster and pool it
@@ -337,16 +333,13 @@ pub fn remove_snapshots_somewhere(
         };
         for pool in pools {
             let removed = cluster.pool(&pool).and_then(|pool| {
-                let found = pool.open_image(name, None, Mode::Read)?.snapshots()?;
-                let mut found = found.into_iter().filter(|snapshot| wanted(&snapshot.name)).peekable();
-                if found.peek().is_none() {
+                let image = pool.open_image(name, None, Mode::Read)?;
+                let mut found = image.snapshots()?.into_iter().chain(image.trashed_snapshots()?);
+                if !found.any(|snapshot| wanted(&snapshot.name)) {
                     return Ok(false);
                 }
                 let image = pool.open_image(name, None, Mode::Write)?;
-                for snapshot in found {
-                    ceph::while_busy(|| image.remove_snapshot(&snapshot.name))?;
-                }
-                Ok(true)
+                image.remove_snapshots(|snapshot| wanted(&snapshot.name)).map(|()| true)
             });
             match removed {
                 Ok(true) => return Ok(true),

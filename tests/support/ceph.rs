@@ -225,6 +225,27 @@ impl Image<'_> {
         self.ceph.rbd(&["snap", "create", "--no-progress", &format!("{}@{name}", self.spec)]);
     }
 
+    /// Makes a clone of a snapshot, which need not be protected for that.
+    pub(crate) fn clone_of(&self, snapshot: &str) -> Self {
+        let spec = format!("volumes/clone-{}", Uuid::new_v4());
+        let snapshot = format!("{}@{snapshot}", self.spec);
+        self.ceph.rbd(&["clone", "--rbd-default-clone-format", "2", &snapshot, &spec]);
+        Image { ceph: self.ceph, spec }
+    }
+
+    /// Leaves a snapshot as Ceph does when its removal is broken off: in the trash, though nobody needs it.
+    pub(crate) fn half_remove_snapshot(&self, snapshot: &str) {
+        let pool = self.spec.split_once('/').unwrap().0;
+        self.clone_of(snapshot);
+        self.ceph.rbd(&["snap", "rm", "--no-progress", &format!("{}@{snapshot}", self.spec)]);
+        let header = format!("rbd_header.{}", self.id());
+        let keys = self.ceph.rados(&["-p", pool, "listomapkeys", &header]);
+        let children = keys.lines().find(|key| key.starts_with("snap_children_")).unwrap();
+        self.ceph.rados(&["-p", pool, "rmomapkey", &header, children]);
+        let left = self.ceph.rbd(&["snap", "ls", "--all", &self.spec]);
+        assert!(left.contains("trash"), "{left}");
+    }
+
     /// All its bytes as they are now.
     pub(crate) fn read(&self) -> Vec<u8> {
         self.export(&self.spec)
