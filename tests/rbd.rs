@@ -830,9 +830,7 @@ async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point(
         volume.write(&[(9 * MIB, &noise(3, 100_000))]);
         let second = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
         let image = base(&second);
-        let info: serde_json::Value =
-            serde_json::from_str(&bench.main.rbd(&["info", "--format", "json", &image])).unwrap();
-        let object = |number: u64| format!("{}.{number:016x}", info["block_name_prefix"].as_str().unwrap());
+        let object = |number| bench.main.existing(&image).object(number);
         // Past Ceph's back: the object of the newest snapshot itself.
         let put = |number: u64, bytes: &[u8]| {
             let file = bench.file("object", bytes);
@@ -1134,7 +1132,7 @@ async fn a_diff_that_librbd_refuses_leads_to_a_full_one_and_then_to_a_full_copy(
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let at_full = volume.read();
     volume.write(&[(5 * MIB, &noise(2, 100_000))]);
-    bench.main.forget_clone_sizes(&format!("rbd_data.{}.{:016x}", volume.id(), 1));
+    bench.main.forget_clone_sizes(&volume.object(1));
 
     let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
     let sink = Recorder::default();
@@ -1482,6 +1480,56 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
         delete(&bench.engine, record.backup_id).await.unwrap();
     }
     assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_is_taken_over_goes_on_from_its_last_checkpoint() {
+    let bench = Bench::new();
+    // More than is under way at once.
+    let (volume_id, volume) = bench.volume(112 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 80 << 20)), (100 * MIB, &noise(2, 12 << 20))]);
+    bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    volume.write(&[(3 * MIB, &noise(3, 8 << 20)), (90 * MIB, &noise(4, 12 << 20))]);
+    let point = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    let name = format!("restored-{}", point.backup_id);
+    let (target, hidden) = (format!("volumes/{name}"), format!("{name}.backhaul-partial"));
+    let job = restore_job(point.backup_id, &location("main", &target));
+    let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
+    let is_noted = || match pool.open_image(&hidden, None, OpenMode::Read) {
+        Ok(image) => image.metadata("backhaul.restored").unwrap().is_some(),
+        Err(_) => false,
+    };
+    let first = Bench::beside(bench.store.clone(), Ceph::shared(), settings(), 2);
+    // With room for two pieces at a time it is in no hurry.
+    let little = 8 << 20;
+    let most = first.memory.reserve(MEMORY_BYTES - little).await;
+    let (engine, task_job, method) = (first.engine.clone(), job.clone(), first.methods(&job)[0]);
+    let overtaken = tokio::spawn(async move { engine.run(&Context::default(), &task_job, method).await });
+    while !is_noted() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // It stands still in the middle, with the image's lock, and believes in itself.
+    let held = (first.memory.reserve(little).await, most);
+    assert!(!overtaken.is_finished());
+    // What is there already is not written again.
+    let (marker, object) = (noise(9, 4 << 20), bench.main.existing(&format!("volumes/{hidden}")).object(0));
+    let file = bench.file("object", &marker);
+    bench.main.rados(&["-p", "volumes", "put", &object, file.to_str().unwrap()]);
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    let counts = completion.account.counts;
+    assert_eq!(counts.bytes_read + counts.bytes_hole, point.volume_bytes, "{counts:?}");
+    drop(held);
+    let error = overtaken.await.unwrap().unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error:?}");
+    let restored = bench.export(&target);
+    assert!(restored[..4 << 20] == marker && restored[4 << 20..] == volume.read()[4 << 20..]);
+    assert!(!bench.images("volumes").contains(&hidden));
+    assert!(!bench.main.rbd(&["image-meta", "list", &target]).contains("backhaul"));
+    bench.main.rbd(&["rm", "--no-progress", &target]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

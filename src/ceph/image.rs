@@ -543,6 +543,17 @@ impl Image {
             .map_err(self.failed("write the metadata of image"))
     }
 
+    /// Removes a value that was kept with the image, if it is there.
+    pub fn remove_metadata(&self, key: &str) -> Result<(), Error> {
+        let c_key = c_string(key)?;
+        // SAFETY: the image is open, and the key is valid for the call.
+        let code = unsafe { rbd_metadata_remove(self.handle, c_key.as_ptr()) };
+        match check(code).map_err(self.failed("remove metadata of image")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// What of `range` differs from the snapshot `from`, or, without one, what there is of it; in order. Goes through
     /// the parents of a clone. Memory grows with the number of extents: ask for one range after the other.
     pub fn diff(&self, from: Option<&str>, range: Range<u64>, diff: Diff) -> Result<Vec<Extent>, Error> {

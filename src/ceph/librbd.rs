@@ -128,6 +128,7 @@ unsafe extern "C" {
         value_len: *mut usize,
     ) -> c_int;
     pub fn rbd_metadata_set(image: rbd_image_t, key: *const c_char, value: *const c_char) -> c_int;
+    pub fn rbd_metadata_remove(image: rbd_image_t, key: *const c_char) -> c_int;
 
     pub fn rbd_diff_iterate2(
         image: rbd_image_t,

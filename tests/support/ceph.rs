@@ -196,6 +196,11 @@ impl Image<'_> {
         info["id"].as_str().unwrap().into()
     }
 
+    /// The name of its RADOS object of that number.
+    pub(crate) fn object(&self, number: u64) -> String {
+        format!("rbd_data.{}.{number:016x}", self.id())
+    }
+
     /// Has Ceph let each client that opens it from now on read and write so many bytes a second.
     pub(crate) fn slow_down(&self, bytes_per_second: u64) {
         let limit = bytes_per_second.to_string();
