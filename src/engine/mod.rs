@@ -319,7 +319,8 @@ impl Engine {
             .filter(|other| other.volume_id == record.volume_id && other.state == RecordState::Available)
             .filter_map(|other| other.source)
             .filter(|taken| taken.image_id == newest.image_id);
-        self.volumes.remove_snapshots(&newest.image, taken.skip(count_max as usize).collect()).await
+        let taken: Vec<_> = taken.skip(count_max as usize).collect();
+        Ok(blocking(move || origin.remove_snapshots(&taken)).await??)
     }
 
     async fn copy(

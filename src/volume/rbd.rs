@@ -86,6 +86,11 @@ impl RbdOrigin {
         Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
     }
 
+    /// Removes snapshots that were taken of it for backups, as far as they are still there. Blocks.
+    pub fn remove_snapshots(&self, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
+        remove_taken(&self.head, taken)
+    }
+
     /// The name of the snapshot of an earlier backup of a volume of `bytes`, if `volume`, which is of this image, can be
     /// compared with it; otherwise why not. Blocks.
     pub fn comparable(
@@ -303,6 +308,10 @@ pub fn remove_snapshots(
         Err(error) if gone(&error) => return Ok(()),
         image => image?,
     };
+    remove_taken(&image, taken)
+}
+
+fn remove_taken(image: &Image, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
     let image_id = image.id()?;
     // Images and snapshots of the same name that were made later are other ones.
     image.remove_snapshots(|found| {
