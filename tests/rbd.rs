@@ -166,7 +166,12 @@ impl Bench {
             }
             ctx.cancel.cancel();
         };
-        match tokio::join!(self.end_in(&ctx, job, 1, &sink), cancel).0 {
+        let mut end = std::pin::pin!(self.end_in(&ctx, job, 1, &sink));
+        tokio::select! {
+            ended = &mut end => panic!("it was over before its end was asked for: {ended:?}"),
+            () = cancel => {}
+        }
+        match end.await {
             Ended::Over(completion) => completion.outcome,
             ended => panic!("{ended:?}"),
         }
@@ -1259,6 +1264,7 @@ async fn an_attempt_that_was_taken_over_harms_nothing_of_the_one_that_went_on() 
             let most = first.memory.reserve(MEMORY_BYTES - little).await;
             let overtaken = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
             while ctx.progress.read().counts.bytes_stored < 9 * MIB {
+                assert!(!overtaken.is_finished());
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             // It stands still in the middle, with the image's lock, and believes in itself.
@@ -1507,6 +1513,7 @@ async fn a_restore_that_is_taken_over_goes_on_from_its_last_checkpoint() {
     let (engine, task_job, method) = (first.engine.clone(), job.clone(), first.methods(&job)[0]);
     let overtaken = tokio::spawn(async move { engine.run(&Context::default(), &task_job, method).await });
     while !is_noted() {
+        assert!(!overtaken.is_finished());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     // It stands still in the middle, with the image's lock, and believes in itself.
@@ -1543,13 +1550,15 @@ async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
     volume.write(&[(0, &noise(2, 64 << 20))]);
     let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
     let ctx = Context::default();
-    let (result, ()) = tokio::join!(bench.engine.run(&ctx, &job, bench.methods(&job)[0]), async {
-        while ctx.progress.read().counts.bytes_stored == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        bench.main.stop_osd();
-    });
-    let error = result.unwrap_err();
+    let (engine, task_ctx, task_job, method) =
+        (bench.engine.clone(), ctx.clone(), job.clone(), bench.methods(&job)[0]);
+    let running = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
+    while ctx.progress.read().counts.bytes_stored == 0 {
+        assert!(!running.is_finished());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    bench.main.stop_osd();
+    let error = running.await.unwrap().unwrap_err();
     assert_eq!(error.class(), Class::Transient, "{error:?}");
     assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
     bench.main.start_osd();
