@@ -240,15 +240,16 @@ impl Image<'_> {
 
     /// Leaves a snapshot as Ceph does when its removal is broken off: in the trash, though nobody needs it.
     pub(crate) fn half_remove_snapshot(&self, snapshot: &str) {
-        let pool = self.spec.split_once('/').unwrap().0;
-        self.clone_of(snapshot);
+        let clone = self.clone_of(snapshot);
         self.ceph.rbd(&["snap", "rm", "--no-progress", &format!("{}@{snapshot}", self.spec)]);
-        let header = format!("rbd_header.{}", self.id());
-        let keys = self.ceph.rados(&["-p", pool, "listomapkeys", &header]);
-        let children = keys.lines().find(|key| key.starts_with("snap_children_")).unwrap();
-        self.ceph.rados(&["-p", pool, "rmomapkey", &header, children]);
+        // The last of its clones would take it along, if nobody had the lock.
+        self.ceph.rbd(&["lock", "add", &self.spec, "test"]);
+        self.ceph.rbd(&["rm", "--no-progress", clone.spec()]);
+        let lock = self.ceph.rbd(&["lock", "ls", "--format", "json", &self.spec]);
+        let lock: serde_json::Value = serde_json::from_str(&lock).unwrap();
+        self.ceph.rbd(&["lock", "rm", &self.spec, "test", lock[0]["locker"].as_str().unwrap()]);
         let left = self.ceph.rbd(&["snap", "ls", "--all", &self.spec]);
-        assert!(left.contains("trash"), "{left}");
+        assert!(left.contains(&format!("trash ({snapshot})")), "{left}");
     }
 
     /// All its bytes as they are now.
