@@ -25,6 +25,7 @@ use backhaul::job::{
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore};
 use backhaul::volume::FileRoots;
+use rstest::rstest;
 use support::ceph::{Ceph, Image};
 use support::device::BlockDevice;
 use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, verify};
@@ -1239,67 +1240,66 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
     assert_eq!(bench.snapshots(&image), bench.snapshots(volume.spec()));
 }
 
+#[rstest]
+#[case::begins_anew(u64::MAX)]
+#[case::goes_on_where_the_other_one_stopped(8 * MIB)]
 #[tokio::test(flavor = "multi_thread")]
-async fn an_attempt_that_was_taken_over_harms_nothing_of_the_one_that_went_on() {
-    // The one that goes on begins anew, or where the other one stopped.
-    for checkpoint_bytes in [u64::MAX, 8 * MIB] {
-        let bench = Bench::with(Settings { checkpoint_bytes, ..settings() });
-        // More than is under way at once.
-        let (volume_id, volume) = bench.volume(96 * MIB);
-        let source = location("main", volume.spec());
-        volume.write(&[(0, &noise(1, 96 << 20))]);
-        for parent in [Parent::None, Parent::Latest] {
-            let first = Bench::beside(
-                bench.store.clone(),
-                Ceph::shared(),
-                Settings { checkpoint_bytes, ..settings() },
-                2,
-            );
-            let job = backup_job_of(volume_id, source.clone(), parent);
-            let ctx = Context::default();
-            let engine = first.engine.clone();
-            let (task_ctx, task_job, method) = (ctx.clone(), job.clone(), first.methods(&job)[0]);
-            // With room for two pieces at a time it is in no hurry.
-            let little = 8 << 20;
-            let most = first.memory.reserve(MEMORY_BYTES - little).await;
-            let overtaken = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
-            while ctx.progress.read().counts.bytes_stored < 9 * MIB {
-                assert!(!overtaken.is_finished());
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            // It stands still in the middle, with the image's lock, and believes in itself.
-            let held = (first.memory.reserve(little).await, most);
+async fn an_attempt_that_was_taken_over_harms_nothing_of_the_one_that(#[case] checkpoint_bytes: u64) {
+    let bench = Bench::with(Settings { checkpoint_bytes, ..settings() });
+    // More than is under way at once.
+    let (volume_id, volume) = bench.volume(96 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 96 << 20))]);
+    for parent in [Parent::None, Parent::Latest] {
+        let first = Bench::beside(
+            bench.store.clone(),
+            Ceph::shared(),
+            Settings { checkpoint_bytes, ..settings() },
+            2,
+        );
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        let ctx = Context::default();
+        let engine = first.engine.clone();
+        let (task_ctx, task_job, method) = (ctx.clone(), job.clone(), first.methods(&job)[0]);
+        // With room for two pieces at a time it is in no hurry.
+        let little = 8 << 20;
+        let most = first.memory.reserve(MEMORY_BYTES - little).await;
+        let overtaken = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
+        while ctx.progress.read().counts.bytes_stored < 9 * MIB {
             assert!(!overtaken.is_finished());
-            let completion = loop {
-                match bench.end(&job, 2).await {
-                    Ended::Over(completion) => break completion,
-                    // The other one was just about to note how far it is.
-                    Ended::Later(problem) => assert!(problem.message.contains("taken over"), "{problem}"),
-                    ended => panic!("{ended:?}"),
-                }
-            };
-            assert_eq!(completion.outcome, Outcome::Succeeded);
-            let (snapshots, expected) =
-                (bench.snapshots(volume.spec()), bench.restored(job.backup_id()).await);
-            assert!(expected == volume.read());
-
-            drop(held);
-            let error = overtaken.await.unwrap().unwrap_err();
-
-            assert_eq!(error.class(), Class::Transient, "{error:?}");
-            verify(&bench.engine, job.backup_id()).await.unwrap();
-            assert!(bench.restored(job.backup_id()).await == expected);
-            assert_eq!(bench.snapshots(volume.spec()), snapshots);
-            volume.write(&[(0, &noise(3, 96 << 20))]);
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        // Nothing is left of the ones that were taken over.
-        for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
-            delete(&bench.engine, record.backup_id).await.unwrap();
-        }
-        assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
-        assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
-        assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
+        // It stands still in the middle, with the image's lock, and believes in itself.
+        let held = (first.memory.reserve(little).await, most);
+        assert!(!overtaken.is_finished());
+        let completion = loop {
+            match bench.end(&job, 2).await {
+                Ended::Over(completion) => break completion,
+                // The other one was just about to note how far it is.
+                Ended::Later(problem) => assert!(problem.message.contains("taken over"), "{problem}"),
+                ended => panic!("{ended:?}"),
+            }
+        };
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        let (snapshots, expected) = (bench.snapshots(volume.spec()), bench.restored(job.backup_id()).await);
+        assert!(expected == volume.read());
+
+        drop(held);
+        let error = overtaken.await.unwrap().unwrap_err();
+
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        verify(&bench.engine, job.backup_id()).await.unwrap();
+        assert!(bench.restored(job.backup_id()).await == expected);
+        assert_eq!(bench.snapshots(volume.spec()), snapshots);
+        volume.write(&[(0, &noise(3, 96 << 20))]);
     }
+    // Nothing is left of the ones that were taken over.
+    for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
+        delete(&bench.engine, record.backup_id).await.unwrap();
+    }
+    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
+    assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
 }
 
 #[tokio::test(flavor = "multi_thread")]
