@@ -587,16 +587,20 @@ impl Image {
 
     /// Reads `length` bytes from `offset` on; fails with [`io::ErrorKind::UnexpectedEof`] where the image ends before.
     pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
-        let buffer = Buffer::Read(vec![0; length]);
+        let buffer = Buffer::Read(Vec::with_capacity(length));
         let (read, buffer) = self
             .submit("read image", buffer, |handle, buffer, completion| {
                 let Buffer::Read(bytes) = buffer else { return -einval() };
-                // SAFETY: see `submit`; the buffer has the length that is told.
+                // SAFETY: see `submit`; the buffer has room for the length that is told.
                 unsafe { rbd_aio_read(handle, offset, length, bytes.as_mut_ptr().cast(), completion) }
             })
             .await?;
         match buffer {
-            Buffer::Read(bytes) if read as usize == length => Ok(bytes),
+            Buffer::Read(mut bytes) if read as usize == length => {
+                // SAFETY: there is room for it, and librbd says that it has filled so much from the beginning.
+                unsafe { bytes.set_len(length) };
+                Ok(bytes)
+            }
             _ => Err(Error::Operation {
                 action: "read image",
                 object: self.path.clone(),
