@@ -4,7 +4,8 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::future::Future;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
 use std::time::Duration;
 use std::{fmt, io, ptr};
 
@@ -20,6 +21,8 @@ use super::{Error, Pool, c_string, check, while_busy};
 const LIST_MAX: usize = 64;
 /// How much longer than librados is waited for a request.
 const SECONDS_MORE: u32 = 5;
+/// An image is closed with a few requests, one after the other: its lock, its watch and its journal are given back.
+const CLOSE_REQUESTS_MAX: u32 = 4;
 /// Names of snapshots are never longer.
 const NAME_BYTES_MAX: usize = 4096;
 /// Metadata values are never longer: ours are ids.
@@ -228,8 +231,9 @@ impl Pool {
 /// An open image, or an open snapshot of one. Dropping it waits for what is under way, and blocks.
 ///
 /// librados gives up what takes longer than [`super::Access::operation_seconds_max`]. librbd does not: a client that the
-/// cluster has shut out may wait for the image's lock for ever. So a request is waited for a little longer than that and
-/// is then an error, and an image that still has one under way then is not closed, but left to the end of the process.
+/// cluster has shut out may wait for the image's lock for ever, and one that is to close an image whose cluster is away for
+/// its watch. So a request is waited for a little longer than that and is then an error, and an image that still has one
+/// under way then, or cannot be closed in time, is left to the end of the process.
 pub struct Image {
     handle: rbd_image_t,
     path: String,
@@ -262,11 +266,37 @@ impl Drop for Image {
             std::mem::forget(self.pool.clone());
             return;
         }
-        // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
-        let code = unsafe { rbd_close(self.handle) };
-        if code < 0 {
-            tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
+        let (handle, pool) = (Handle(self.handle), self.pool.clone());
+        let (sender, closed) = mpsc::channel();
+        let thread = thread::Builder::new().name("close".into()).spawn(move || {
+            // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
+            let code = unsafe { rbd_close(handle.into_inner()) };
+            drop(pool);
+            // Nobody may be waiting any more.
+            sender.send(code).ok();
+        });
+        let time_max = self.request_time_max * CLOSE_REQUESTS_MAX;
+        match thread.map(|_| closed.recv_timeout(time_max)) {
+            Ok(Ok(code)) if code >= 0 => {}
+            Ok(Ok(code)) => {
+                tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(image = self.path, "an image stays open: librbd does not close it");
+            }
         }
+    }
+}
+
+/// An image's handle on its way to the thread that closes it.
+struct Handle(rbd_image_t);
+
+// SAFETY: librbd lets any thread close an image.
+unsafe impl Send for Handle {}
+
+impl Handle {
+    fn into_inner(self) -> rbd_image_t {
+        self.0
     }
 }
 
