@@ -25,6 +25,7 @@ use backhaul::job::{
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore};
 use backhaul::volume::FileRoots;
+use rstest::rstest;
 use support::ceph::{Ceph, Image};
 use support::device::BlockDevice;
 use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, verify};
@@ -166,7 +167,12 @@ impl Bench {
             }
             ctx.cancel.cancel();
         };
-        match tokio::join!(self.end_in(&ctx, job, 1, &sink), cancel).0 {
+        let mut end = std::pin::pin!(self.end_in(&ctx, job, 1, &sink));
+        tokio::select! {
+            ended = &mut end => panic!("it was over before its end was asked for: {ended:?}"),
+            () = cancel => {}
+        }
+        match end.await {
             Ended::Over(completion) => completion.outcome,
             ended => panic!("{ended:?}"),
         }
@@ -743,6 +749,58 @@ async fn a_delete_waits_for_an_image_that_is_in_use() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_delete_goes_on_where_one_before_was_broken_off() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let source = location("main", volume.spec());
+    for what in ["snapshot of the backup", "snapshot of the volume", "image"] {
+        let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+        let image = bench.main.existing(&base(&full));
+        let snapshot = bench.snapshots(volume.spec()).remove(0);
+        match what {
+            "snapshot of the backup" => image.half_remove_snapshot(&snapshot),
+            "snapshot of the volume" => volume.half_remove_snapshot(&snapshot),
+            _ => {
+                let header = format!("rbd_header.{}", image.id());
+                bench.main.rbd(&["snap", "purge", "--no-progress", image.spec()]);
+                bench.main.rados(&["-p", "backups", "rm", &header]);
+            }
+        }
+
+        delete(&bench.engine, full.backup_id).await.unwrap();
+
+        assert_eq!(bench.traces(volume_id, &volume).await, BTreeSet::new(), "{what}");
+        assert_eq!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]), "", "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_of_what_was_cloned_waits_for_clones_of_the_backup_and_for_no_others() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let image = bench.main.existing(&base(&full));
+    let snapshot = bench.snapshots(volume.spec()).remove(0);
+    let (of_backup, of_volume) = (image.clone_of(&snapshot), volume.clone_of(&snapshot));
+
+    let error = delete(&bench.engine, full.backup_id).await.unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error:?}");
+    assert!(error.to_string().contains("`rbd children` what clones there are"), "{error}");
+    assert!(of_backup.read() == volume.read());
+
+    bench.main.rbd(&["rm", "--no-progress", of_backup.spec()]);
+    delete(&bench.engine, full.backup_id).await.unwrap();
+    assert_eq!(bench.traces(volume_id, &volume).await, BTreeSet::new());
+    assert!(of_volume.read() == volume.read());
+    // Ceph removes the snapshot with the last of its clones.
+    assert!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]).contains(&snapshot));
+    bench.main.rbd(&["rm", "--no-progress", of_volume.spec()]);
+    assert_eq!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_metadata_of_a_volume_is_kept_beside_its_backup_as_cinder_keeps_it() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB);
@@ -778,9 +836,7 @@ async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point(
         volume.write(&[(9 * MIB, &noise(3, 100_000))]);
         let second = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
         let image = base(&second);
-        let info: serde_json::Value =
-            serde_json::from_str(&bench.main.rbd(&["info", "--format", "json", &image])).unwrap();
-        let object = |number: u64| format!("{}.{number:016x}", info["block_name_prefix"].as_str().unwrap());
+        let object = |number| bench.main.existing(&image).object(number);
         // Past Ceph's back: the object of the newest snapshot itself.
         let put = |number: u64, bytes: &[u8]| {
             let file = bench.file("object", bytes);
@@ -1082,7 +1138,7 @@ async fn a_diff_that_librbd_refuses_leads_to_a_full_one_and_then_to_a_full_copy(
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let at_full = volume.read();
     volume.write(&[(5 * MIB, &noise(2, 100_000))]);
-    bench.main.forget_clone_sizes(&format!("rbd_data.{}.{:016x}", volume.id(), 1));
+    bench.main.forget_clone_sizes(&volume.object(1));
 
     let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
     let sink = Recorder::default();
@@ -1184,66 +1240,66 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
     assert_eq!(bench.snapshots(&image), bench.snapshots(volume.spec()));
 }
 
+#[rstest]
+#[case::begins_anew(u64::MAX)]
+#[case::goes_on_where_the_other_one_stopped(8 * MIB)]
 #[tokio::test(flavor = "multi_thread")]
-async fn an_attempt_that_was_taken_over_harms_nothing_of_the_one_that_went_on() {
-    // The one that goes on begins anew, or where the other one stopped.
-    for checkpoint_bytes in [u64::MAX, 8 * MIB] {
-        let bench = Bench::with(Settings { checkpoint_bytes, ..settings() });
-        // More than is under way at once.
-        let (volume_id, volume) = bench.volume(96 * MIB);
-        let source = location("main", volume.spec());
-        volume.write(&[(0, &noise(1, 96 << 20))]);
-        for parent in [Parent::None, Parent::Latest] {
-            let first = Bench::beside(
-                bench.store.clone(),
-                Ceph::shared(),
-                Settings { checkpoint_bytes, ..settings() },
-                2,
-            );
-            let job = backup_job_of(volume_id, source.clone(), parent);
-            let ctx = Context::default();
-            let engine = first.engine.clone();
-            let (task_ctx, task_job, method) = (ctx.clone(), job.clone(), first.methods(&job)[0]);
-            // With room for two pieces at a time it is in no hurry.
-            let little = 8 << 20;
-            let most = first.memory.reserve(MEMORY_BYTES - little).await;
-            let overtaken = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
-            while ctx.progress.read().counts.bytes_stored < 9 * MIB {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            // It stands still in the middle, with the image's lock, and believes in itself.
-            let held = (first.memory.reserve(little).await, most);
+async fn an_attempt_that_was_taken_over_harms_nothing_of_the_one_that(#[case] checkpoint_bytes: u64) {
+    let bench = Bench::with(Settings { checkpoint_bytes, ..settings() });
+    // More than is under way at once.
+    let (volume_id, volume) = bench.volume(96 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 96 << 20))]);
+    for parent in [Parent::None, Parent::Latest] {
+        let first = Bench::beside(
+            bench.store.clone(),
+            Ceph::shared(),
+            Settings { checkpoint_bytes, ..settings() },
+            2,
+        );
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        let ctx = Context::default();
+        let engine = first.engine.clone();
+        let (task_ctx, task_job, method) = (ctx.clone(), job.clone(), first.methods(&job)[0]);
+        // With room for two pieces at a time it is in no hurry.
+        let little = 8 << 20;
+        let most = first.memory.reserve(MEMORY_BYTES - little).await;
+        let overtaken = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
+        while ctx.progress.read().counts.bytes_stored < 9 * MIB {
             assert!(!overtaken.is_finished());
-            let completion = loop {
-                match bench.end(&job, 2).await {
-                    Ended::Over(completion) => break completion,
-                    // The other one was just about to note how far it is.
-                    Ended::Later(problem) => assert!(problem.message.contains("taken over"), "{problem}"),
-                    ended => panic!("{ended:?}"),
-                }
-            };
-            assert_eq!(completion.outcome, Outcome::Succeeded);
-            let (snapshots, expected) =
-                (bench.snapshots(volume.spec()), bench.restored(job.backup_id()).await);
-            assert!(expected == volume.read());
-
-            drop(held);
-            let error = overtaken.await.unwrap().unwrap_err();
-
-            assert_eq!(error.class(), Class::Transient, "{error:?}");
-            verify(&bench.engine, job.backup_id()).await.unwrap();
-            assert!(bench.restored(job.backup_id()).await == expected);
-            assert_eq!(bench.snapshots(volume.spec()), snapshots);
-            volume.write(&[(0, &noise(3, 96 << 20))]);
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        // Nothing is left of the ones that were taken over.
-        for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
-            delete(&bench.engine, record.backup_id).await.unwrap();
-        }
-        assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
-        assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
-        assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
+        // It stands still in the middle, with the image's lock, and believes in itself.
+        let held = (first.memory.reserve(little).await, most);
+        assert!(!overtaken.is_finished());
+        let completion = loop {
+            match bench.end(&job, 2).await {
+                Ended::Over(completion) => break completion,
+                // The other one was just about to note how far it is.
+                Ended::Later(problem) => assert!(problem.message.contains("taken over"), "{problem}"),
+                ended => panic!("{ended:?}"),
+            }
+        };
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        let (snapshots, expected) = (bench.snapshots(volume.spec()), bench.restored(job.backup_id()).await);
+        assert!(expected == volume.read());
+
+        drop(held);
+        let error = overtaken.await.unwrap().unwrap_err();
+
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        verify(&bench.engine, job.backup_id()).await.unwrap();
+        assert!(bench.restored(job.backup_id()).await == expected);
+        assert_eq!(bench.snapshots(volume.spec()), snapshots);
+        volume.write(&[(0, &noise(3, 96 << 20))]);
     }
+    // Nothing is left of the ones that were taken over.
+    for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
+        delete(&bench.engine, record.backup_id).await.unwrap();
+    }
+    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
+    assert!(!bench.images("backups").iter().any(|image| image.contains(&volume_id.to_string())));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1433,6 +1489,57 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_is_taken_over_goes_on_from_its_last_checkpoint() {
+    let bench = Bench::new();
+    // More than is under way at once.
+    let (volume_id, volume) = bench.volume(112 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 80 << 20)), (100 * MIB, &noise(2, 12 << 20))]);
+    bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    volume.write(&[(3 * MIB, &noise(3, 8 << 20)), (90 * MIB, &noise(4, 12 << 20))]);
+    let point = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    let name = format!("restored-{}", point.backup_id);
+    let (target, hidden) = (format!("volumes/{name}"), format!("{name}.backhaul-partial"));
+    let job = restore_job(point.backup_id, &location("main", &target));
+    let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
+    let is_noted = || match pool.open_image(&hidden, None, OpenMode::Read) {
+        Ok(image) => image.metadata("backhaul.restored").unwrap().is_some(),
+        Err(_) => false,
+    };
+    let first = Bench::beside(bench.store.clone(), Ceph::shared(), settings(), 2);
+    // With room for two pieces at a time it is in no hurry.
+    let little = 8 << 20;
+    let most = first.memory.reserve(MEMORY_BYTES - little).await;
+    let (engine, task_job, method) = (first.engine.clone(), job.clone(), first.methods(&job)[0]);
+    let overtaken = tokio::spawn(async move { engine.run(&Context::default(), &task_job, method).await });
+    while !is_noted() {
+        assert!(!overtaken.is_finished());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // It stands still in the middle, with the image's lock, and believes in itself.
+    let held = (first.memory.reserve(little).await, most);
+    assert!(!overtaken.is_finished());
+    // What is there already is not written again.
+    let (marker, object) = (noise(9, 4 << 20), bench.main.existing(&format!("volumes/{hidden}")).object(0));
+    let file = bench.file("object", &marker);
+    bench.main.rados(&["-p", "volumes", "put", &object, file.to_str().unwrap()]);
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    let counts = completion.account.counts;
+    assert_eq!(counts.bytes_read + counts.bytes_hole, point.volume_bytes, "{counts:?}");
+    drop(held);
+    let error = overtaken.await.unwrap().unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error:?}");
+    let restored = bench.export(&target);
+    assert!(restored[..4 << 20] == marker && restored[4 << 20..] == volume.read()[4 << 20..]);
+    assert!(!bench.images("volumes").contains(&hidden));
+    assert!(!bench.main.rbd(&["image-meta", "list", &target]).contains("backhaul"));
+    bench.main.rbd(&["rm", "--no-progress", &target]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
     let bench = Bench::on(Ceph::start_with(&[]), settings());
     let (volume_id, volume) = bench.volume(64 * MIB);
@@ -1443,13 +1550,15 @@ async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
     volume.write(&[(0, &noise(2, 64 << 20))]);
     let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
     let ctx = Context::default();
-    let (result, ()) = tokio::join!(bench.engine.run(&ctx, &job, bench.methods(&job)[0]), async {
-        while ctx.progress.read().counts.bytes_stored == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        bench.main.stop_osd();
-    });
-    let error = result.unwrap_err();
+    let (engine, task_ctx, task_job, method) =
+        (bench.engine.clone(), ctx.clone(), job.clone(), bench.methods(&job)[0]);
+    let running = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
+    while ctx.progress.read().counts.bytes_stored == 0 {
+        assert!(!running.is_finished());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    bench.main.stop_osd();
+    let error = running.await.unwrap().unwrap_err();
     assert_eq!(error.class(), Class::Transient, "{error:?}");
     assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
     bench.main.start_osd();

@@ -294,31 +294,48 @@ async fn kill_while(doing: Doing) {
 }
 
 #[test]
-fn an_osd_that_stops_in_the_middle_puts_a_restore_off_and_costs_nothing() {
+fn an_osd_that_stops_in_the_middle_puts_a_restore_and_a_delete_off_and_costs_nothing() {
     let (rabbit, ceph) = (Rabbit::shared(), Ceph::start_with(&[]));
     let stores = stores(ceph.conf(), "").replace("_max = 30", "_max = 3");
     let stack = Stack::new(rabbit.url(), "attempts_max = 100", &stores);
     let worker = stack.worker();
     let image = filled(&ceph);
-    let [volume_id, id] = [(); 2].map(|()| Uuid::new_v4().to_string());
+    let [volume_id, id, other_id] = [(); 3].map(|()| Uuid::new_v4().to_string());
     let source = format!("rbd:{}", image.spec());
-    let backup = ["backup", "--volume-id", &volume_id, "--source", &source, "--backup-id", &id];
-    assert_eq!(stack.submit(&backup).0, 0);
+    for id in [&id, &other_id] {
+        let backup = ["backup", "--volume-id", &volume_id, "--source", &source, "--backup-id", id];
+        assert_eq!(stack.submit(&backup).0, 0);
+    }
     let chain = ceph.existing(&format!("backups/volume-{volume_id}.backup.{id}"));
+    // Stops the OSD, until the job that is under way is put off.
+    let interrupt = || {
+        let put_off_count = || worker.log().matches("trying again later").count();
+        let before = put_off_count();
+        ceph.stop_osd();
+        until("the job is put off", || put_off_count() > before);
+        ceph.start_osd();
+    };
 
     chain.slow_down(MIB as u64);
     let job = submitted(&stack, &["restore", "--backup-id", &id, "--target", "rbd:volumes/restored"]);
     until("it has begun", || images(&ceph, "volumes", "restored") == ["restored.backhaul-partial"]);
-    ceph.stop_osd();
-    until("the job is put off", || worker.log().contains("trying again later"));
-    ceph.start_osd();
+    interrupt();
     chain.hurry();
     succeeded(job);
     assert_eq!(images(&ceph, "volumes", "restored"), ["restored"]);
     assert!(ceph.existing("volumes/restored").read() == image.read());
 
+    let ids = [&*id, &chain.id()];
+    let user = chain.watch();
+    let job = submitted(&stack, &["delete", "--backup-id", &id]);
+    until("it has begun", || snapshots(&ceph, chain.spec()) == json!([]));
+    interrupt();
+    drop(user);
+    succeeded(job);
+    until("nothing is left", || ceph.names_with("backups", &ids).is_empty());
+
     assert!(worker.log().contains("timed out"), "{}", worker.log());
-    assert_eq!(stack.submit(&["verify", "--backup-id", &id]).0, 0);
+    assert_eq!(stack.submit(&["verify", "--backup-id", &other_id]).0, 0);
     assert_eq!(snapshots(&ceph, image.spec()).as_array().unwrap().len(), 1);
 }
 

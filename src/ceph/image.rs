@@ -4,7 +4,8 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::future::Future;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
 use std::time::Duration;
 use std::{fmt, io, ptr};
 
@@ -14,12 +15,16 @@ use tokio::time::timeout;
 
 use super::librbd::*;
 use super::rados::text_of;
-use super::{Error, Pool, c_string, check};
+use super::{Error, Pool, c_string, check, while_busy};
 
 /// Snapshots, images or watchers that are asked for at first; when there are more, it is asked again.
 const LIST_MAX: usize = 64;
 /// How much longer than librados is waited for a request.
 const SECONDS_MORE: u32 = 5;
+/// An image is closed with a few requests, one after the other: its lock, its watch and its journal are given back.
+const CLOSE_REQUESTS_MAX: u32 = 4;
+/// Names of snapshots are never longer.
+const NAME_BYTES_MAX: usize = 4096;
 /// Metadata values are never longer: ours are ids.
 const METADATA_BYTES_MAX: usize = 4096;
 
@@ -226,8 +231,9 @@ impl Pool {
 /// An open image, or an open snapshot of one. Dropping it waits for what is under way, and blocks.
 ///
 /// librados gives up what takes longer than [`super::Access::operation_seconds_max`]. librbd does not: a client that the
-/// cluster has shut out may wait for the image's lock for ever. So a request is waited for a little longer than that and
-/// is then an error, and an image that still has one under way then is not closed, but left to the end of the process.
+/// cluster has shut out may wait for the image's lock for ever, and one that is to close an image whose cluster is away for
+/// its watch. So a request is waited for a little longer than that and is then an error, and an image that still has one
+/// under way then, or cannot be closed in time, is left to the end of the process.
 pub struct Image {
     handle: rbd_image_t,
     path: String,
@@ -260,11 +266,37 @@ impl Drop for Image {
             std::mem::forget(self.pool.clone());
             return;
         }
-        // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
-        let code = unsafe { rbd_close(self.handle) };
-        if code < 0 {
-            tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
+        let (handle, pool) = (Handle(self.handle), self.pool.clone());
+        let (sender, closed) = mpsc::channel();
+        let thread = thread::Builder::new().name("close".into()).spawn(move || {
+            // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
+            let code = unsafe { rbd_close(handle.into_inner()) };
+            drop(pool);
+            // Nobody may be waiting any more.
+            sender.send(code).ok();
+        });
+        let time_max = self.request_time_max * CLOSE_REQUESTS_MAX;
+        match thread.map(|_| closed.recv_timeout(time_max)) {
+            Ok(Ok(code)) if code >= 0 => {}
+            Ok(Ok(code)) => {
+                tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(image = self.path, "an image stays open: librbd does not close it");
+            }
         }
+    }
+}
+
+/// An image's handle on its way to the thread that closes it.
+struct Handle(rbd_image_t);
+
+// SAFETY: librbd lets any thread close an image.
+unsafe impl Send for Handle {}
+
+impl Handle {
+    fn into_inner(self) -> rbd_image_t {
+        self.0
     }
 }
 
@@ -357,8 +389,34 @@ impl Image {
             .map_err(self.failed("resize image"))
     }
 
-    /// Its snapshots, the oldest first.
+    /// Its snapshots, the oldest first, but for those in the trash.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let all = self.snapshots_and_trash()?;
+        Ok(all.into_iter().filter(|(_, trashed)| !trashed).map(|(snapshot, _)| snapshot).collect())
+    }
+
+    /// The snapshots in its trash, with the names that they had: each goes there first that is removed, and stays there
+    /// when that is broken off, or for as long as it has clones.
+    pub fn trashed_snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let mut trashed: Vec<Snapshot> = Vec::new();
+        for (snapshot, _) in self.snapshots_and_trash()?.into_iter().filter(|(_, trashed)| *trashed) {
+            let mut name = [0; NAME_BYTES_MAX];
+            // SAFETY: the image is open, and the buffer has the length that is told.
+            let code = unsafe {
+                rbd_snap_get_trash_namespace(self.handle, snapshot.id, name.as_mut_ptr(), name.len())
+            };
+            match check(code).map_err(self.failed("look into the trash of image")) {
+                Ok(_) => trashed.push(Snapshot { name: text_of(&name), ..snapshot }),
+                // It has gone since.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(trashed)
+    }
+
+    /// All its snapshots, and whether each is in the trash, where it has a name of Ceph's own.
+    fn snapshots_and_trash(&self) -> Result<Vec<(Snapshot, bool)>, Error> {
         let mut count = LIST_MAX as c_int;
         loop {
             // One more than told: librbd ends the list with an entry without a name.
@@ -369,19 +427,23 @@ impl Image {
                 continue;
             }
             let found = check(code).map_err(self.failed("list the snapshots of image"))? as usize;
-            let mut snapshots: Vec<Snapshot> = Vec::with_capacity(found);
+            let mut snapshots: Vec<(Snapshot, bool)> = Vec::with_capacity(found);
             if found > 0 {
                 // SAFETY: librbd has filled that many entries, and one that ends the list, with strings of its own,
                 // which are given back right here.
                 unsafe {
                     infos.set_len(found);
                     for info in &infos {
-                        snapshots.push(Snapshot { id: info.id, name: string(info.name), bytes: info.size });
+                        let snapshot = Snapshot { id: info.id, name: string(info.name), bytes: info.size };
+                        let mut kind = 0;
+                        // One that has gone since it was listed is in no trash.
+                        let code = rbd_snap_get_namespace_type(self.handle, info.id, &mut kind);
+                        snapshots.push((snapshot, code == 0 && kind == RBD_SNAP_NAMESPACE_TYPE_TRASH));
                     }
                     rbd_snap_list_end(infos.as_mut_ptr());
                 }
             }
-            snapshots.sort_by_key(|snapshot| snapshot.id);
+            snapshots.sort_by_key(|(snapshot, _)| snapshot.id);
             return Ok(snapshots);
         }
     }
@@ -412,6 +474,28 @@ impl Image {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes those of its snapshots that are `wanted`, also those whose removal was broken off before; waits for a while
+    /// for one that is in use. One that has clones stays in the trash, until Ceph removes it with the last of them.
+    pub fn remove_snapshots(&self, wanted: impl Fn(&Snapshot) -> bool) -> Result<(), Error> {
+        for snapshot in self.snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
+            while_busy(|| self.remove_snapshot(&snapshot.name))?;
+        }
+        for snapshot in self.trashed_snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
+            // SAFETY: the image is open.
+            let code = unsafe { rbd_snap_remove_by_id(self.handle, snapshot.id) };
+            match check(code).map_err(|code| {
+                let path = format!("{}@{}", self.path, snapshot.name);
+                Error::operation("remove snapshot", path, unanswered(code))
+            }) {
+                Ok(_) => {}
+                Err(error)
+                    if [io::ErrorKind::NotFound, io::ErrorKind::ResourceBusy].contains(&error.kind()) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Makes sure that nobody else writes to it while it is open. Who held its lock and still lives keeps it, and this
@@ -489,6 +573,17 @@ impl Image {
             .map_err(self.failed("write the metadata of image"))
     }
 
+    /// Removes a value that was kept with the image, if it is there.
+    pub fn remove_metadata(&self, key: &str) -> Result<(), Error> {
+        let c_key = c_string(key)?;
+        // SAFETY: the image is open, and the key is valid for the call.
+        let code = unsafe { rbd_metadata_remove(self.handle, c_key.as_ptr()) };
+        match check(code).map_err(self.failed("remove metadata of image")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// What of `range` differs from the snapshot `from`, or, without one, what there is of it; in order. Goes through
     /// the parents of a clone. Memory grows with the number of extents: ask for one range after the other.
     pub fn diff(&self, from: Option<&str>, range: Range<u64>, diff: Diff) -> Result<Vec<Extent>, Error> {
@@ -522,16 +617,20 @@ impl Image {
 
     /// Reads `length` bytes from `offset` on; fails with [`io::ErrorKind::UnexpectedEof`] where the image ends before.
     pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
-        let buffer = Buffer::Read(vec![0; length]);
+        let buffer = Buffer::Read(Vec::with_capacity(length));
         let (read, buffer) = self
             .submit("read image", buffer, |handle, buffer, completion| {
                 let Buffer::Read(bytes) = buffer else { return -einval() };
-                // SAFETY: see `submit`; the buffer has the length that is told.
+                // SAFETY: see `submit`; the buffer has room for the length that is told.
                 unsafe { rbd_aio_read(handle, offset, length, bytes.as_mut_ptr().cast(), completion) }
             })
             .await?;
         match buffer {
-            Buffer::Read(bytes) if read as usize == length => Ok(bytes),
+            Buffer::Read(mut bytes) if read as usize == length => {
+                // SAFETY: there is room for it, and librbd says that it has filled so much from the beginning.
+                unsafe { bytes.set_len(length) };
+                Ok(bytes)
+            }
             _ => Err(Error::Operation {
                 action: "read image",
                 object: self.path.clone(),

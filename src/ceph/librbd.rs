@@ -2,7 +2,7 @@
 //! Source: `/usr/include/rbd/librbd.h` of the package librbd-dev.
 #![allow(non_camel_case_types)]
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 
 use ::ceph::rados::rados_ioctx_t;
 
@@ -18,6 +18,7 @@ pub const RBD_IMAGE_OPTION_STRIPE_UNIT: c_int = 3;
 pub const RBD_IMAGE_OPTION_STRIPE_COUNT: c_int = 4;
 pub const RBD_IMAGE_OPTION_FORMAT: c_int = 0;
 pub const RBD_LOCK_MODE_EXCLUSIVE: c_int = 0;
+pub const RBD_SNAP_NAMESPACE_TYPE_TRASH: c_uint = 2;
 
 #[repr(C)]
 pub struct rbd_snap_info_t {
@@ -111,6 +112,14 @@ unsafe extern "C" {
     pub fn rbd_snap_list_end(snaps: *mut rbd_snap_info_t);
     pub fn rbd_snap_create(image: rbd_image_t, name: *const c_char) -> c_int;
     pub fn rbd_snap_remove(image: rbd_image_t, name: *const c_char) -> c_int;
+    pub fn rbd_snap_remove_by_id(image: rbd_image_t, id: u64) -> c_int;
+    pub fn rbd_snap_get_namespace_type(image: rbd_image_t, id: u64, kind: *mut c_uint) -> c_int;
+    pub fn rbd_snap_get_trash_namespace(
+        image: rbd_image_t,
+        id: u64,
+        original_name: *mut c_char,
+        max_length: usize,
+    ) -> c_int;
 
     pub fn rbd_metadata_get(
         image: rbd_image_t,
@@ -119,6 +128,7 @@ unsafe extern "C" {
         value_len: *mut usize,
     ) -> c_int;
     pub fn rbd_metadata_set(image: rbd_image_t, key: *const c_char, value: *const c_char) -> c_int;
+    pub fn rbd_metadata_remove(image: rbd_image_t, key: *const c_char) -> c_int;
 
     pub fn rbd_diff_iterate2(
         image: rbd_image_t,

@@ -162,8 +162,11 @@ pub enum Error {
     #[error("the cluster failed")]
     Ceph(#[from] crate::ceph::Error),
 
-    /// Somebody else writes to an image.
-    #[error("image {image} is in use by somebody else: if nobody should, `rbd status` tells who has it open")]
+    /// Somebody else writes to an image, or has cloned it.
+    #[error(
+        "image {image} is in use by somebody else: if nobody should, `rbd status` tells who has it open, and \
+         `rbd children` what clones there are of it"
+    )]
     ImageInUse {
         /// Which.
         image: String,

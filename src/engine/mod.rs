@@ -125,7 +125,7 @@ impl Engine {
         match &job.work {
             // It looks later: one that is done already is found done, whoever wants its end.
             Work::Backup(work) => self.backup(ctx, job.id, work, method).await,
-            Work::Restore(work) => self.restore(ctx, work).await,
+            Work::Restore(work) => self.restore(ctx, job.id, work).await,
             Work::Verify(work) => self.verify(ctx, job.id, *work).await,
             Work::Delete(id) => self.delete(ctx, job.id, *id).await,
         }
@@ -319,7 +319,8 @@ impl Engine {
             .filter(|other| other.volume_id == record.volume_id && other.state == RecordState::Available)
             .filter_map(|other| other.source)
             .filter(|taken| taken.image_id == newest.image_id);
-        self.volumes.remove_snapshots(&newest.image, taken.skip(count_max as usize).collect()).await
+        let taken: Vec<_> = taken.skip(count_max as usize).collect();
+        Ok(blocking(move || origin.remove_snapshots(&taken)).await??)
     }
 
     async fn copy(
@@ -429,9 +430,11 @@ impl Engine {
         }
     }
 
-    async fn restore(&self, ctx: &Context, work: &RestoreWork) -> Result<Receipt, Error> {
+    async fn restore(&self, ctx: &Context, job_id: JobId, work: &RestoreWork) -> Result<Receipt, Error> {
         let record = self.catalog.available(work.backup_id).await?;
-        let target = self.volumes.target(&work.target, record.volume_bytes).await?;
+        // A backup that was deleted and made again has another writer.
+        let restore = format!("{job_id} {} {}", record.backup_id, record.writer);
+        let target = self.volumes.target(&work.target, record.volume_bytes, restore).await?;
         let chain = self.catalog.chain(work.backup_id).await?;
         let digest = match &self.format {
             Format::Chunked(chunked) => Some(chunked.restore(ctx, &chain, target.into_volume()).await?),

@@ -70,8 +70,9 @@ impl Volumes {
         .await?
     }
 
-    /// Opens what is to be restored onto.
-    pub async fn target(&self, location: &Location, bytes: u64) -> Result<Target, Error> {
+    /// Opens what is to be restored onto. `restore` names the job and the backup, the same for each attempt.
+    #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
+    pub async fn target(&self, location: &Location, bytes: u64, restore: String) -> Result<Target, Error> {
         let (volumes, location) = (self.clone(), location.clone());
         blocking(move || match &location {
             Location::File(path) => {
@@ -79,7 +80,7 @@ impl Volumes {
             }
             #[cfg(feature = "ceph")]
             Location::Rbd(image) => {
-                Ok(Target::Rbd(Arc::new(RbdTarget::open(&volumes.clusters, image, bytes)?)))
+                Ok(Target::Rbd(Arc::new(RbdTarget::open(&volumes.clusters, image, bytes, &restore)?)))
             }
             #[cfg(not(feature = "ceph"))]
             Location::Rbd(_) => Err(Error::UnsupportedVolume { location: location.to_string() }),

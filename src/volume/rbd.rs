@@ -86,6 +86,11 @@ impl RbdOrigin {
         Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
     }
 
+    /// Removes snapshots that were taken of it for backups, as far as they are still there. Blocks.
+    pub fn remove_snapshots(&self, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
+        remove_taken(&self.head, taken)
+    }
+
     /// The name of the snapshot of an earlier backup of a volume of `bytes`, if `volume`, which is of this image, can be
     /// compared with it; otherwise why not. Blocks.
     pub fn comparable(
@@ -303,19 +308,19 @@ pub fn remove_snapshots(
         Err(error) if gone(&error) => return Ok(()),
         image => image?,
     };
+    remove_taken(&image, taken)
+}
+
+fn remove_taken(image: &Image, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
     let image_id = image.id()?;
-    for found in image.snapshots()? {
-        // Images and snapshots of the same name that were made later are other ones.
-        let ours = taken.iter().any(|taken| {
+    // Images and snapshots of the same name that were made later are other ones.
+    image.remove_snapshots(|found| {
+        taken.iter().any(|taken| {
             taken.image_id == image_id
                 && taken.image.snapshot.as_ref() == Some(&found.name)
                 && taken.snapshot_id.is_none_or(|id| id == found.id)
-        });
-        if ours {
-            ceph::while_busy(|| image.remove_snapshot(&found.name))?;
-        }
-    }
-    Ok(())
+        })
+    })
 }
 
 /// Removes the snapshots that are `wanted` from the first image of this name that has any, whatever cluster and pool it
@@ -337,16 +342,13 @@ pub fn remove_snapshots_somewhere(
         };
         for pool in pools {
             let removed = cluster.pool(&pool).and_then(|pool| {
-                let found = pool.open_image(name, None, Mode::Read)?.snapshots()?;
-                let mut found = found.into_iter().filter(|snapshot| wanted(&snapshot.name)).peekable();
-                if found.peek().is_none() {
+                let image = pool.open_image(name, None, Mode::Read)?;
+                let mut found = image.snapshots()?.into_iter().chain(image.trashed_snapshots()?);
+                if !found.any(|snapshot| wanted(&snapshot.name)) {
                     return Ok(false);
                 }
                 let image = pool.open_image(name, None, Mode::Write)?;
-                for snapshot in found {
-                    ceph::while_busy(|| image.remove_snapshot(&snapshot.name))?;
-                }
-                Ok(true)
+                image.remove_snapshots(|snapshot| wanted(&snapshot.name)).map(|()| true)
             });
             match removed {
                 Ok(true) => return Ok(true),
@@ -402,9 +404,15 @@ fn joined(extents: impl IntoIterator<Item = Extent>, range: &Range<u64>, near_by
     joined
 }
 
+/// The key under which an image that is not whole yet says what is restored onto it, and by whom.
+const RESTORE_KEY: &str = "backhaul.restore";
+/// The key under which it says how far that is.
+const NOTE_KEY: &str = "backhaul.restored";
+
 /// An image to restore onto.
 ///
-/// One that is not there yet is written under another name beside it, and gets its name when it is whole.
+/// One that is not there yet is written under another name beside it, and gets its name when it is whole. What an attempt
+/// that died has left of it is gone on with by the next one: all that was written there is of the same backup.
 #[derive(Debug)]
 pub struct RbdTarget {
     pool: Pool,
@@ -415,12 +423,15 @@ pub struct RbdTarget {
     runtime: Handle,
     /// The name of an image that was not there before.
     new: Option<String>,
+    /// What the attempt before noted.
+    note: Option<String>,
 }
 
 impl RbdTarget {
     /// Opens an image to hold `bytes`, or makes one of that size. Fails, and changes nothing, when it is smaller, or
-    /// when anybody else has it open to write. Blocks; needs a runtime around it.
-    pub fn open(clusters: &Clusters, location: &RbdImage, bytes: u64) -> Result<Self, Error> {
+    /// when anybody else has it open to write. `restore` names the job and the backup: a new image that an attempt of the
+    /// same restore has left is taken away from it. Blocks; needs a runtime around it.
+    pub fn open(clusters: &Clusters, location: &RbdImage, bytes: u64, restore: &str) -> Result<Self, Error> {
         if location.snapshot.is_some() {
             return Err(Error::NotAVolume { path: location.to_string() });
         }
@@ -429,7 +440,11 @@ impl RbdTarget {
         let found = pool.open_image(name, None, Mode::Write);
         let (image, before, new) = match found {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                (Self::create(pool, name, bytes)?, Before::Zeros, Some(name.to_owned()))
+                let image = match Self::take_over(pool, name, bytes, restore)? {
+                    Some(begun) => begun,
+                    None => Self::create(pool, name, bytes, restore)?,
+                };
+                (image, Before::Zeros, Some(name.to_owned()))
             }
             image => {
                 let image = image?;
@@ -450,11 +465,27 @@ impl RbdTarget {
             }
         };
         let bytes = image.bytes()?;
+        let note = if new.is_some() { image.metadata(NOTE_KEY)? } else { None };
         let image = Mutex::new(Some(Arc::new(image)));
-        Ok(Self { pool: pool.clone(), image, bytes, before, runtime: Handle::current(), new })
+        Ok(Self { pool: pool.clone(), image, bytes, before, runtime: Handle::current(), new, note })
     }
 
-    fn create(pool: &Pool, name: &str, bytes: u64) -> Result<Image, Error> {
+    /// Opens the new image that an attempt of the same restore has left, and has the cluster refuse all that this one, if
+    /// it still lives, writes.
+    fn take_over(pool: &Pool, name: &str, bytes: u64, restore: &str) -> Result<Option<Image>, Error> {
+        let image = match pool.open_image(&partial(name), None, Mode::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            image => image?,
+        };
+        if image.metadata(RESTORE_KEY)?.as_deref() != Some(restore) || image.bytes()? != bytes {
+            return Ok(None);
+        }
+        image.break_lock()?;
+        image.lock().map_err(|error| in_use(&image, error))?;
+        Ok(Some(image))
+    }
+
+    fn create(pool: &Pool, name: &str, bytes: u64, restore: &str) -> Result<Image, Error> {
         let hidden = partial(name);
         // One that is there is left of a restore that was killed, or belongs to one that runs: that one has it open.
         match pool.remove_image(&hidden) {
@@ -466,7 +497,24 @@ impl RbdTarget {
         pool.create_image(&hidden, &NewImage { bytes, features: Features::USUAL, stripes: None })?;
         let image = pool.open_image(&hidden, None, Mode::Write)?;
         image.lock().map_err(|error| in_use(&image, error))?;
+        image.set_metadata(RESTORE_KEY, restore)?;
         Ok(image)
+    }
+
+    /// What the attempt before this one noted last.
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    /// Makes what was written durable, and notes with a new image how far its restore is. One that was there before may
+    /// be written by others between two attempts, so nothing is noted of it. Blocks.
+    pub fn keep_note(&self, note: &str) -> io::Result<()> {
+        if self.new.is_none() {
+            return Ok(());
+        }
+        let image = self.image()?;
+        self.runtime.block_on(image.flush()).map_err(ceph::Error::into_io)?;
+        image.set_metadata(NOTE_KEY, note).map_err(ceph::Error::into_io)
     }
 
     /// Its size.
@@ -534,7 +582,14 @@ impl VolumeTarget for RbdTarget {
     }
 
     fn finish(&self) -> io::Result<()> {
-        self.runtime.block_on(self.image()?.flush()).map_err(ceph::Error::into_io)?;
+        let image = self.image()?;
+        self.runtime.block_on(image.flush()).map_err(ceph::Error::into_io)?;
+        if self.new.is_some() {
+            for key in [NOTE_KEY, RESTORE_KEY] {
+                image.remove_metadata(key).map_err(ceph::Error::into_io)?;
+            }
+        }
+        drop(image);
         self.close();
         let Some(name) = &self.new else { return Ok(()) };
         self.pool.rename_image(&partial(name), name).map_err(ceph::Error::into_io)

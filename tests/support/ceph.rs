@@ -196,6 +196,11 @@ impl Image<'_> {
         info["id"].as_str().unwrap().into()
     }
 
+    /// The name of its RADOS object of that number.
+    pub(crate) fn object(&self, number: u64) -> String {
+        format!("rbd_data.{}.{number:016x}", self.id())
+    }
+
     /// Has Ceph let each client that opens it from now on read and write so many bytes a second.
     pub(crate) fn slow_down(&self, bytes_per_second: u64) {
         let limit = bytes_per_second.to_string();
@@ -223,6 +228,28 @@ impl Image<'_> {
     /// Makes a snapshot of it.
     pub(crate) fn snapshot(&self, name: &str) {
         self.ceph.rbd(&["snap", "create", "--no-progress", &format!("{}@{name}", self.spec)]);
+    }
+
+    /// Makes a clone of a snapshot, which need not be protected for that.
+    pub(crate) fn clone_of(&self, snapshot: &str) -> Self {
+        let spec = format!("volumes/clone-{}", Uuid::new_v4());
+        let snapshot = format!("{}@{snapshot}", self.spec);
+        self.ceph.rbd(&["clone", "--rbd-default-clone-format", "2", &snapshot, &spec]);
+        Image { ceph: self.ceph, spec }
+    }
+
+    /// Leaves a snapshot as Ceph does when its removal is broken off: in the trash, though nobody needs it.
+    pub(crate) fn half_remove_snapshot(&self, snapshot: &str) {
+        let clone = self.clone_of(snapshot);
+        self.ceph.rbd(&["snap", "rm", "--no-progress", &format!("{}@{snapshot}", self.spec)]);
+        // The last of its clones would take it along, if nobody had the lock.
+        self.ceph.rbd(&["lock", "add", &self.spec, "test"]);
+        self.ceph.rbd(&["rm", "--no-progress", clone.spec()]);
+        let lock = self.ceph.rbd(&["lock", "ls", "--format", "json", &self.spec]);
+        let lock: serde_json::Value = serde_json::from_str(&lock).unwrap();
+        self.ceph.rbd(&["lock", "rm", &self.spec, "test", lock[0]["locker"].as_str().unwrap()]);
+        let left = self.ceph.rbd(&["snap", "ls", "--all", &self.spec]);
+        assert!(left.contains(&format!("trash ({snapshot})")), "{left}");
     }
 
     /// All its bytes as they are now.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::Arc;
+use std::thread;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tracing::info;
@@ -15,7 +16,7 @@ use super::transfer::{From, Task, To, Transfer};
 use super::{Rbd, digest, is_differential, names, open, snapshot_of};
 use crate::ceph::{Extent, Features, Image, Mode, NewImage, Pool};
 use crate::engine::Catalog;
-use crate::engine::cpu::blocking;
+use crate::engine::cpu::{Lost, blocking};
 use crate::engine::error::Error;
 use crate::engine::source::Source;
 use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record, RecordState};
@@ -68,6 +69,9 @@ struct Plan {
     differential: bool,
     volume_bytes: u64,
 }
+
+/// A volume to read, and the same as an image if it is one.
+type Frozen = (Arc<dyn VolumeSource>, Option<Arc<RbdSource>>);
 
 #[derive(Clone)]
 struct ParentSnapshot {
@@ -149,26 +153,33 @@ impl Rbd {
             }
             _ => None,
         };
-        let (volume, snapshot): (Arc<dyn VolumeSource>, Option<Arc<RbdSource>>) = match source {
-            Source::File(file) => (file, None),
-            Source::Rbd(origin) => {
-                let opened = Arc::new(origin.freeze(record.source.as_ref())?);
-                (opened.clone(), Some(opened))
-            }
+        let freeze = || -> Result<Frozen, Error> {
+            Ok(match source {
+                Source::File(file) => (file, None),
+                Source::Rbd(origin) => {
+                    let opened = Arc::new(origin.freeze(record.source.as_ref())?);
+                    (opened.clone(), Some(opened))
+                }
+            })
+        };
+        let begun = parent.is_some() || record.checkpoint.is_some();
+        let ((volume, snapshot), image) = match begun {
+            false => (freeze()?, None),
+            // A snapshot is mostly waiting for the monitors.
+            true => thread::scope(|scope| {
+                let image = scope.spawn(|| self.begun_image(&pool, record));
+                let frozen = freeze();
+                Ok::<_, Error>((frozen?, Some(image.join().map_err(|_| Lost)??)))
+            })?,
         };
         let volume_bytes = volume.bytes();
         let from = match &snapshot {
             Some(snapshot) => From::Image(snapshot.image().clone()),
             None => From::Volume(volume.clone()),
         };
-        let image = match (&parent, record.checkpoint) {
-            (None, None) => self.new_image(&pool, record, volume_bytes)?,
-            (_, checkpoint) => {
-                let image = pool.open_image(&names::image(record), None, Mode::Write)?;
-                if checkpoint.is_some() {
-                    shut_out(&image, record)?;
-                }
-                self.lock(&image, record)?;
+        let image = match image {
+            None => self.new_image(&pool, record, volume_bytes)?,
+            Some(image) => {
                 // The attempt before may have come as far as this, and died before it could say so.
                 if let Some(snapshot) = snapshot_of(&image, record)? {
                     image.remove_snapshot(&snapshot.name)?;
@@ -191,6 +202,16 @@ impl Rbd {
             differential,
             volume_bytes,
         })
+    }
+
+    /// Opens the image of the parent, or of the attempt before, to write.
+    fn begun_image(&self, pool: &Pool, record: &Record) -> Result<Image, Error> {
+        let image = pool.open_image(&names::image(record), None, Mode::Write)?;
+        if record.checkpoint.is_some() {
+            shut_out(&image, record)?;
+        }
+        self.lock(&image, record)?;
+        Ok(image)
     }
 
     fn new_image(&self, pool: &Pool, record: &Record, bytes: u64) -> Result<Image, Error> {

@@ -5,18 +5,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::stream::{self, TryStreamExt};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::digests::{self, DigestReader, block};
-use super::pieces::{Piece, pieces};
+use super::pieces::{BLOCK_BYTES, Piece, pieces};
 use super::transfer::{From, Task, To, Transfer, zero};
 use super::{Rbd, names, open, snapshot_of};
 use crate::ceph::{Extent, Image, Pool};
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
-use crate::job::{Context, Record, Sample};
+use crate::job::{Checkpoint, Context, Record, Sample};
 use crate::volume::rbd::{WINDOW_BYTES, existing, still_there};
-use crate::volume::{Before, VolumeTarget};
+use crate::volume::{Before, RbdTarget, VolumeTarget};
 
 impl Rbd {
     /// Reads the whole backup, the first of `chain`, or a sample of its pieces, and writes it to the target, where there is
@@ -58,27 +58,42 @@ impl Rbd {
             name: image.path().into(),
             digester: self.digester.clone(),
         };
-        let (ctx_of_state, pieces) = (ctx.clone(), VecDeque::new());
-        let state = Reading {
-            ctx: ctx_of_state,
+        let begin = match &to {
+            To::Rbd(target) => resumed(ctx, target, volume_bytes),
+            _ => 0,
+        };
+        let mut state = Reading {
+            ctx: ctx.clone(),
             image: image.clone(),
             reader,
             before,
             volume_bytes,
-            at: 0,
-            pieces,
+            at: begin,
+            pieces: VecDeque::new(),
             sample,
             index: 0,
         };
+        // What is restored already is not checked again.
+        while !state.reader.take_below(block(begin)).await?.is_empty() {}
         let tasks = stream::try_unfold(state, |mut state| async move {
             Ok::<_, Error>(state.next().await?.map(|task| (task, state)))
         });
         let mut moved = std::pin::pin!(transfer.run(tasks));
         let read: Result<(), Error> = async {
+            let mut unsaved_bytes = 0;
             while let Some(piece) = moved.try_next().await? {
                 ctx.check()?;
                 ctx.progress.add(&piece.counts);
                 ctx.progress.done(piece.counts.bytes_read + piece.counts.bytes_hole);
+                unsaved_bytes += piece.counts.bytes_read;
+                if let To::Rbd(target) = &to
+                    && unsaved_bytes >= self.settings.checkpoint_bytes
+                {
+                    let end = (piece.first_block + piece.blocks.len() as u64) * BLOCK_BYTES;
+                    let counts = ctx.progress.read().counts;
+                    keep_checkpoint(target, Checkpoint { bytes_done: end.min(volume_bytes), counts }).await?;
+                    unsaved_bytes = 0;
+                }
             }
             Ok(())
         }
@@ -188,6 +203,27 @@ impl Reading {
         }
         Ok(self.pieces.pop_front())
     }
+}
+
+/// Where a restore goes on that an attempt before this one has begun.
+fn resumed(ctx: &Context, target: &RbdTarget, volume_bytes: u64) -> u64 {
+    let checkpoint = target.note().and_then(|note| serde_json::from_str::<Checkpoint>(note).ok());
+    let Some(Checkpoint { bytes_done, counts }) = checkpoint.filter(|it| it.bytes_done <= volume_bytes)
+    else {
+        return 0;
+    };
+    info!(bytes = bytes_done, "going on where an attempt before this one stopped");
+    ctx.progress.add(&counts);
+    ctx.progress.done(bytes_done);
+    bytes_done
+}
+
+/// Notes with the target how far its restore is.
+async fn keep_checkpoint(target: &Arc<RbdTarget>, checkpoint: Checkpoint) -> Result<(), Error> {
+    let (target, offset) = (target.clone(), checkpoint.bytes_done);
+    let failed = |source| Error::WriteVolume { offset, source };
+    let note = serde_json::to_string(&checkpoint).map_err(|error| failed(error.into()))?;
+    blocking(move || target.keep_note(&note)).await?.map_err(failed)
 }
 
 /// The data of a window, and the holes between.

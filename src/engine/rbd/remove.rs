@@ -6,8 +6,8 @@ use tracing::warn;
 
 use super::backup::{WRITER_KEY, shut_out};
 use super::digests;
-use super::{Rbd, backups_on, is_made_by, names, snapshot_of};
-use crate::ceph::{Mode, Pool, while_busy};
+use super::{Rbd, backups_on, is_made_by, names};
+use crate::ceph::{Image, Mode, Pool, while_busy};
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::job::{Context, Record, RecordState};
@@ -48,10 +48,7 @@ impl Rbd {
     fn remove_attempt_from_image(&self, record: &Record) -> Result<(), Error> {
         let pool = self.pool(&self.connect()?, record)?;
         let name = names::image(record);
-        let image = match pool.open_image(&name, None, Mode::Write) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            image => image?,
-        };
+        let Some(image) = open_to_remove(&pool, &name, record)? else { return Ok(()) };
         match image.metadata(WRITER_KEY)? {
             Some(writer) if writer != record.writer => return Ok(()),
             // It may still be writing.
@@ -72,7 +69,7 @@ impl Rbd {
         if image.metadata(WRITER_KEY)?.is_some_and(|writer| writer != record.writer) {
             return Ok(());
         }
-        while_busy(|| image.remove_snapshot(&names::snapshot(record)))?;
+        image.remove_snapshots(|found| found.name == names::snapshot(record))?;
         let unused = is_made_by(&name, record) && image.snapshots()?.is_empty();
         drop(image);
         if unused {
@@ -112,23 +109,15 @@ impl Rbd {
 
     fn remove_from_backup_image(&self, pool: &Pool, record: &Record, shared: bool) -> Result<(), Error> {
         let name = names::image(record);
-        let image = match pool.open_image(&name, None, Mode::Write) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            image => image?,
-        };
+        let Some(image) = open_to_remove(pool, &name, record)? else { return Ok(()) };
         if matches!(record.state, RecordState::Creating(_)) {
             shut_out(&image, record)?;
         }
-        let snapshot = snapshot_of(&image, record)?;
-        if let Some(snapshot) = &snapshot {
-            while_busy(|| image.remove_snapshot(&snapshot.name))?;
-        }
-        let left = image.snapshots()?;
+        image.remove_snapshots(|found| names::backup_of(&found.name) == Some(record.backup_id))?;
+        let (left, held) = (image.snapshots()?, image.trashed_snapshots()?);
         // An image goes with its last backup. One that another backup made is only ours to remove when that backup has
-        // no record any more, and ours was in it. What Cinder copied as a whole has no snapshot, and may be in an image
-        // of another name.
-        let taken_in = record.job_id.is_none() && record.image_id == Some(image.id()?);
-        let ours = is_made_by(&name, record) || taken_in || (snapshot.is_some() && !shared);
+        // no record any more, and ours was in it; so it is with one that Cinder made.
+        let ours = is_made_by(&name, record) || record.image_id == Some(image.id()?);
         drop(image);
         if !ours || !left.is_empty() || shared {
             if left.is_empty() || !backups_on(&left).is_empty() {
@@ -137,9 +126,26 @@ impl Rbd {
             warn!(image = name, "the image stays: it has snapshots that are of no backup");
             return Ok(());
         }
+        if !held.is_empty() {
+            return Err(Error::ImageInUse { image: format!("{}/{name}", pool.name()) });
+        }
         while_busy(|| pool.remove_image(&name)).map(drop).map_err(|error| match error.kind() {
             ErrorKind::ResourceBusy => Error::ImageInUse { image: format!("{}/{name}", pool.name()) },
             _ => error.into(),
         })
+    }
+}
+
+/// Opens the image that has a backup, if it is there.
+fn open_to_remove(pool: &Pool, name: &str, record: &Record) -> Result<Option<Image>, Error> {
+    match pool.open_image(name, None, Mode::Write) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            // A removal that was broken off may have left the name, which nobody could give to an image again.
+            if is_made_by(name, record) {
+                pool.remove_image(name)?;
+            }
+            Ok(None)
+        }
+        image => Ok(Some(image?)),
     }
 }

@@ -21,6 +21,8 @@ use crate::volume::{Before, RbdTarget, VolumeSource, VolumeTarget};
 const PIECES_MAX: usize = 64;
 /// Bytes that are under way at once.
 const IN_FLIGHT_BYTES_MAX: usize = 64 << 20;
+/// What has no more data than one part in so many is written without the rest of it, for which others may wait.
+const SPARSE_PARTS_MIN: u64 = 16;
 /// librbd takes less than 4 GiB in one request.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
@@ -104,13 +106,12 @@ impl Transfer {
             let (digester, range) = (self.digester.clone(), piece.range.clone());
             let blocks = self.cpu.run(move || blocks_of_zeros(&digester, range)).await?;
             self.check(first_block, &blocks, expected.as_deref(), complete)?;
-            let runs = [Run { range: piece.range.clone(), zero: true }];
-            self.write(&runs, &Bytes::new(), piece.range.start, &stale).await?;
+            self.write(vec![(piece.range, None)], &stale).await?;
             let counts = Counts { bytes_hole: length, ..Counts::default() };
             return Ok(Moved { first_block, blocks, counts });
         }
         // In this order everywhere, so that nobody waits for ever.
-        let _mine = in_flight.reserve(length as usize).await;
+        let in_flight = in_flight.reserve(length as usize).await;
         let memory = self.memory.reserve(length as usize).await;
         let bytes = memory.hold(self.read(&piece.range).await?);
         let (digester, wanted, start) = (self.digester.clone(), piece.wanted, piece.range.start);
@@ -121,16 +122,25 @@ impl Transfer {
         });
         let (blocks, runs, bytes) = analysed.await?;
         self.check(first_block, &blocks, expected.as_deref(), complete)?;
-        self.write(&runs, &bytes, start, &stale).await?;
-
-        let sum = |zero| {
+        let sum = |zero| -> u64 {
             runs.iter().filter(|run| run.zero == zero).map(|run| run.range.end - run.range.start).sum()
         };
-        let mut counts = Counts { bytes_read: length, bytes_zero: sum(true), ..Counts::default() };
+        let (zero_bytes, data_bytes) = (sum(true), sum(false));
+        let sparse = data_bytes * SPARSE_PARTS_MIN <= length;
+        let data = |run: &Run| {
+            let data = bytes.slice((run.range.start - start) as usize..(run.range.end - start) as usize);
+            if sparse { Bytes::copy_from_slice(&data) } else { data }
+        };
+        let parts = runs.iter().map(|run| (run.range.clone(), (!run.zero).then(|| data(run)))).collect();
+        drop(bytes);
+        let _in_flight = (!sparse).then_some(in_flight);
+        self.write(parts, &stale).await?;
+
+        let mut counts = Counts { bytes_read: length, bytes_zero: zero_bytes, ..Counts::default() };
         match self.to {
-            To::Image(_) => counts.bytes_stored = sum(false),
+            To::Image(_) => counts.bytes_stored = data_bytes,
             To::Rbd(_) | To::Volume(_) => {
-                (counts.bytes_stored, counts.bytes_written) = (length, sum(false));
+                (counts.bytes_stored, counts.bytes_written) = (length, data_bytes);
             }
             To::Nowhere => counts.bytes_stored = length,
         }
@@ -184,27 +194,23 @@ impl Transfer {
         Ok(())
     }
 
+    /// Writes parts of a piece, in order; those without bytes are zeros.
     async fn write(
         &self,
-        runs: &[Run],
-        bytes: &Bytes,
-        start: u64,
+        parts: Vec<(Range<u64>, Option<Bytes>)>,
         stale: &[Range<u64>],
     ) -> Result<(), Error> {
-        let slice =
-            |run: &Run| bytes.slice((run.range.start - start) as usize..(run.range.end - start) as usize);
         let image = match &self.to {
             To::Nowhere => return Ok(()),
             To::Image(image) => image.clone(),
-            To::Rbd(target) => {
-                target.image().map_err(|source| Error::WriteVolume { offset: start, source })?
-            }
+            To::Rbd(target) => target.image().map_err(|source| {
+                let offset = parts.first().map_or(0, |(range, _)| range.start);
+                Error::WriteVolume { offset, source }
+            })?,
             To::Volume(volume) => {
                 let volume = volume.clone();
-                let writes: Vec<(Range<u64>, Option<Bytes>)> =
-                    runs.iter().map(|run| (run.range.clone(), (!run.zero).then(|| slice(run)))).collect();
                 return blocking(move || {
-                    for (range, bytes) in writes {
+                    for (range, bytes) in parts {
                         let written = match (bytes, volume.before()) {
                             (Some(bytes), _) => volume.write_at(&bytes, range.start),
                             (None, Before::Zeros) => Ok(()),
@@ -219,14 +225,20 @@ impl Transfer {
         };
         let failed =
             |offset| move |error: ceph::Error| Error::WriteVolume { offset, source: error.into_io() };
-        let data = runs.iter().filter(|run| !run.zero).map(|run| {
-            image.write(run.range.start, slice(run)).map(move |r| r.map_err(failed(run.range.start))).boxed()
-        });
-        let zeros =
-            runs.iter().filter(|run| run.zero).flat_map(|run| overlaps(&run.range, stale)).map(|range| {
-                zero(&image, range.clone()).map(move |r| r.map_err(failed(range.start))).boxed()
-            });
-        future::try_join_all(data.chain(zeros)).await.map(drop)
+        let mut writes = Vec::new();
+        for (range, bytes) in parts {
+            match bytes {
+                Some(bytes) => {
+                    let written = image.write(range.start, bytes);
+                    writes.push(written.map(move |r| r.map_err(failed(range.start))).boxed());
+                }
+                None => writes.extend(overlaps(&range, stale).into_iter().map(|range| {
+                    let start = range.start;
+                    zero(&image, range).map(move |r| r.map_err(failed(start))).boxed()
+                })),
+            }
+        }
+        future::try_join_all(writes).await.map(drop)
     }
 }
 
