@@ -126,7 +126,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
 #[case::rbd_setting_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__STRIPE_COUNT", "4")], &["store.local.stripe_count (environment variable BACKHAUL_STORE__LOCAL__STRIPE_COUNT): it is unknown to a store of kind \"posix\""])]
 #[case::no_seconds("[ceph.main]\noperation_seconds_max = 0", &[], &["ceph.main.operation_seconds_max (FILE): found 0; write a whole number from 1 to 3600"])]
-#[case::memory(&format!("{STORE}[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (default), 52428800", "at least 205520896", "at most 16777216"])]
+#[case::memory(&format!("{STORE}object_bytes = 52428800\n[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (FILE), 52428800", "at least 205520896", "at most 16777216"])]
 #[case::memory_by_object(&format!("{STORE}object_bytes = 1073741824"), &[], &["worker.memory_bytes_max (default): ", "store.local.object_bytes (FILE)"])]
 #[case::two_defaults("[store.a]\nkind=\"posix\"\npath=\"/a\"\ndefault=true\n[store.b]\nkind=\"posix\"\npath=\"/b\"\ndefault=true", &[], &["store.b.default (FILE): store.a is the default already"])]
 #[case::value_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__OBJECT_BYTES", "7")], &["store.local.object_bytes (environment variable BACKHAUL_STORE__LOCAL__OBJECT_BYTES): found 7;"])]
@@ -290,7 +290,7 @@ fn what_is_not_set_has_its_default() {
         other => panic!("{other:?}"),
     };
     assert_eq!(chunking.compression, Compression::Zstd);
-    assert_eq!((chunking.object_bytes, chunking.sha_block_bytes), (52_428_800, 32_768));
+    assert_eq!((chunking.object_bytes, chunking.sha_block_bytes), (16_777_216, 32_768));
     assert_eq!((chunking.unchanged_check_per_mille, chunking.source_snapshots_max), (1, 1));
 }
 

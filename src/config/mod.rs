@@ -898,7 +898,7 @@ fn memory_bytes_max() -> u64 {
 }
 
 fn object_bytes() -> u64 {
-    52_428_800
+    16_777_216
 }
 
 fn sha_block_bytes() -> u64 {
