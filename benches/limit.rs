@@ -13,7 +13,7 @@ use backhaul::engine::chunked::Compression;
 use backhaul::engine::chunked::digest::{BlockDigester, md5};
 
 /// The default size of an object and of a block.
-const OBJECT_BYTES: usize = 50 << 20;
+const OBJECT_BYTES: usize = 16 << 20;
 const BLOCK_BYTES: usize = 32 << 10;
 
 fn main() {

@@ -9,7 +9,7 @@ repository=$PWD
 export LC_ALL=C
 unset "${!BACKHAUL_@}" "${!RESTIC_@}" "${!BORG_@}" CEPH_ARGS CEPH_CONF
 mib=1048576
-object_bytes=52428800
+cinders_object_bytes=52428800 # its default
 die() { echo "bench-peers.sh: $*" >&2; exit 1; }
 
 gib=2
@@ -328,7 +328,7 @@ over_s3() {
   secret=${url#http://*:} secret=${secret%%@*}
   endpoint=http://${url##*@}
   header "Over S3, to Ceph's gateway on the same machine; medians of $runs runs"
-  s3_stores $object_bytes
+  s3_stores $cinders_object_bytes
   for ((run = 0; run < runs; run++)); do
     our_backup --store s3
     cinder_backup "$work/volume.img"
@@ -350,7 +350,7 @@ over_s3() {
 make_volume
 mkdir cinder-store
 start_cinder cinder.backup.drivers.posix.PosixBackupDriver backup_posix_path="$work/cinder-store" \
-  backup_file_size=$object_bytes
+  backup_file_size=$cinders_object_bytes
 header "A volume of $gib GiB, full of real files, on the posix store; medians of $runs runs"
 for algorithm in zlib none zstd; do full_and_restore $algorithm; done
 disk_line=$(disk)
@@ -363,5 +363,5 @@ over_s3
 printf '\nOn %s cores. "x" is how many times quicker Backhaul is, "of limit" its share of what all cores can do with the same\n' \
   "$(nproc)"
 echo 'digests and compression on data in memory, "memory" the peak of the process. Cinder is its driver alone, in a process'
-echo 'that runs already, with objects of the same size; restic encrypts besides.'
+echo 'that runs already; each has objects of its own default size, over S3 those of Cinder. restic encrypts besides.'
 cp figures.tsv "$target/bench-peers.tsv" # for dev/draw-figures.py
