@@ -631,6 +631,11 @@ async fn a_sample_reads_a_part_and_still_sees_what_is_missing() {
     let verified = engine.catalog().verified(record.backup_id).await.unwrap().unwrap();
     assert_eq!(verified.sample_percent.map(|sample| sample.percent()), Some(10));
     assert_eq!(run(&engine, &sample(100)).await.unwrap().counts.object_count, 400);
+    verify(&engine, record.backup_id).await.unwrap();
+    let whole = engine.catalog().verified(record.backup_id).await.unwrap();
+    run(&engine, &sample(10)).await.unwrap();
+    let kept = engine.catalog().verified(record.backup_id).await.unwrap();
+    assert!(kept == whole && kept.unwrap().sample_percent.is_none(), "a sample took the place of the whole");
 
     // Ten objects of 400 are harmed in a way that only reading tells; samples find them sooner or later.
     for number in (1..=10).map(|n| n * 37) {

@@ -308,19 +308,19 @@ async fn a_job_that_ends_its_workers_is_begun_so_often_and_no_more() {
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
     let attempts =
         |redelivery_count| Attempts { redelivery_count, max: 3, seconds_max: 60, ..Attempts::one() };
-    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(21)).await else {
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(101)).await else {
         panic!("it ends")
     };
     let Outcome::Failed(problem) = &completion.outcome else { panic!("{:?}", completion.outcome) };
-    assert!(problem.message.contains("21 times"), "{problem}");
+    assert!(problem.message.contains("101 times"), "{problem}");
     assert_eq!(sink.told(), ["accepted", "ended"]);
 
     let scene = Scene::new(Parent::None);
     let engine = scene.bench.engine(SETTINGS);
-    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(20)).await else {
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(100)).await else {
         panic!("it ends")
     };
-    assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 21));
+    assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 101));
 }
 
 #[tokio::test]

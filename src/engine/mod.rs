@@ -465,8 +465,12 @@ impl Engine {
         if !faults.found.is_empty() {
             return Err(self.damaged(&chain, faults).await);
         }
-        let verified = Verified { at: Timestamp::now(), sample_percent: work.sample };
-        self.catalog.keep_verified(work.backup_id, &verified).await?;
+        // A sample proves less than what is kept of the whole.
+        let kept = self.catalog.verified(work.backup_id).await?;
+        if work.sample.is_none() || kept.is_none_or(|kept| kept.sample_percent.is_some()) {
+            let verified = Verified { at: Timestamp::now(), sample_percent: work.sample };
+            self.catalog.keep_verified(work.backup_id, &verified).await?;
+        }
         Ok(read_receipt(ctx, &chain[0], digest.filter(|_| work.sample.is_none())))
     }
 

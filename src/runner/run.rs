@@ -12,8 +12,10 @@ use crate::error::{Causes, Class, Problem};
 use crate::event;
 use crate::job::{Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome};
 
-/// How often a job is begun again whose worker ended before it did; one that ends its workers must not do so for ever.
-const REDELIVERIES_MAX: u32 = 20;
+/// How often a job is handed out again whose worker ended before it did; one that ends its workers must not do so for ever.
+/// A worker that is gone may be counted several times: RabbitMQ closes its channels one after the other, and hands the job
+/// out to those that are left.
+const REDELIVERIES_MAX: u32 = 100;
 /// How often a running job looks into the store whether somebody asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_secs(5);
 /// Attempts that are told of; of more the first one and the latest.
@@ -120,8 +122,8 @@ pub async fn run(
         if attempts.redelivery_count > REDELIVERIES_MAX {
             let count = attempts.redelivery_count;
             let message = format!(
-                "{count} times a worker began the job and ended before the job did: look into the logs for what ends \
-                 them, such as too little memory, then bring the job back"
+                "{count} times the job was handed to a worker that ended before the job did: look into the logs for what \
+                 ends them, such as too little memory, then bring the job back"
             );
             break Outcome::Failed(Problem { class: Class::Permanent, message, causes: Vec::new() });
         }
