@@ -990,10 +990,11 @@ async fn a_cancelled_restore_leaves_nothing_new_and_can_be_done_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn progress_grows_and_ends_with_the_whole_volume() {
     let bench = Bench::new();
-    let volume_bytes = 48 * MIB + 512;
+    // More than is read side by side several times over, which may all be there at the same moment.
+    let volume_bytes = 176 * MIB + 512;
     let (volume_id, volume) = bench.volume(volume_bytes);
     let source = location("main", volume.spec());
-    volume.write(&[(0, &noise(1, 12 << 20)), (30 * MIB, &noise(2, 4 << 20))]);
+    volume.write(&[(0, &noise(1, 128 << 20)), (150 * MIB, &noise(2, 4 << 20))]);
     let full = backup_job_of(volume_id, source.clone(), Parent::None);
     let incremental = backup_job_of(volume_id, source, Parent::Latest);
     let target = location("main", &format!("volumes/restored-{}", full.backup_id()));
@@ -1001,9 +1002,9 @@ async fn progress_grows_and_ends_with_the_whole_volume() {
     let check = job(Work::Verify(incremental.backup_id().into()));
 
     for job in [&full, &incremental, &restore, &check] {
-        volume.slow_down(8 * MIB);
+        volume.slow_down(64 * MIB);
         if matches!(job.work, Work::Restore(_)) {
-            bench.main.existing(&base(&bench.record(full.backup_id()).await)).slow_down(8 * MIB);
+            bench.main.existing(&base(&bench.record(full.backup_id()).await)).slow_down(64 * MIB);
         }
         let (ctx, sink) = (Context::default(), Recorder::default());
         let ended = bench.end_in(&ctx, job, 1, &sink).await;
@@ -1028,7 +1029,7 @@ async fn progress_grows_and_ends_with_the_whole_volume() {
             "{counts:?}"
         );
         volume.hurry();
-        volume.write(&[(MIB, &noise(3, 12 << 20))]);
+        volume.write(&[(MIB, &noise(3, 128 << 20))]);
     }
     bench.main.rbd(&["rm", "--no-progress", &format!("volumes/restored-{}", full.backup_id())]);
 }
