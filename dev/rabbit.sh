@@ -10,6 +10,9 @@ set -euo pipefail
 # Not the wrappers in PATH, which change the user and read /etc/rabbitmq.
 bin=${RABBITMQ_BIN:-/usr/lib/rabbitmq/bin}
 
+# shellcheck source=dev/ports.sh
+. "$(dirname "$(realpath "$0")")/ports.sh"
+
 die() {
     echo "rabbit.sh: $*" >&2
     exit 1
@@ -32,21 +35,6 @@ set_environment() {
     export RABBITMQ_ENABLED_PLUGINS_FILE=$dir/enabled_plugins
     # Few threads that do not spin: tests run several nodes beside their own work.
     export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1} +S 2:2 +A 8 +sbwt none +sbwtdcpu none +sbwtdio none'
-}
-
-listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
-# Prints the first of three neighbouring ports that are free, below the range that the kernel hands out itself.
-free_ports() {
-    local port
-    for _ in {1..50}; do
-        port=$((20000 + RANDOM % 12000))
-        if ! listens "$port" && ! listens $((port + 1)) && ! listens $((port + 2)); then
-            echo "$port"
-            return
-        fi
-    done
-    die "found no free ports"
 }
 
 # An old pid file may name a process that is not ours.
@@ -116,7 +104,7 @@ up() {
     local port
     # Somebody may take a port between our look and the start.
     for _ in 1 2 3; do
-        port=$(free_ports)
+        port=$(free_ports 3)
         if start "$port" "$@"; then
             echo "amqp://guest:guest@127.0.0.1:$port/%2f" | tee "$dir/url"
             return

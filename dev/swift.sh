@@ -14,24 +14,12 @@ servers=(memcached account container object keystone proxy hasty proxy-keystone)
 # Files hold keys.
 umask 077
 
+# shellcheck source=dev/ports.sh
+. "$(dirname "$(realpath "$0")")/ports.sh"
+
 die() {
     echo "swift.sh: $*" >&2
     exit 1
-}
-
-listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
-# Prints a port that is free, below the range that the kernel hands out itself.
-free_port() {
-    local port
-    for _ in {1..50}; do
-        port=$((20000 + RANDOM % 12000))
-        if ! listens "$port"; then
-            echo "$port"
-            return
-        fi
-    done
-    die "found no free port"
 }
 
 # An old pid file may name a process that is not ours; ours have the path of their configuration on their command line.
@@ -246,7 +234,7 @@ up() {
     down
     rm -rf "$dir"/{devices,log,keystone-keys} "$dir"/{*.conf,*.gz,keystone.sqlite,url,hasty,keystone,application,application-id}
     mkdir -p "$dir/devices/one" "$dir/log"
-    for server in "${servers[@]}"; do port[$server]=$(free_port); done
+    for server in "${servers[@]}"; do port[$server]=$(free_ports 1); done
     key=$(uuid) fernet=$(head -c 32 /dev/urandom | base64 | tr +/ -_)
     write_configuration
     touch "$dir/memcached.conf"
