@@ -508,11 +508,12 @@ impl Worker {
             max: self.attempts_max,
             seconds_max: self.attempt_seconds_max,
             earlier: delivery.properties.story.as_deref().map(message::parse_attempts).unwrap_or_default(),
-            redelivery_count: delivery.properties.redelivery_count,
+            redelivered: delivery.redelivered || delivery.properties.parked,
             revival_count: delivery.properties.revival_count,
         };
+        let (redelivered, may_have_restarted) = (attempts.redelivered, attempts.may_have_restarted());
         // Somebody was handed the message before, and may still be at it.
-        if (delivery.redelivered || delivery.properties.parked) && self.runs_elsewhere(job.id).await {
+        if redelivered && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
             let adopted =
                 self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
@@ -541,6 +542,8 @@ impl Worker {
             Ended::Later(problem) => message::encode_attempts(attempts.and_this(problem)),
             _ => String::new(),
         };
+        // Whoever else was handed the job may still be at it, and is to find at its end that it is over.
+        let is_alone = adopted.is_empty() && !redelivered;
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {
@@ -556,11 +559,14 @@ impl Worker {
         match ended {
             Ended::Over(completion) => {
                 if let Ok(engine) = &engine {
-                    let kept = match &settled {
-                        Ok(()) => engine.catalog().settle(job.id).await,
-                        // It comes again, here or elsewhere, and is not to be told once more.
-                        Err(_) => engine.catalog().keep_told(&completion).await,
+                    let mut kept = match &settled {
+                        Ok(()) if is_alone => engine.catalog().settle(job.id).await,
+                        // It may come again, here or elsewhere, and is not to be told once more.
+                        _ => engine.catalog().keep_told(&completion).await,
                     };
+                    if kept.is_ok() && may_have_restarted {
+                        kept = engine.catalog().forget_restarts(job.id).await;
+                    }
                     if let Err(error) = kept {
                         warn!(error = %Causes(&error), "the outcome of the job in the store is not what it should be");
                     }

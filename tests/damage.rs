@@ -22,7 +22,8 @@ use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 
 use support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, job, object_at, paths_of, restore, run, verify,
+    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, job, object_at, overwrite, paths_of, restore, run,
+    verify,
 };
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume, junk};
@@ -511,7 +512,7 @@ async fn a_backup_that_is_not_whole_cannot_be_used(#[case] state: RecordState, #
     let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
     let mut record = shelf.newest().record.clone();
     record.state = state;
-    shelf.engine.catalog().save(&record).await.unwrap();
+    overwrite(&shelf.engine, &record).await;
     let source = shelf.bench.volumes().join("volume");
     let id = record.backup_id;
 
