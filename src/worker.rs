@@ -28,7 +28,7 @@ use crate::config::{self, Chunking, Config, ConfigError, MEMORY_BYTES_BASE, Stor
 use crate::engine::chunked::{self, Budget, Chunked, Naming};
 #[cfg(feature = "ceph")]
 use crate::engine::rbd::{self, Rbd};
-use crate::engine::{Cpu, Engine, Volumes};
+use crate::engine::{Cpu, Engine, KEPT, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
 use crate::job::{Command, Context, Job, JobId, Outcome, StoreName};
@@ -43,6 +43,8 @@ use crate::volume::class_of;
 
 /// How long another worker may take to say that it runs a job.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
+/// How often a worker removes what is kept of jobs for longer than it is of use.
+const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
 
@@ -368,11 +370,16 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     let mut running = JoinSet::new();
     info!(jobs_max = config.worker.jobs_max, stores = config.stores.len(), "worker started");
 
+    let mut sweeps = tokio::time::interval(SWEEP_EVERY);
     loop {
         tokio::select! {
             Some(delivery) = deliveries.next() => {
                 let worker = worker.clone();
                 running.spawn(async move { worker.handle(delivery).await });
+            }
+            _ = sweeps.tick() => {
+                let worker = worker.clone();
+                running.spawn(async move { worker.sweep().await });
             }
             Some(notice) = control.next() => worker.take_control(&notice.body),
             Some(delivery) = cancels.next() => {
@@ -542,12 +549,10 @@ impl Worker {
             Ended::Later(problem) => message::encode_attempts(attempts.and_this(problem)),
             _ => String::new(),
         };
-        // Whoever else was handed the job may still be at it, and is to find at its end that it is over.
-        let is_alone = adopted.is_empty() && !redelivered;
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {
-                Ended::Over(completion) => match &completion.outcome {
+                Ended::Over(completion) | Ended::Before(completion) => match &completion.outcome {
                     // For people to look at, and to bring back when they have mended what was wrong.
                     Outcome::Failed(problem) => delivery.dead_letter(&format!("failed: {problem}")).await,
                     Outcome::Succeeded | Outcome::Cancelled => delivery.ack().await,
@@ -556,13 +561,14 @@ impl Worker {
                 Ended::Untold(_) => delivery.requeue().await,
             };
         }
+        // It may come again, or whoever was handed it before may still be at it: then it is not to be told once more.
+        let is_last = settled.is_ok() && (!redelivered || matches!(ended, Ended::Before(_)));
         match ended {
-            Ended::Over(completion) => {
+            Ended::Over(completion) | Ended::Before(completion) => {
                 if let Ok(engine) = &engine {
-                    let mut kept = match &settled {
-                        Ok(()) if is_alone => engine.catalog().settle(job.id).await,
-                        // It may come again, here or elsewhere, and is not to be told once more.
-                        _ => engine.catalog().keep_told(&completion).await,
+                    let mut kept = match is_last {
+                        true => engine.catalog().settle(job.id).await,
+                        false => engine.catalog().keep_told(&completion).await,
                     };
                     if kept.is_ok() && may_have_restarted {
                         kept = engine.catalog().forget_restarts(job.id).await;
@@ -633,6 +639,17 @@ impl Worker {
             let Ok(engine) = self.stores.engine(Some(name)).await else { continue };
             if let Err(error) = engine.catalog().forget_cancel(id).await {
                 warn!(store = %name, error = %Causes(&error), "that a job was cancelled stays in the store");
+            }
+        }
+    }
+
+    /// Removes from every store what is kept of jobs that nobody asks for any more.
+    async fn sweep(&self) {
+        for name in self.stores.names() {
+            // One that is away is swept when it is back.
+            let Ok(engine) = self.stores.engine(Some(name)).await else { continue };
+            if let Err(error) = engine.catalog().sweep(Timestamp::now() - KEPT).await {
+                warn!(store = %name, error = %Causes(&error), "what is kept of old jobs could not be removed");
             }
         }
     }

@@ -8,12 +8,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul::engine::Engine;
 use backhaul::engine::chunked::{Compression, Settings};
+use backhaul::engine::{Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
-use backhaul::job::{Context, Event, Happening, Job, Mode, Outcome, Parent, RecordState, VolumeId, Work};
+use backhaul::job::{
+    Completion, Context, Event, Happening, Job, JobId, Mode, Outcome, Parent, RecordState, VolumeId, Work,
+};
 use backhaul::runner::{self, Attempts, Ended, Report};
+use jiff::Timestamp;
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
@@ -195,7 +198,9 @@ async fn the_last_try_of_a_job_that_another_worker_took_over_leaves_it_to_that_o
                 assert_eq!((problem.class, sink.ends()), (Class::Transient, 0), "{told}: {problem}");
             }
             // It had not begun yet, and found the job done; or it had done it, and the other one found that.
-            Ended::Over(completion) => assert_eq!(completion.outcome, Outcome::Succeeded, "{told}"),
+            Ended::Over(completion) | Ended::Before(completion) => {
+                assert_eq!(completion.outcome, Outcome::Succeeded, "{told}")
+            }
             Ended::Untold(error) => panic!("{told}: {error}"),
         }
         let Ended::Over(completion) = other_ended else { panic!("{told}: {other_ended:?}") };
@@ -231,7 +236,7 @@ async fn two_workers_with_the_same_job_do_not_say_two_things() {
         let Ended::Over(other) = other_ended else { panic!("{told}: {other_ended:?}") };
         assert_eq!(other.outcome, Outcome::Succeeded, "{told}");
         match ended {
-            Ended::Over(completion) => {
+            Ended::Over(completion) | Ended::Before(completion) => {
                 over += 1;
                 assert_eq!(completion.outcome, Outcome::Succeeded, "{told}");
             }
@@ -405,11 +410,38 @@ async fn a_job_that_ends_its_workers_is_begun_so_often_and_no_more() {
     assert!(problem.message.contains("21 times"), "{problem}");
     assert_eq!(sink.told().len(), told.len() + 2, "accepted and ended");
     engine.catalog().settle(scene.job.id).await.unwrap();
+    engine.catalog().sweep(Timestamp::now()).await.unwrap();
+    assert!(scene.bench.everything([]).await.iter().all(|object| !object.contains("restarts")));
+    begin_and_die(&again).await;
 
     // Brought back it begins anew, though the count of before is still there.
     let revived = Attempts { revival_count: 1, ..again };
     let Ended::Over(completion) = scene.run_as(&engine, &sink, &revived).await else { panic!("it ends") };
     assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 2));
+}
+
+#[tokio::test]
+async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    let catalog = engine.catalog();
+    assert!(matches!(scene.run(&engine, &sink, 1, 1).await, Ended::Over(_)));
+    let Some(untold) = catalog.outcome(scene.job.id).await.unwrap() else { panic!("it is kept") };
+    let told = Completion { job_id: JobId::random(), ..untold.completion };
+    catalog.keep_told(&told).await.unwrap();
+    catalog.cancel(told.job_id).await.unwrap();
+    catalog.restarts(told.job_id, 0, true).await.unwrap();
+    let all = scene.bench.everything([]).await;
+
+    catalog.sweep(Timestamp::now() - KEPT).await.unwrap();
+    assert_eq!(scene.bench.everything([]).await, all, "all of it is new");
+    catalog.sweep(Timestamp::now()).await.unwrap();
+
+    let gone = [told.job_id; 3].into_iter().zip(["outcomes", "cancels", "restarts"]);
+    let gone: Vec<_> = gone.map(|(id, folder)| format!(".backhaul/{folder}/{id}.json")).collect();
+    let left: Vec<_> = all.into_iter().filter(|object| !gone.contains(object)).collect();
+    assert_eq!(scene.bench.everything([]).await.into_iter().collect::<Vec<_>>(), left);
+    assert!(left.iter().any(|object| object.contains("outcomes")), "{left:?}");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -26,6 +26,9 @@ const RECORDS_AT_ONCE_MAX: usize = 16;
 const UPDATES_MAX: u32 = 20;
 /// The version of what is written here.
 const FORMAT: u32 = 1;
+
+/// For how long is kept what is of use only as long as the messages of a job may still lie in a queue.
+pub const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 
 /// The records of one store.
 #[derive(Debug, Clone)]
@@ -45,6 +48,8 @@ pub struct Listing {
 /// How a job ended, as it is kept until its message is gone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct KeptOutcome {
+    /// When that was written down.
+    pub at: Timestamp,
     /// That it ended so is known to have been told.
     pub told: bool,
     /// How it ended.
@@ -61,6 +66,7 @@ impl KeptOutcome {
 /// How often a job was begun by one worker after another.
 #[derive(Serialize, Deserialize)]
 struct Restarts {
+    at: Timestamp,
     revival_count: u32,
     count: u32,
 }
@@ -240,7 +246,7 @@ impl Catalog {
     /// decides. The last step of a delete is here, because the record must not go before it is known that its delete succeeded.
     pub async fn conclude(&self, completion: &Completion) -> Result<KeptOutcome, Error> {
         let name = outcome_name(completion.job_id)?;
-        let own = KeptOutcome { told: false, completion: completion.clone() };
+        let own = KeptOutcome { at: Timestamp::now(), told: false, completion: completion.clone() };
         let sealed = seal(&name, &own)?;
         let mut kept = own;
         match self.store.put(&name, sealed.clone()).await {
@@ -262,7 +268,7 @@ impl Catalog {
     /// Keeps how a job ended that has been told, because it comes once more.
     pub async fn keep_told(&self, completion: &Completion) -> Result<(), Error> {
         let name = outcome_name(completion.job_id)?;
-        let kept = KeptOutcome { told: true, completion: completion.clone() };
+        let kept = KeptOutcome { at: Timestamp::now(), told: true, completion: completion.clone() };
         Ok(self.store.replace(&name, seal(&name, &kept)?).await?)
     }
 
@@ -280,7 +286,8 @@ impl Catalog {
         let before = before.filter(|before| before.revival_count >= revival_count);
         let count = before.map_or(0, |before| before.count).saturating_add(again.into());
         if again {
-            self.store.replace(&name, seal(&name, &Restarts { revival_count, count })?).await?;
+            let restarts = Restarts { at: Timestamp::now(), revival_count, count };
+            self.store.replace(&name, seal(&name, &restarts)?).await?;
         }
         Ok(count)
     }
@@ -304,6 +311,32 @@ impl Catalog {
     /// Forgets that somebody asked for the end of a job, because it has ended.
     pub async fn forget_cancel(&self, id: JobId) -> Result<(), Error> {
         self.forget(&cancel_name(id)?).await
+    }
+
+    /// Forgets what was kept of jobs before this time and nobody will ask for any more: ends that were told, cancels of jobs
+    /// that never came, and how often jobs were begun that nobody brought to an end. An end that was not told stays.
+    pub async fn sweep(&self, before: Timestamp) -> Result<(), Error> {
+        self.sweep_folder("outcomes", |kept: &KeptOutcome| kept.told && kept.at < before).await?;
+        self.sweep_folder("cancels", |at: &Timestamp| *at < before).await?;
+        self.sweep_folder("restarts", |restarts: &Restarts| restarts.at < before).await
+    }
+
+    async fn sweep_folder<T: DeserializeOwned>(
+        &self,
+        folder: &'static str,
+        is_old: impl Fn(&T) -> bool,
+    ) -> Result<(), Error> {
+        let folder = Folder::own(folder);
+        for listed in self.store.list(&folder, "").await? {
+            let name = folder.object(&listed.name)?;
+            match self.read(&name).await {
+                Ok(Some(kept)) if is_old(&kept) => self.forget(&name).await?,
+                // It is for whoever asks for it to say what is wrong with it.
+                Ok(_) | Err(Error::DamagedRecord { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     async fn forget(&self, name: &ObjectName) -> Result<(), Error> {

@@ -12,7 +12,7 @@ pub mod rbd;
 mod source;
 mod volumes;
 
-pub use catalog::{Catalog, KeptOutcome, Listing, Updated, describe};
+pub use catalog::{Catalog, KEPT, KeptOutcome, Listing, Updated, describe};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use source::Source;

@@ -74,6 +74,8 @@ impl Attempts {
 pub enum Ended {
     /// The job is over, and that has been told.
     Over(Box<Completion>),
+    /// The job was over before, and another worker has told that.
+    Before(Box<Completion>),
     /// It failed of something that may pass; it is to be tried again later.
     Later(Problem),
     /// It is over, but that could not be told. Run again, the job only tells it.
@@ -82,7 +84,7 @@ pub enum Ended {
 
 /// Runs a job by the first method that can do it. Tells every `progress_every` how far it is.
 ///
-/// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
+/// When this returns [`Ended::Over`] or [`Ended::Before`], data and record are safe and the completion event is with the broker: the
 /// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle).
 pub async fn run(
     ctx: &Context,
@@ -284,7 +286,7 @@ async fn completion(engine: &Engine, job: &Job, outcome: Outcome, account: Accou
 /// Tells how a job ended, unless that is known to have been told.
 async fn tell_kept(report: &Report<'_>, kept: KeptOutcome) -> Ended {
     match kept.told {
-        true => Ended::Over(Box::new(kept.completion)),
+        true => Ended::Before(Box::new(kept.completion)),
         false => tell(report, kept.completion).await,
     }
 }
