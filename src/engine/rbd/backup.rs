@@ -19,7 +19,7 @@ use crate::engine::cpu::{Lost, blocking};
 use crate::engine::error::Error;
 use crate::engine::source::Source;
 use crate::engine::{Catalog, Updated};
-use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record, RecordState};
+use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{RbdSource, VolumeSource};
 

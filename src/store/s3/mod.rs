@@ -256,7 +256,8 @@ impl ObjectStore for S3 {
         if there != was {
             return Ok(false);
         }
-        match self.put_whole(object, bytes, Some((IF_MATCH.as_str(), etag))).await {
+        // Ceph's gateway takes quotes for a part of it where it writes, and all others do without.
+        match self.put_whole(object, bytes, Some((IF_MATCH.as_str(), etag.trim_matches('"')))).await {
             Err(error) if matches!(error.reason(), Reason::Exists | Reason::Missing) => Ok(false),
             written => written.map(|()| true),
         }
