@@ -678,14 +678,14 @@ async fn a_store_that_is_completely_full_can_be_made_room_in() {
     let faulty = Faulty::counting(shelf.bench.store());
     let counting = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
     delete(&counting, last.id()).await.unwrap();
-    let mark = 1 + faulty.names().iter().position(|call| call.starts_with("replace")).unwrap();
+    let mark = 1 + faulty.names().iter().position(|call| call.starts_with("swap")).unwrap();
 
     // There is a record less to look at now.
     let faulty = Faulty::new(shelf.bench.store(), mark - 1, Fault::Refused(Errno::NOSPC));
     let engine = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
     let first = &shelf.other[0];
     delete(&engine, first.id()).await.unwrap();
-    assert!(faulty.broke_at().starts_with("replace .backhaul/records"), "{}", faulty.broke_at());
+    assert!(faulty.broke_at().starts_with("swap .backhaul/records"), "{}", faulty.broke_at());
     assert_eq!(engine.catalog().record(first.id()).await.unwrap(), None);
     shelf.all_whole(&shelf.chain, "after the delete").await;
 }
