@@ -28,7 +28,7 @@ use crate::config::{self, Chunking, Config, ConfigError, MEMORY_BYTES_BASE, Stor
 use crate::engine::chunked::{self, Budget, Chunked, Naming};
 #[cfg(feature = "ceph")]
 use crate::engine::rbd::{self, Rbd};
-use crate::engine::{Cpu, Engine, Volumes};
+use crate::engine::{Cpu, Engine, KEPT, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
 use crate::job::{Command, Context, Job, JobId, Outcome, StoreName};
@@ -43,6 +43,8 @@ use crate::volume::class_of;
 
 /// How long another worker may take to say that it runs a job.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
+/// How often a worker removes what is kept of jobs for longer than it is of use.
+const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
 
@@ -368,11 +370,16 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     let mut running = JoinSet::new();
     info!(jobs_max = config.worker.jobs_max, stores = config.stores.len(), "worker started");
 
+    let mut sweeps = tokio::time::interval(SWEEP_EVERY);
     loop {
         tokio::select! {
             Some(delivery) = deliveries.next() => {
                 let worker = worker.clone();
                 running.spawn(async move { worker.handle(delivery).await });
+            }
+            _ = sweeps.tick() => {
+                let worker = worker.clone();
+                running.spawn(async move { worker.sweep().await });
             }
             Some(notice) = control.next() => worker.take_control(&notice.body),
             Some(delivery) = cancels.next() => {
@@ -508,11 +515,12 @@ impl Worker {
             max: self.attempts_max,
             seconds_max: self.attempt_seconds_max,
             earlier: delivery.properties.story.as_deref().map(message::parse_attempts).unwrap_or_default(),
-            redelivery_count: delivery.properties.redelivery_count,
+            redelivered: delivery.redelivered || delivery.properties.parked,
             revival_count: delivery.properties.revival_count,
         };
+        let (redelivered, may_have_restarted) = (attempts.redelivered, attempts.may_have_restarted());
         // Somebody was handed the message before, and may still be at it.
-        if (delivery.redelivered || delivery.properties.parked) && self.runs_elsewhere(job.id).await {
+        if redelivered && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
             let adopted =
                 self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
@@ -544,7 +552,7 @@ impl Worker {
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {
-                Ended::Over(completion) => match &completion.outcome {
+                Ended::Over(completion) | Ended::Before(completion) => match &completion.outcome {
                     // For people to look at, and to bring back when they have mended what was wrong.
                     Outcome::Failed(problem) => delivery.dead_letter(&format!("failed: {problem}")).await,
                     Outcome::Succeeded | Outcome::Cancelled => delivery.ack().await,
@@ -553,14 +561,18 @@ impl Worker {
                 Ended::Untold(_) => delivery.requeue().await,
             };
         }
+        // It may come again, or whoever was handed it before may still be at it: then it is not to be told once more.
+        let is_last = settled.is_ok() && (!redelivered || matches!(ended, Ended::Before(_)));
         match ended {
-            Ended::Over(completion) => {
+            Ended::Over(completion) | Ended::Before(completion) => {
                 if let Ok(engine) = &engine {
-                    let kept = match &settled {
-                        Ok(()) => engine.catalog().settle(job.id).await,
-                        // It comes again, here or elsewhere, and is not to be told once more.
-                        Err(_) => engine.catalog().keep_told(&completion).await,
+                    let mut kept = match is_last {
+                        true => engine.catalog().settle(job.id).await,
+                        false => engine.catalog().keep_told(&completion).await,
                     };
+                    if kept.is_ok() && may_have_restarted {
+                        kept = engine.catalog().forget_restarts(job.id).await;
+                    }
                     if let Err(error) = kept {
                         warn!(error = %Causes(&error), "the outcome of the job in the store is not what it should be");
                     }
@@ -627,6 +639,17 @@ impl Worker {
             let Ok(engine) = self.stores.engine(Some(name)).await else { continue };
             if let Err(error) = engine.catalog().forget_cancel(id).await {
                 warn!(store = %name, error = %Causes(&error), "that a job was cancelled stays in the store");
+            }
+        }
+    }
+
+    /// Removes from every store what is kept of jobs that nobody asks for any more.
+    async fn sweep(&self) {
+        for name in self.stores.names() {
+            // One that is away is swept when it is back.
+            let Ok(engine) = self.stores.engine(Some(name)).await else { continue };
+            if let Err(error) = engine.catalog().sweep(Timestamp::now() - KEPT).await {
+                warn!(store = %name, error = %Causes(&error), "what is kept of old jobs could not be removed");
             }
         }
     }

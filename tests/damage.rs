@@ -22,7 +22,8 @@ use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 
 use support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, job, object_at, paths_of, restore, run, verify,
+    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, job, object_at, overwrite, paths_of, restore, run,
+    verify,
 };
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume, junk};
@@ -511,7 +512,7 @@ async fn a_backup_that_is_not_whole_cannot_be_used(#[case] state: RecordState, #
     let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
     let mut record = shelf.newest().record.clone();
     record.state = state;
-    shelf.engine.catalog().save(&record).await.unwrap();
+    overwrite(&shelf.engine, &record).await;
     let source = shelf.bench.volumes().join("volume");
     let id = record.backup_id;
 
@@ -677,14 +678,14 @@ async fn a_store_that_is_completely_full_can_be_made_room_in() {
     let faulty = Faulty::counting(shelf.bench.store());
     let counting = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
     delete(&counting, last.id()).await.unwrap();
-    let mark = 1 + faulty.names().iter().position(|call| call.starts_with("replace")).unwrap();
+    let mark = 1 + faulty.names().iter().position(|call| call.starts_with("swap")).unwrap();
 
     // There is a record less to look at now.
     let faulty = Faulty::new(shelf.bench.store(), mark - 1, Fault::Refused(Errno::NOSPC));
     let engine = shelf.bench.engine_on(Arc::new(faulty.clone()), settings(Compression::Zstd), MEMORY_BYTES);
     let first = &shelf.other[0];
     delete(&engine, first.id()).await.unwrap();
-    assert!(faulty.broke_at().starts_with("replace .backhaul/records"), "{}", faulty.broke_at());
+    assert!(faulty.broke_at().starts_with("swap .backhaul/records"), "{}", faulty.broke_at());
     assert_eq!(engine.catalog().record(first.id()).await.unwrap(), None);
     shelf.all_whole(&shelf.chain, "after the delete").await;
 }

@@ -28,7 +28,7 @@ use backhaul::volume::FileRoots;
 use rstest::rstest;
 use support::ceph::{Ceph, Image};
 use support::device::BlockDevice;
-use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, verify};
+use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -1349,7 +1349,7 @@ async fn a_backup_that_is_removed_while_it_is_restored_is_an_error() {
     let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
     // As one of Cinder's, without digests, which would tell.
     let record = Record { object_digests: Vec::new(), digest: None, ..full.clone() };
-    bench.engine.catalog().save(&record).await.unwrap();
+    overwrite(&bench.engine, &record).await;
     let target = bench.folder.path().join("target");
     let work =
         RestoreWork { backup_id: full.backup_id, target: Location::File(target.clone()), volume_id: None };

@@ -28,7 +28,7 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use support::ceph::{Ceph, Image};
-use support::engine::{COMPRESSIONS, MEMORY_BYTES, backup_job_of, delete, job, verify};
+use support::engine::{COMPRESSIONS, MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
 use support::faulty::{Fault, Faulty};
 use support::volume::{hashes, list_digest, noise, segments};
 
@@ -418,7 +418,7 @@ async fn a_diff_that_leaves_something_out_is_found_out_and_the_backup_is_a_full_
         let source = lying.source.as_mut().unwrap();
         (source.image.snapshot, source.snapshot_id) = (Some("later".into()), Some(id));
         let engine = bench.engine(settings);
-        engine.catalog().save(&lying).await.unwrap();
+        overwrite(&engine, &lying).await;
         volume.write(&[(MIB, 10_000, 3)]);
 
         let job = volume.job(Parent::Latest);
@@ -485,7 +485,7 @@ async fn a_volume_keeps_no_more_snapshots_than_it_may_and_only_those_of_its_back
     run(&elsewhere, &other).await.unwrap();
     let making = bench.backup(SETTINGS, &volume, Parent::None).await.unwrap();
     let state = RecordState::Creating(backhaul::job::JobId::random());
-    bench.engine(SETTINGS).catalog().save(&Record { state, ..making.clone() }).await.unwrap();
+    overwrite(&bench.engine(SETTINGS), &Record { state, ..making.clone() }).await;
     let mut kept = BTreeSet::from([other.backup_id(), making.backup_id]);
     assert_eq!(volume.backups(), kept);
 

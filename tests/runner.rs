@@ -8,16 +8,19 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul::engine::Engine;
 use backhaul::engine::chunked::{Compression, Settings};
+use backhaul::engine::{Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
-use backhaul::job::{Context, Event, Happening, Job, Mode, Outcome, Parent, RecordState, VolumeId};
+use backhaul::job::{
+    Completion, Context, Event, Happening, Job, JobId, Mode, Outcome, Parent, RecordState, VolumeId, Work,
+};
 use backhaul::runner::{self, Attempts, Ended, Report};
+use jiff::Timestamp;
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, verify};
+use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, job, verify};
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume};
 
@@ -100,6 +103,15 @@ impl Scene {
         runner::run(&Context::default(), engine, &self.job, attempts, NEVER, &report).await
     }
 
+    /// The number of the call after which the job has been told to be begun.
+    async fn calls_to_begin(&self, attempts: &Attempts) -> usize {
+        let scene = Self::new(Parent::None);
+        let (faulty, engine) = scene.faulty(usize::MAX);
+        scene.run_as(&engine, &Recorder::default(), attempts).await;
+        let is_first_of_backup = |name: &String| name.contains("records/");
+        faulty.names().iter().position(is_first_of_backup).unwrap() + 1
+    }
+
     /// The calls of a run that nothing happens to.
     async fn calls(&self) -> usize {
         let scene = Self::new(Parent::None);
@@ -180,18 +192,15 @@ async fn the_last_try_of_a_job_that_another_worker_took_over_leaves_it_to_that_o
         };
         let (ended, other_ended) = tokio::join!(scene.run(&engine, &sink, 2, 2), other);
         let told = faulty.broke_at();
-        // From here on it looks no more whether it was taken over.
-        if told.starts_with("finish") && told.ends_with("_metadata") {
-            break;
-        }
-
         match ended {
             Ended::Later(problem) => {
                 left += 1;
                 assert_eq!((problem.class, sink.ends()), (Class::Transient, 0), "{told}: {problem}");
             }
-            // It had not begun yet, and found the job done.
-            Ended::Over(completion) => assert_eq!(completion.outcome, Outcome::Succeeded, "{told}"),
+            // It had not begun yet, and found the job done; or it had done it, and the other one found that.
+            Ended::Over(completion) | Ended::Before(completion) => {
+                assert_eq!(completion.outcome, Outcome::Succeeded, "{told}")
+            }
             Ended::Untold(error) => panic!("{told}: {error}"),
         }
         let Ended::Over(completion) = other_ended else { panic!("{told}: {other_ended:?}") };
@@ -199,6 +208,79 @@ async fn the_last_try_of_a_job_that_another_worker_took_over_leaves_it_to_that_o
         verify(&other_engine, scene.job.backup_id()).await.expect(&told);
     }
     assert!(left > 5, "only {left} of {calls}");
+}
+
+/// Two workers have the same job, and one of them is asked to end it when the other has done it.
+#[tokio::test]
+async fn two_workers_with_the_same_job_do_not_say_two_things() {
+    let calls = Scene::new(Parent::None).calls().await;
+    let mut over = 0;
+    for at in 1..=calls {
+        let scene = Scene::new(Parent::None);
+        let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+        let (sink, other_sink, ctx) = (Recorder::default(), Recorder::default(), Context::default());
+        let other_engine = scene.bench.engine(SETTINGS);
+        let other = async {
+            reached.notified().await;
+            let ended = scene.run(&other_engine, &other_sink, 1, 1).await;
+            ctx.cancel.cancel();
+            go_on.notify_one();
+            ended
+        };
+        let (report, attempts) = (Report::new(&sink, &scene.job), Attempts::one());
+        let first = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report);
+        let (ended, other_ended) = tokio::join!(first, other);
+        let told = faulty.broke_at();
+
+        let Ended::Over(other) = other_ended else { panic!("{told}: {other_ended:?}") };
+        assert_eq!(other.outcome, Outcome::Succeeded, "{told}");
+        match ended {
+            Ended::Over(completion) | Ended::Before(completion) => {
+                over += 1;
+                assert_eq!(completion.outcome, Outcome::Succeeded, "{told}");
+            }
+            Ended::Later(problem) => assert_eq!(problem.class, Class::Transient, "{told}: {problem}"),
+            Ended::Untold(error) => panic!("{told}: {error}"),
+        }
+        verify(&other_engine, scene.job.backup_id()).await.expect(&told);
+    }
+    assert!(over > 2, "only {over} of {calls}");
+}
+
+/// The second of two workers with the same delete finds no record any more.
+#[tokio::test]
+async fn a_delete_that_another_worker_has_done_meanwhile_has_succeeded() {
+    let made = async || {
+        let mut scene = Scene::new(Parent::None);
+        let ended = scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 1, 1).await;
+        assert!(matches!(ended, Ended::Over(_)), "{ended:?}");
+        scene.job = job(Work::Delete(scene.job.backup_id()));
+        scene
+    };
+    let scene = made().await;
+    let (counting, engine) = scene.faulty(usize::MAX);
+    assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    for at in 1..=counting.calls() {
+        let scene = made().await;
+        let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+        let (sink, other_sink) = (Recorder::default(), Recorder::default());
+        let other = async {
+            reached.notified().await;
+            let ended = scene.run(&scene.bench.engine(SETTINGS), &other_sink, 1, 1).await;
+            go_on.notify_one();
+            ended
+        };
+        let (ended, other_ended) = tokio::join!(scene.run(&engine, &sink, 1, 1), other);
+        let told = faulty.broke_at();
+        for ended in [ended, other_ended] {
+            let Ended::Over(completion) = ended else { panic!("{told}: {ended:?}") };
+            assert_eq!(completion.outcome, Outcome::Succeeded, "{told}");
+        }
+        let left = scene.bench.everything([]).await;
+        assert!(left.iter().all(|object| object.contains("outcomes")), "{told}: {left:?}");
+    }
 }
 
 #[tokio::test]
@@ -306,21 +388,60 @@ async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
 async fn a_job_that_ends_its_workers_is_begun_so_often_and_no_more() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
-    let attempts =
-        |redelivery_count| Attempts { redelivery_count, max: 3, seconds_max: 60, ..Attempts::one() };
-    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(101)).await else {
-        panic!("it ends")
+    let attempts = Attempts { max: 3, seconds_max: 60, ..Attempts::one() };
+    let again = Attempts { redelivered: true, ..attempts.clone() };
+    // Before it writes anything of the backup, so that each run costs little.
+    let begin_and_die = async |attempts: &Attempts| {
+        let (faulty, engine) = scene.faulty_by(scene.calls_to_begin(attempts).await, Fault::Death);
+        tokio::select! {
+            ended = scene.run_as(&engine, &sink, attempts) => panic!("{}: {ended:?}", faulty.broke_at()),
+            () = faulty.died() => {}
+        }
     };
-    let Outcome::Failed(problem) = &completion.outcome else { panic!("{:?}", completion.outcome) };
-    assert!(problem.message.contains("101 times"), "{problem}");
-    assert_eq!(sink.told(), ["accepted", "ended"]);
+    begin_and_die(&attempts).await;
+    for _ in 1..=20 {
+        begin_and_die(&again).await;
+    }
+    let told = sink.told();
+    assert_eq!(told.last().unwrap(), "started chunked full 21", "{told:?}");
 
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &again).await else { panic!("it ends") };
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{:?}", completion.outcome) };
+    assert!(problem.message.contains("21 times"), "{problem}");
+    assert_eq!(sink.told().len(), told.len() + 2, "accepted and ended");
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    engine.catalog().sweep(Timestamp::now()).await.unwrap();
+    assert!(scene.bench.everything([]).await.iter().all(|object| !object.contains("restarts")));
+    begin_and_die(&again).await;
+
+    // Brought back it begins anew, though the count of before is still there.
+    let revived = Attempts { revival_count: 1, ..again };
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &revived).await else { panic!("it ends") };
+    assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 2));
+}
+
+#[tokio::test]
+async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() {
     let scene = Scene::new(Parent::None);
-    let engine = scene.bench.engine(SETTINGS);
-    let Ended::Over(completion) = scene.run_as(&engine, &sink, &attempts(100)).await else {
-        panic!("it ends")
-    };
-    assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 101));
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    let catalog = engine.catalog();
+    assert!(matches!(scene.run(&engine, &sink, 1, 1).await, Ended::Over(_)));
+    let Some(untold) = catalog.outcome(scene.job.id).await.unwrap() else { panic!("it is kept") };
+    let told = Completion { job_id: JobId::random(), ..untold.completion };
+    catalog.keep_told(&told).await.unwrap();
+    catalog.cancel(told.job_id).await.unwrap();
+    catalog.restarts(told.job_id, 0, true).await.unwrap();
+    let all = scene.bench.everything([]).await;
+
+    catalog.sweep(Timestamp::now() - KEPT).await.unwrap();
+    assert_eq!(scene.bench.everything([]).await, all, "all of it is new");
+    catalog.sweep(Timestamp::now()).await.unwrap();
+
+    let gone = [told.job_id; 3].into_iter().zip(["outcomes", "cancels", "restarts"]);
+    let gone: Vec<_> = gone.map(|(id, folder)| format!(".backhaul/{folder}/{id}.json")).collect();
+    let left: Vec<_> = all.into_iter().filter(|object| !gone.contains(object)).collect();
+    assert_eq!(scene.bench.everything([]).await.into_iter().collect::<Vec<_>>(), left);
+    assert!(left.iter().any(|object| object.contains("outcomes")), "{left:?}");
 }
 
 #[tokio::test]

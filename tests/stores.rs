@@ -236,6 +236,77 @@ async fn an_object_is_replaced_whole_whether_it_is_there_or_not(#[case] kind: Ki
 #[case::gcs(Kind::Gcs)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
+async fn an_object_is_swapped_only_for_what_it_was(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    let swap =
+        async |was: &Bytes, bytes: &Bytes| bench.store.swap(&name, was.clone(), bytes.clone()).await.unwrap();
+    let (first, second) = (junk(5000), junk(4 * MIB + 1));
+
+    assert!(!swap(&first, &second).await, "it is not there");
+    assert!(is_missing(bench.read(&name).await));
+
+    bench.store.put(&name, first.clone()).await.unwrap();
+    let mut other = first.to_vec();
+    other[4999] ^= 1;
+    let longer = [&first[..], b"x"].concat();
+    for was in [other.into(), longer.into(), first.slice(..4999), Bytes::new()] {
+        assert!(!swap(&was, &second).await, "{} bytes", was.len());
+        assert!(bench.read(&name).await.unwrap() == first);
+    }
+    assert!(swap(&first, &second).await);
+    assert!(bench.read(&name).await.unwrap() == second);
+    assert!(swap(&second, &Bytes::new()).await);
+    assert!(swap(&Bytes::new(), &first).await);
+    assert!(bench.read(&name).await.unwrap() == first);
+    assert_eq!(bench.list("").await, [("a".to_string(), 5000)]);
+    assert_eq!(bench.left().await, BTreeSet::new());
+    bench.clean().await;
+}
+
+/// Each adds one to a number again and again; a number that was written by two from the same one would be too small at the
+/// end.
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
+#[case::gcs(Kind::Gcs)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn of_several_that_swap_at_once_none_overwrites_another(#[case] kind: Kind) {
+    const WRITERS: usize = 4;
+    const EACH: usize = 10;
+    let bench = Bench::new(kind);
+    let name = bench.name("a");
+    bench.store.put(&name, Bytes::from_static(b"0")).await.unwrap();
+    let stores = vec![(bench.store.clone(), name.clone()); WRITERS];
+    side_by_side(stores.into_iter().map(|(store, name)| async move {
+        for _ in 0..EACH {
+            loop {
+                let pieces = store.get(&name).await.unwrap();
+                let was = pieces.collect(&name, MIB).await.unwrap();
+                let number: usize = str::from_utf8(&was).unwrap().parse().unwrap();
+                if store.swap(&name, was, (number + 1).to_string().into()).await.unwrap() {
+                    break;
+                }
+            }
+        }
+    }))
+    .await;
+    assert_eq!(bench.read(&name).await.unwrap(), (WRITERS * EACH).to_string());
+    assert_eq!(bench.left().await, BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
+#[case::swift(Kind::Swift)]
+#[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_reads_sees_an_object_as_it_was_or_as_it_is(#[case] kind: Kind) {
     let bench = Bench::new(kind);
     let name = bench.name("a");

@@ -112,17 +112,18 @@ async fn a_worker_that_is_killed_during_a_backup_leaves_the_job_to_another_one()
     let records: Value = serde_json::from_str(&stack.ok(&["list", "--json"])).unwrap();
     assert_eq!((records.as_array().unwrap().len(), &records[0]["state"]), (1, &json!("available")));
     let prefix = records[0]["service_metadata"].as_str().unwrap();
+    let outcome = format!(".backhaul/outcomes/{}.json", job_id.as_str().unwrap());
     let objects = stack.objects();
     assert!(
-        objects
-            .iter()
-            .all(|object| object.contains(prefix) || object.ends_with(&format!("records/{BACKUP}.json"))),
+        objects.iter().all(|object| object.contains(prefix)
+            || object.ends_with(&format!("records/{BACKUP}.json"))
+            || *object == outcome),
         "{objects:?}"
     );
     assert_eq!(
         objects.len(),
-        32 + 4,
-        "32 data objects, metadata, sha256 file, checksums, record: {objects:?}"
+        32 + 5,
+        "32 data objects, metadata, sha256 file, checksums, record, and the outcome for whoever is still at the job: {objects:?}"
     );
     let target = stack.location("restored.img");
     stack.ok(&["run", "restore", "--backup-id", BACKUP, "--target", &target]);

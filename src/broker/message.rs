@@ -8,8 +8,6 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use super::Error;
 
 const ATTEMPT: &str = "x-backhaul-attempt";
-/// Of quorum queues.
-const DELIVERY_COUNT: &str = "x-delivery-count";
 const REVIVAL: &str = "x-backhaul-revival";
 const STORY: &str = "x-backhaul-story";
 const REASON: &str = "x-backhaul-reason";
@@ -34,9 +32,6 @@ pub struct Properties {
     pub priority: Option<u8>,
     /// Counts the times that the message was put off with `retry_later`, from 1.
     pub attempt: u32,
-    /// Counts the times that somebody was handed the message since then and did not settle it, where the kind of queue
-    /// counts them.
-    pub redelivery_count: u32,
     /// What was told of those times, in words that are not ours.
     pub story: Option<String>,
     /// Counts the times that the message was brought back from the dead-letter queue.
@@ -54,7 +49,6 @@ impl Default for Properties {
             message_id: None,
             priority: None,
             attempt: 1,
-            redelivery_count: 0,
             story: None,
             revival_count: 0,
             parked: false,
@@ -72,7 +66,6 @@ pub(super) fn read(raw: &BasicProperties) -> Properties {
         message_id: text(raw.message_id()),
         priority: *raw.priority(),
         attempt: attempt(raw),
-        redelivery_count: count(raw, DELIVERY_COUNT).unwrap_or(0),
         story: header(raw, STORY),
         revival_count: count(raw, REVIVAL).unwrap_or(0),
         parked: count(raw, PARKED).is_some(),
@@ -187,7 +180,7 @@ fn copied<const N: usize>(raw: &BasicProperties, ours: [(&'static str, AMQPValue
     // What the broker added is its own to add again: x-death could make it see a loop and drop the message.
     // CC and BCC would send the copy to other queues, too.
     let foreign = |name: &str| {
-        matches!(name, "CC" | "BCC" | DELIVERY_COUNT | "x-acquired-count")
+        matches!(name, "CC" | "BCC" | "x-delivery-count" | "x-acquired-count")
             || ["x-death", "x-first-death-", "x-last-death-"].iter().any(|begin| name.starts_with(begin))
     };
     let mut headers = FieldTable::default();

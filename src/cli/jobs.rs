@@ -166,7 +166,7 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     };
     terminal.bar.end();
     let completion = match ended_as {
-        Ended::Over(completion) => completion,
+        Ended::Over(completion) | Ended::Before(completion) => completion,
         Ended::Later(problem) => return Err(Error::Problem(problem)),
         Ended::Untold(error) => return Err(error.into()),
     };

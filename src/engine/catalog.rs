@@ -3,11 +3,12 @@
 //! All lie in `.backhaul/`, where Cinder does not look. A record's text is kept with its SHA-256, so that a damaged
 //! one is never believed.
 
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -15,14 +16,19 @@ use serde_json::value::RawValue;
 use super::chunked::digest::sha256;
 use super::error::Error;
 use crate::job::{BackupId, Completion, JobId, Operation, Outcome, Record, RecordState, Verified, VolumeId};
-use crate::store::{Folder, ObjectName, ObjectStore, Reason};
+use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
 
 /// No record is larger: most of it is a volume's metadata in Cinder's fields.
 const RECORD_BYTES_MAX: usize = 4 << 20;
 /// How many records are read side by side: each takes as long as the store needs to answer.
 const RECORDS_AT_ONCE_MAX: usize = 16;
+/// How often a change is tried that somebody else was faster with.
+const UPDATES_MAX: u32 = 20;
 /// The version of what is written here.
 const FORMAT: u32 = 1;
+
+/// For how long is kept what is of use only as long as the messages of a job may still lie in a queue.
+pub const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 
 /// The records of one store.
 #[derive(Debug, Clone)]
@@ -42,10 +48,36 @@ pub struct Listing {
 /// How a job ended, as it is kept until its message is gone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct KeptOutcome {
+    /// When that was written down.
+    pub at: Timestamp,
     /// That it ended so is known to have been told.
     pub told: bool,
     /// How it ended.
     pub completion: Completion,
+}
+
+impl KeptOutcome {
+    /// Whether it says how a job ends that was brought back so often. One of before that says nothing of how it goes now.
+    pub fn counts(&self, revival_count: u32) -> bool {
+        self.completion.account.revival_count >= revival_count
+    }
+}
+
+/// How often a job was begun by one worker after another.
+#[derive(Serialize, Deserialize)]
+struct Restarts {
+    at: Timestamp,
+    revival_count: u32,
+    count: u32,
+}
+
+/// What became of a change of a record.
+#[derive(Debug)]
+pub enum Updated {
+    /// It is this now.
+    To(Record),
+    /// It is what it was, if there is one.
+    Not(Option<Record>),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -68,14 +100,7 @@ impl Catalog {
     }
 
     async fn record_at(&self, name: &ObjectName) -> Result<Option<Record>, Error> {
-        let record: Option<Record> = self.read(name).await?;
-        match record {
-            Some(record) if record_name(record.backup_id)? != *name => Err(Error::DamagedRecord {
-                object: name.to_string(),
-                why: format!("it is the record of {}", record.backup_id),
-            }),
-            record => Ok(record),
-        }
+        self.bytes(name).await?.map(|bytes| record_in(name, &bytes)).transpose()
     }
 
     /// The record of a backup that must be there and whole.
@@ -162,10 +187,24 @@ impl Catalog {
         }
     }
 
-    /// Writes a record over the one that is there.
-    pub async fn save(&self, record: &Record) -> Result<(), Error> {
-        let name = record_name(record.backup_id)?;
-        Ok(self.store.replace(&name, seal(&name, record)?).await?)
+    /// Changes the record of a backup to what `change` makes of it; if that is nothing, or there is no record, nothing is
+    /// changed. Nobody else writes in between: `change` is asked again with what they wrote.
+    pub async fn update(
+        &self,
+        id: BackupId,
+        change: impl Fn(&Record) -> Option<Record> + Send,
+    ) -> Result<Updated, Error> {
+        let name = record_name(id)?;
+        for _ in 0..UPDATES_MAX {
+            let Some(was) = self.bytes(&name).await? else { return Ok(Updated::Not(None)) };
+            let current = record_in(&name, &was)?;
+            let Some(changed) = change(&current) else { return Ok(Updated::Not(Some(current))) };
+            if self.store.swap(&name, was, seal(&name, &changed)?).await? {
+                return Ok(Updated::To(changed));
+            }
+        }
+        let error = io::Error::new(ErrorKind::ResourceBusy, "others change it all the time");
+        Err(store::Error::io("change", &name, error).into())
     }
 
     /// Removes a record, if it is there.
@@ -203,30 +242,59 @@ impl Catalog {
         self.read(&outcome_name(id)?).await
     }
 
-    /// Keeps how a job ended until that is told. The last step of a delete is here, because the record must not go
-    /// before it is known that its delete succeeded.
-    pub async fn conclude(&self, completion: &Completion) -> Result<(), Error> {
-        self.keep_outcome(completion, false).await?;
-        if completion.operation == Operation::Delete && completion.outcome == Outcome::Succeeded {
-            self.remove(completion.backup_id).await?;
+    /// Keeps how a job ended until that is told, and says how: it is the first of all workers that were handed the job who
+    /// decides. The last step of a delete is here, because the record must not go before it is known that its delete succeeded.
+    pub async fn conclude(&self, completion: &Completion) -> Result<KeptOutcome, Error> {
+        let name = outcome_name(completion.job_id)?;
+        let own = KeptOutcome { at: Timestamp::now(), told: false, completion: completion.clone() };
+        let sealed = seal(&name, &own)?;
+        let mut kept = own;
+        match self.store.put(&name, sealed.clone()).await {
+            Err(error) if matches!(error.reason(), Reason::Exists) => {
+                match self.outcome(completion.job_id).await? {
+                    Some(first) if first.counts(completion.account.revival_count) => kept = first,
+                    // It is from before the job was brought back, or has been settled just now.
+                    _ => self.store.replace(&name, sealed).await?,
+                }
+            }
+            written => written?,
         }
-        Ok(())
+        if kept.completion.operation == Operation::Delete && kept.completion.outcome == Outcome::Succeeded {
+            self.remove(kept.completion.backup_id).await?;
+        }
+        Ok(kept)
     }
 
     /// Keeps how a job ended that has been told, because it comes once more.
     pub async fn keep_told(&self, completion: &Completion) -> Result<(), Error> {
-        self.keep_outcome(completion, true).await
-    }
-
-    async fn keep_outcome(&self, completion: &Completion, told: bool) -> Result<(), Error> {
         let name = outcome_name(completion.job_id)?;
-        let kept = KeptOutcome { told, completion: completion.clone() };
+        let kept = KeptOutcome { at: Timestamp::now(), told: true, completion: completion.clone() };
         Ok(self.store.replace(&name, seal(&name, &kept)?).await?)
     }
 
     /// Forgets how a job ended, because it has been told and does not come again.
     pub async fn settle(&self, id: JobId) -> Result<(), Error> {
         self.forget(&outcome_name(id)?).await
+    }
+
+    /// How often the job was begun after a worker had ended, or was cut off, before the job did; `again` if that is so once
+    /// more.
+    pub async fn restarts(&self, id: JobId, revival_count: u32, again: bool) -> Result<u32, Error> {
+        let name = restarts_name(id)?;
+        let before: Option<Restarts> = self.read(&name).await?;
+        // Those of before the job was brought back do not count.
+        let before = before.filter(|before| before.revival_count >= revival_count);
+        let count = before.map_or(0, |before| before.count).saturating_add(again.into());
+        if again {
+            let restarts = Restarts { at: Timestamp::now(), revival_count, count };
+            self.store.replace(&name, seal(&name, &restarts)?).await?;
+        }
+        Ok(count)
+    }
+
+    /// Forgets how often a job was begun, because it has ended.
+    pub async fn forget_restarts(&self, id: JobId) -> Result<(), Error> {
+        self.forget(&restarts_name(id)?).await
     }
 
     /// Keeps that somebody asked for the end of a job, for whenever it is taken up.
@@ -245,6 +313,32 @@ impl Catalog {
         self.forget(&cancel_name(id)?).await
     }
 
+    /// Forgets what was kept of jobs before this time and nobody will ask for any more: ends that were told, cancels of jobs
+    /// that never came, and how often jobs were begun that nobody brought to an end. An end that was not told stays.
+    pub async fn sweep(&self, before: Timestamp) -> Result<(), Error> {
+        self.sweep_folder("outcomes", |kept: &KeptOutcome| kept.told && kept.at < before).await?;
+        self.sweep_folder("cancels", |at: &Timestamp| *at < before).await?;
+        self.sweep_folder("restarts", |restarts: &Restarts| restarts.at < before).await
+    }
+
+    async fn sweep_folder<T: DeserializeOwned>(
+        &self,
+        folder: &'static str,
+        is_old: impl Fn(&T) -> bool,
+    ) -> Result<(), Error> {
+        let folder = Folder::own(folder);
+        for listed in self.store.list(&folder, "").await? {
+            let name = folder.object(&listed.name)?;
+            match self.read(&name).await {
+                Ok(Some(kept)) if is_old(&kept) => self.forget(&name).await?,
+                // It is for whoever asks for it to say what is wrong with it.
+                Ok(_) | Err(Error::DamagedRecord { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     async fn forget(&self, name: &ObjectName) -> Result<(), Error> {
         self.store.delete(name).await?;
         // What a worker left that was killed while it wrote it.
@@ -252,21 +346,14 @@ impl Catalog {
     }
 
     async fn read<T: DeserializeOwned>(&self, name: &ObjectName) -> Result<Option<T>, Error> {
-        let pieces = match self.store.get(name).await {
-            Err(error) if matches!(error.reason(), Reason::Missing) => return Ok(None),
-            pieces => pieces?,
-        };
-        let bytes = pieces.collect(name, RECORD_BYTES_MAX).await?;
-        let damaged = |why: String| Error::DamagedRecord { object: name.to_string(), why };
-        let sealed: Sealed = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-        if sealed.format != FORMAT {
-            return Err(damaged(format!("it has format {}, and this version reads {FORMAT}", sealed.format)));
+        self.bytes(name).await?.map(|bytes| unseal(name, &bytes)).transpose()
+    }
+
+    async fn bytes(&self, name: &ObjectName) -> Result<Option<Bytes>, Error> {
+        match self.store.get(name).await {
+            Err(error) if matches!(error.reason(), Reason::Missing) => Ok(None),
+            pieces => Ok(Some(pieces?.collect(name, RECORD_BYTES_MAX).await?)),
         }
-        let content = sealed.content.get();
-        if hex::encode(sha256(content.as_bytes())) != sealed.sha256 {
-            return Err(damaged("its digest does not match".into()));
-        }
-        serde_json::from_str(content).map(Some).map_err(|error| damaged(error.to_string()))
     }
 }
 
@@ -289,6 +376,29 @@ fn seal<T: Serialize>(name: &ObjectName, content: &T) -> Result<Bytes, Error> {
     Ok(serde_json::to_vec(&sealed).map_err(failed)?.into())
 }
 
+fn unseal<T: DeserializeOwned>(name: &ObjectName, bytes: &[u8]) -> Result<T, Error> {
+    let damaged = |why: String| Error::DamagedRecord { object: name.to_string(), why };
+    let sealed: Sealed = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
+    if sealed.format != FORMAT {
+        return Err(damaged(format!("it has format {}, and this version reads {FORMAT}", sealed.format)));
+    }
+    let content = sealed.content.get();
+    if hex::encode(sha256(content.as_bytes())) != sealed.sha256 {
+        return Err(damaged("its digest does not match".into()));
+    }
+    serde_json::from_str(content).map_err(|error| damaged(error.to_string()))
+}
+
+/// The record that lies under this name.
+fn record_in(name: &ObjectName, bytes: &[u8]) -> Result<Record, Error> {
+    let record: Record = unseal(name, bytes)?;
+    if record_name(record.backup_id)? != *name {
+        let why = format!("it is the record of {}", record.backup_id);
+        return Err(Error::DamagedRecord { object: name.to_string(), why });
+    }
+    Ok(record)
+}
+
 fn record_name(id: BackupId) -> Result<ObjectName, Error> {
     Ok(Folder::own("records").object(&format!("{id}.json"))?)
 }
@@ -299,6 +409,10 @@ fn cancel_name(id: JobId) -> Result<ObjectName, Error> {
 
 fn verified_name(id: BackupId) -> Result<ObjectName, Error> {
     Ok(Folder::own("verified").object(&format!("{id}.json"))?)
+}
+
+fn restarts_name(id: JobId) -> Result<ObjectName, Error> {
+    Ok(Folder::own("restarts").object(&format!("{id}.json"))?)
 }
 
 fn outcome_name(id: JobId) -> Result<ObjectName, Error> {

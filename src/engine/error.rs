@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::error::Class;
-use crate::job::{BackupId, Cancelled, InvalidName, VolumeId};
+use crate::job::{BackupId, Cancelled, InvalidName, Record, RecordState, VolumeId};
 use crate::store::{self, InvalidObjectName};
 use crate::volume;
 
@@ -324,6 +324,19 @@ impl Error {
                 | Self::BrokenChain { .. }
                 | Self::UnknownVersion { .. }
         )
+    }
+
+    /// Why an attempt cannot go on that makes a backup of which the store has `current` now, which is not its own.
+    pub(super) fn displaced(id: BackupId, current: Option<&Record>) -> Self {
+        match current.map(|current| &current.state) {
+            None | Some(RecordState::Deleting(_)) => Self::DeletedMeanwhile(id),
+            Some(_) => Self::TakenOver(id),
+        }
+    }
+
+    /// Whether the store has no room left.
+    pub(super) fn is_full(&self) -> bool {
+        matches!(self, Self::Store(error) if matches!(error.reason(), store::Reason::Full))
     }
 
     /// What it means for the job.

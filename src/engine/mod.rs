@@ -12,7 +12,7 @@ pub mod rbd;
 mod source;
 mod volumes;
 
-pub use catalog::{Catalog, KeptOutcome, Listing, describe};
+pub use catalog::{Catalog, KEPT, KeptOutcome, Listing, Updated, describe};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use source::Source;
@@ -34,7 +34,6 @@ use crate::job::Location;
 #[cfg(feature = "ceph")]
 use crate::volume::rbd::RbdOrigin;
 
-use crate::store::Reason;
 use chunked::Chunked;
 #[cfg(feature = "ceph")]
 use cpu::blocking;
@@ -143,7 +142,8 @@ impl Engine {
             match &record.state {
                 // The job was done, and whoever did it died before it could say so.
                 RecordState::Available if record.job_id == Some(job_id) => return Ok(receipt(record)),
-                RecordState::Creating(owner) if *owner == job_id => {}
+                // Whoever was at it died, before it was done or before all was removed because the job had been cancelled.
+                RecordState::Creating(owner) | RecordState::Deleting(owner) if *owner == job_id => {}
                 // Somebody has brought the job back.
                 RecordState::Error(_) if record.job_id == Some(job_id) => {}
                 _ => return Err(Error::BackupExists(work.backup_id)),
@@ -165,12 +165,9 @@ impl Engine {
         // Of what has failed for good nothing is left to go on with.
         let unfinished = earlier.as_ref().filter(|record| matches!(record.state, RecordState::Creating(_)));
         let resumed = self.resumed(unfinished, parent.as_ref(), &source, method).await?;
-        let mut record = match resumed {
-            Some(resumed) => {
-                self.catalog.save(&resumed).await?;
-                resumed
-            }
-            None => self.begin(job_id, work, parent.as_ref(), &source, method, earlier).await?,
+        let mut record = match (resumed, unfinished) {
+            (Some(resumed), Some(earlier)) => self.displace(earlier, resumed).await?,
+            _ => self.begin(job_id, work, parent.as_ref(), &source, method, earlier).await?,
         };
         record.fallback_reason = ctx.fallback_reason.clone().or(record.fallback_reason);
         // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
@@ -179,6 +176,7 @@ impl Engine {
         }
 
         let copied = self.copy(ctx, &mut record, work, parent.as_ref(), source).await;
+        // Sooner than below, so that nothing becomes visible that must go again.
         let current = self.catalog.record(work.backup_id).await?;
         if !record.stands(current.as_ref()) {
             drop(copied);
@@ -203,9 +201,15 @@ impl Engine {
                 false => self.give_way(&record, current).await,
             });
         }
-        record.state = RecordState::Available;
-        record.checkpoint = None;
-        self.catalog.save(&record).await?;
+        let done = Record { state: RecordState::Available, checkpoint: None, ..record.clone() };
+        let saved = self
+            .catalog
+            .update(work.backup_id, |current| record.stands(Some(current)).then(|| done.clone()))
+            .await?;
+        let record = match saved {
+            Updated::To(record) => record,
+            Updated::Not(current) => return Err(self.give_way(&record, current).await),
+        };
         #[cfg(feature = "ceph")]
         if let Some(origin) = origin
             && let Err(error) = self.trim(&record, origin).await
@@ -222,9 +226,21 @@ impl Engine {
             // That must not look like the end of the job.
             warn!(error = %Causes(&error), "some of what a job had written that was taken over could not be removed");
         }
-        match current.map(|current| current.state) {
-            None | Some(RecordState::Deleting(_)) => Error::DeletedMeanwhile(record.backup_id),
-            Some(_) => Error::TakenOver(record.backup_id),
+        Error::displaced(record.backup_id, current.as_ref())
+    }
+
+    /// Writes the record of a new attempt over that of an earlier one, which can save nothing more then.
+    async fn displace(&self, earlier: &Record, record: Record) -> Result<Record, Error> {
+        let is_earlier =
+            |current: &Record| current.writer == earlier.writer && current.state == earlier.state;
+        let saved = self
+            .catalog
+            .update(record.backup_id, |current| is_earlier(current).then(|| record.clone()))
+            .await?;
+        match saved {
+            Updated::To(record) => Ok(record),
+            // Another worker that was handed the same job was faster.
+            Updated::Not(current) => Err(Error::displaced(record.backup_id, current.as_ref())),
         }
     }
 
@@ -279,20 +295,20 @@ impl Engine {
         match earlier {
             // What an attempt that died has left; its names are not ours, so that it can do no harm if it still lives.
             Some(earlier) => {
-                self.catalog.save(&record).await?;
+                let record = self.displace(&earlier, record).await?;
                 self.remove_attempt(&earlier, None).await?;
+                Ok(record)
             }
             None => match self.catalog.create(&record).await {
                 Err(Error::BackupExists(id)) => {
                     let current = self.catalog.record(id).await?;
                     // Another worker may have begun the same job since we looked.
                     let same_job = current.is_some_and(|current| current.job_id == Some(job_id));
-                    return Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) });
+                    Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) })
                 }
-                result => result?,
+                created => created.map(|()| record),
             },
         }
-        Ok(record)
     }
 
     /// Removes the snapshots that were taken for older backups from a volume, so that not too many stay; never those of
@@ -506,29 +522,42 @@ impl Engine {
 
     /// Removes the data of a backup. Its record goes with [`Catalog::conclude`].
     async fn delete(&self, ctx: &Context, job_id: JobId, id: BackupId) -> Result<Receipt, Error> {
-        let before = self.catalog.record(id).await?.ok_or(Error::UnknownBackup(id))?;
-        // One that is to stay is not even marked: who reads or builds on it meanwhile would take it for lost.
-        if !matches!(before.state, RecordState::Deleting(_)) {
-            has_none(id, self.catalog.children(id).await?)?;
-        }
-        // A backup whose job died, or is lost, may be deleted too. If the job lives, it finds that out at its end.
-        let record = Record { state: RecordState::Deleting(job_id), ..before.clone() };
-        match self.catalog.save(&record).await {
-            // It is the delete that makes room. Nobody can begin to build on the backup either.
-            Err(Error::Store(error)) if matches!(error.reason(), Reason::Full) => {
-                warn!("the store is full: the backup is deleted without being marked as such first");
+        let (state_before, record) = loop {
+            let before = self.catalog.record(id).await?.ok_or(Error::UnknownBackup(id))?;
+            // One that is to stay is not even marked: who reads or builds on it meanwhile would take it for lost.
+            if !matches!(before.state, RecordState::Deleting(_)) {
+                has_none(id, self.catalog.children(id).await?)?;
             }
-            saved => saved?,
-        }
+            // A backup whose job died, or is lost, may be deleted too. If the job lives, it finds that out at its end.
+            let mark = |current: &Record| {
+                let deleting = || Record { state: RecordState::Deleting(job_id), ..current.clone() };
+                (current.state == before.state).then(deleting)
+            };
+            match self.catalog.update(id, mark).await {
+                Ok(Updated::To(record)) => break (before.state, record),
+                // It has become whole, or gone, since we looked.
+                Ok(Updated::Not(_)) => {}
+                // It is the delete that makes room. Nobody can begin to build on the backup either.
+                Err(error) if error.is_full() => {
+                    warn!("the store is full: the backup is deleted without being marked as such first");
+                    break (before.state.clone(), before);
+                }
+                Err(error) => return Err(error),
+            }
+        };
         // Only after the mark is set: a backup that begins to build on this one either is seen here, or sees the mark.
         let children = self.catalog.children(id).await;
         if !matches!(&children, Ok(children) if children.is_empty()) {
             // An earlier try may have removed some of it; what is no longer visible must not seem whole again.
-            let state = match before.state.clone() {
-                RecordState::Deleting(_) if self.is_visible(&before).await? => RecordState::Available,
+            let state = match state_before {
+                RecordState::Deleting(_) if self.is_visible(&record).await? => RecordState::Available,
                 state => state,
             };
-            self.catalog.save(&Record { state, ..before }).await?;
+            let unmark = |current: &Record| {
+                let as_before = || Record { state: state.clone(), ..current.clone() };
+                (current.state == RecordState::Deleting(job_id)).then(as_before)
+            };
+            self.catalog.update(id, unmark).await?;
             has_none(id, children?)?;
         }
         self.remove(&record, ctx).await?;
@@ -541,21 +570,43 @@ impl Engine {
     }
 
     /// Removes what a backup that came to nothing left behind. With a problem, its record stays and tells it; without
-    /// one, because the job was cancelled, nothing stays.
-    pub async fn abandon(&self, job: &Job, problem: Option<&Problem>) -> Result<(), Error> {
-        let Work::Backup(work) = &job.work else { return Ok(()) };
-        let Some(mut record) = self.catalog.record(work.backup_id).await? else { return Ok(()) };
-        if record.state != RecordState::Creating(job.id) {
-            return Ok(());
-        }
+    /// one, because the job was cancelled, nothing stays. If another worker that was handed the job has made the backup
+    /// meanwhile, it stays, and this is its receipt.
+    pub async fn abandon(&self, job: &Job, problem: Option<&Problem>) -> Result<Option<Receipt>, Error> {
+        let Work::Backup(work) = &job.work else { return Ok(None) };
+        let id = work.backup_id;
+        let mark = |current: &Record| {
+            let state = match problem {
+                Some(problem) => RecordState::Error(problem.clone()),
+                None => RecordState::Deleting(job.id),
+            };
+            let is_own = match current.state {
+                RecordState::Creating(owner) | RecordState::Deleting(owner) => owner == job.id,
+                RecordState::Available | RecordState::Error(_) => false,
+            };
+            is_own.then(|| Record { state, ..current.clone() })
+        };
+        // The mark first: from then on nobody makes visible, or goes on with, what is removed here.
+        let record = match self.catalog.update(id, mark).await {
+            Ok(Updated::To(record)) => record,
+            Ok(Updated::Not(current)) => {
+                let is_done =
+                    |record: &Record| record.state == RecordState::Available && record.job_id == Some(job.id);
+                return Ok(current.filter(is_done).as_ref().map(receipt));
+            }
+            // It is what is removed here that makes room.
+            Err(error) if error.is_full() => match self.catalog.record(id).await? {
+                Some(record) if mark(&record).is_some() => record,
+                _ => return Err(error),
+            },
+            Err(error) => return Err(error),
+        };
         self.remove(&record, &Context::default()).await?;
         match problem {
-            Some(problem) => {
-                record.state = RecordState::Error(problem.clone());
-                self.catalog.save(&record).await
-            }
-            None => self.catalog.remove(work.backup_id).await,
+            Some(_) => self.catalog.update(id, mark).await.map(drop)?,
+            None => self.catalog.remove(id).await?,
         }
+        Ok(None)
     }
 
     /// Takes in a backup that Cinder exported, whose objects lie in this store; its parent goes first. All of the

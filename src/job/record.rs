@@ -83,8 +83,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// Whether the attempt that writes this record still makes the backup, of which the store has `current`. The attempt
-    /// before it may have written its own over this one, before it knew that it was taken over.
+    /// Whether the attempt that writes this record still makes the backup, of which the store has `current`. In a store that
+    /// knows no compare-and-swap, the attempt before it may have written its own over this one.
     pub fn stands(&self, current: Option<&Self>) -> bool {
         current.is_some_and(|current| {
             let is_own = current.writer == self.writer && current.state == self.state;

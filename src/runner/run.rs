@@ -7,15 +7,15 @@ use tracing::{info, warn};
 
 use super::Report;
 use super::plan::plan;
-use crate::engine::{self, Engine, Receipt};
+use crate::engine::{self, Engine, KeptOutcome, Receipt};
 use crate::error::{Causes, Class, Problem};
 use crate::event;
 use crate::job::{Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome};
 
-/// How often a job is handed out again whose worker ended before it did; one that ends its workers must not do so for ever.
-/// A worker that is gone may be counted several times: RabbitMQ closes its channels one after the other, and hands the job
-/// out to those that are left.
-const REDELIVERIES_MAX: u32 = 100;
+/// How often a job is begun again whose worker ended before it did; one that ends its workers must not do so for ever. We
+/// count ourselves: RabbitMQ closes the channels of a worker that is gone one after the other, and counts each that it hands the
+/// job to meanwhile.
+const RESTARTS_MAX: u32 = 20;
 /// How often a running job looks into the store whether somebody asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_secs(5);
 /// Attempts that are told of; of more the first one and the latest.
@@ -34,8 +34,8 @@ pub struct Attempts {
     pub seconds_max: u32,
     /// Those before this one.
     pub earlier: Vec<Attempt>,
-    /// How often a worker was handed this try before and ended, or was cut off, before the job did.
-    pub redelivery_count: u32,
+    /// Whether a worker was handed this try before and ended, or was cut off, before the job did.
+    pub redelivered: bool,
     /// How often people brought the job back after it had failed; it begins anew then.
     pub revival_count: u32,
 }
@@ -43,14 +43,12 @@ pub struct Attempts {
 impl Attempts {
     /// A job that is tried once.
     pub fn one() -> Self {
-        Self {
-            current: 1,
-            max: 1,
-            seconds_max: 0,
-            earlier: Vec::new(),
-            redelivery_count: 0,
-            revival_count: 0,
-        }
+        Self { current: 1, max: 1, seconds_max: 0, earlier: Vec::new(), redelivered: false, revival_count: 0 }
+    }
+
+    /// Whether a worker may have begun the job that ended, or was cut off, before the job did.
+    pub fn may_have_restarted(&self) -> bool {
+        self.redelivered || self.current > 1
     }
 
     fn is_last(&self) -> bool {
@@ -76,6 +74,8 @@ impl Attempts {
 pub enum Ended {
     /// The job is over, and that has been told.
     Over(Box<Completion>),
+    /// The job was over before, and another worker has told that.
+    Before(Box<Completion>),
     /// It failed of something that may pass; it is to be tried again later.
     Later(Problem),
     /// It is over, but that could not be told. Run again, the job only tells it.
@@ -84,7 +84,7 @@ pub enum Ended {
 
 /// Runs a job by the first method that can do it. Tells every `progress_every` how far it is.
 ///
-/// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
+/// When this returns [`Ended::Over`] or [`Ended::Before`], data and record are safe and the completion event is with the broker: the
 /// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle).
 pub async fn run(
     ctx: &Context,
@@ -96,14 +96,9 @@ pub async fn run(
 ) -> Ended {
     let started = Instant::now();
     match engine.catalog().outcome(job.id).await {
-        // One of before it was brought back says nothing of how it goes now.
-        Ok(Some(kept)) if kept.completion.account.revival_count >= attempts.revival_count => {
-            if kept.told {
-                info!("job was done before, and that was told");
-                return Ended::Over(Box::new(kept.completion));
-            }
-            info!("job was done before, telling it again");
-            return tell(report, kept.completion).await;
+        Ok(Some(kept)) if kept.counts(attempts.revival_count) => {
+            info!("job was done before");
+            return tell_kept(report, kept).await;
         }
         Ok(_) => {}
         // The store cannot say how the job stands.
@@ -114,16 +109,25 @@ pub async fn run(
         Ok(false) => {}
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
     }
+    // Nothing is kept of a job that was begun but once.
+    let restarts = match attempts.may_have_restarted() {
+        true => engine.catalog().restarts(job.id, attempts.revival_count, attempts.redelivered).await,
+        false => Ok(0),
+    };
+    let restart_count = match restarts {
+        Ok(count) => count,
+        Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
+    };
     report.tell(Happening::Accepted).await;
 
     let mut account = account(attempts);
+    account.attempt_count = account.attempt_count.saturating_add(restart_count);
     let mut methods = plan(job, &engine.strategies(&job.work)).into_iter().peekable();
-    let outcome = loop {
-        if attempts.redelivery_count > REDELIVERIES_MAX {
-            let count = attempts.redelivery_count;
+    let mut outcome = loop {
+        if restart_count > RESTARTS_MAX {
             let message = format!(
-                "{count} times the job was handed to a worker that ended before the job did: look into the logs for what \
-                 ends them, such as too little memory, then bring the job back"
+                "{restart_count} times the job was begun by a worker that ended before the job did: look into the logs for \
+                 what ends them, such as too little memory, then bring the job back"
             );
             break Outcome::Failed(Problem { class: Class::Permanent, message, causes: Vec::new() });
         }
@@ -166,24 +170,35 @@ pub async fn run(
     };
     account.seconds = started.elapsed().as_secs_f64();
 
-    let left_over = match &outcome {
-        Outcome::Succeeded => Ok(()),
+    let abandoned = match &outcome {
+        Outcome::Succeeded => Ok(None),
         Outcome::Failed(problem) => engine.abandon(job, Some(problem)).await,
         Outcome::Cancelled => engine.abandon(job, None).await,
     };
-    if let Err(error) = left_over {
-        warn!(error = %Causes(&error), "some of what the job had written could not be removed");
+    match abandoned {
+        Ok(None) => {}
+        Ok(Some(receipt)) => {
+            info!("another worker that was handed the job has done it");
+            take_in(&mut account, receipt);
+            outcome = Outcome::Succeeded;
+        }
+        Err(error) => {
+            warn!(error = %Causes(&error), "some of what the job had written could not be removed");
+        }
     }
     let completion = completion(engine, job, outcome, account).await;
-    if let Err(error) = engine.catalog().conclude(&completion).await {
-        // A delete is not over while its record stands. Everything else is what it is: if this is delivered again, it
-        // is found done.
-        if completion.operation == Operation::Delete {
-            return refuse(job, Problem::new(error.class(), &error), attempts, report).await;
+    match engine.catalog().conclude(&completion).await {
+        Ok(kept) => tell_kept(report, kept).await,
+        // A delete is not over while its record stands.
+        Err(error) if completion.operation == Operation::Delete => {
+            refuse(job, Problem::new(error.class(), &error), attempts, report).await
         }
-        warn!(error = %Causes(&error), "how the job ended could not be kept");
+        // Everything else is what it is: if this is delivered again, it is found done.
+        Err(error) => {
+            warn!(error = %Causes(&error), "how the job ended could not be kept");
+            tell(report, completion).await
+        }
     }
-    tell(report, completion).await
 }
 
 /// Ends a job that cannot even be begun, or puts it off where the problem may pass.
@@ -206,7 +221,7 @@ pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &R
 /// What an account begins with.
 fn account(attempts: &Attempts) -> Account {
     Account {
-        attempt_count: attempts.current.saturating_sub(1).saturating_add(attempts.redelivery_count),
+        attempt_count: attempts.current.saturating_sub(1),
         earlier_attempts: attempts.earlier.clone(),
         revival_count: attempts.revival_count,
         ..Account::default()
@@ -265,6 +280,14 @@ async fn completion(engine: &Engine, job: &Job, outcome: Outcome, account: Accou
         store: job.store.clone(),
         outcome,
         account,
+    }
+}
+
+/// Tells how a job ended, unless that is known to have been told.
+async fn tell_kept(report: &Report<'_>, kept: KeptOutcome) -> Ended {
+    match kept.told {
+        true => Ended::Before(Box::new(kept.completion)),
+        false => tell(report, kept.completion).await,
     }
 }
 

@@ -40,6 +40,16 @@ impl ObjectStore for Memory {
         Ok(())
     }
 
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        match self.objects().get_mut(object) {
+            Some(there) if *there == was => {
+                *there = Bytes::copy_from_slice(&bytes);
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
         Ok(Box::new(Writer { store: self.clone(), object: object.clone(), bytes: BytesMut::new() }))
     }

@@ -59,6 +59,10 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Writes an object over the one that may be there; readers see the old one or the new one, whole.
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()>;
 
+    /// Writes an object over one that still has the bytes `was`, and says whether it had. If it has others, or is not there
+    /// any more, nothing is changed. Nobody else writes in between; of the stores only Swift cannot promise that.
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool>;
+
     /// Begins an object of unknown size. It becomes visible by [`ObjectWriter::finish`]; dropping the writer
     /// instead leaves nothing visible.
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>>;

@@ -6,12 +6,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
 
@@ -19,6 +21,9 @@ use super::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_
 
 const FOLDER_MODE: u32 = 0o770;
 const FILE_MODE: u32 = 0o660;
+/// How long whoever changes an object waits for others who do. Each has it for as long as a small file takes to write.
+const LOCK_MAX: Duration = Duration::from_secs(10);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Objects as files below a root folder.
 #[derive(Debug, Clone)]
@@ -72,6 +77,24 @@ impl ObjectStore for Posix {
             let mut file = Unfinished::create(&root, &path)?;
             file.file.write_all(&bytes)?;
             file.publish(Publish::Over)
+        })
+        .await
+    }
+
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        let (root, path) = (self.root.clone(), self.path(object));
+        blocking("write", object, move || {
+            // Nobody else is to write between our look and our write, on this machine or on one that shares the folder.
+            let Some(mut locked) = lock(&path)? else { return Ok(false) };
+            let mut there = Vec::with_capacity(was.len() + 1);
+            (&mut locked).take(was.len() as u64 + 1).read_to_end(&mut there)?;
+            if there != was {
+                return Ok(false);
+            }
+            let mut file = Unfinished::create(&root, &path)?;
+            file.file.write_all(&bytes)?;
+            file.publish(Publish::Over)?;
+            Ok(true)
         })
         .await
     }
@@ -214,6 +237,39 @@ fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
     }
     fs::set_permissions(folder, fs::Permissions::from_mode(FOLDER_MODE))?;
     sync_folder(folder)
+}
+
+/// Opens the file that has this name, and locks it against all others who do so; none if it is not there. Whoever holds the
+/// lock may give the name to another file: the lock is then on one that nobody finds any more, and the other is locked.
+fn lock(path: &Path) -> io::Result<Option<File>> {
+    let begun = Instant::now();
+    loop {
+        // NFS locks only what is open for writing.
+        let file = match File::options().read(true).write(true).open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            // A lock that is not given back, of a process that is stopped, must not hold a thread for ever.
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_MAX => {
+                thread::sleep(LOCK_PAUSE);
+                continue;
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let text = format!("another process has kept it locked for {} seconds", LOCK_MAX.as_secs());
+                return Err(io::Error::new(ErrorKind::ResourceBusy, text));
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        let locked = file.metadata()?;
+        match fs::symlink_metadata(path) {
+            Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => return Ok(Some(file)),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Whether an object may take the place of another one.

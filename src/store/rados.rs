@@ -64,15 +64,35 @@ impl Rados {
 #[async_trait]
 impl ObjectStore for Rados {
     async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.at("write", object, move |place| {
-            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::New)
-        })
-        .await
+        self.at("write", object, move |place| Unfinished::begin(place)?.write_all(&bytes)?.publish_new())
+            .await
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
         self.at("write", object, move |place| {
-            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::Over)
+            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::Over).map(drop)
+        })
+        .await
+    }
+
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        self.at("write", object, move |place| {
+            let (place, contents, mut piece) = match place.read() {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+                read => read?,
+            };
+            let mut rest = was;
+            while let Some(there) = piece {
+                if !rest.starts_with(&there) {
+                    return Ok(false);
+                }
+                rest = rest.slice(there.len()..);
+                piece = place.piece(&contents, contents.bytes - rest.len() as u64)?;
+            }
+            if !rest.is_empty() {
+                return Ok(false);
+            }
+            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::Instead(contents))
         })
         .await
     }
@@ -346,6 +366,18 @@ fn remove_empty_index(pool: &Pool, folder: &Folder) -> io::Result<()> {
 enum Publish {
     New,
     Over,
+    Instead(Contents),
+}
+
+impl Publish {
+    /// Whether it may take the place of what the index has for its name.
+    fn may_replace(self, entry: Option<&[u8]>) -> bool {
+        match self {
+            Self::New => entry.is_none(),
+            Self::Over => true,
+            Self::Instead(contents) => entry == Some(&contents.encode()),
+        }
+    }
 }
 
 /// Parts that make no object yet. Dropping them removes them, and blocks.
@@ -388,13 +420,21 @@ impl Unfinished {
         Ok(self)
     }
 
-    fn publish(mut self, publish: Publish) -> io::Result<()> {
+    fn publish_new(self) -> io::Result<()> {
+        match self.publish(Publish::New)? {
+            true => Ok(()),
+            false => Err(ErrorKind::AlreadyExists.into()),
+        }
+    }
+
+    /// Makes the object visible, and says whether it could: whether there was nothing else of its name than there may be.
+    fn publish(mut self, publish: Publish) -> io::Result<bool> {
         let leftover = self.place.leftover_key(self.id);
         let contents = Contents { bytes: self.bytes, part_bytes: PART_BYTES as u64, id: self.id }.encode();
         for _ in 0..TRIES_MAX {
             let old = self.place.entry()?;
-            if old.is_some() && publish == Publish::New {
-                return Err(ErrorKind::AlreadyExists.into());
+            if !publish.may_replace(old.as_deref()) {
+                return Ok(false);
             }
             let old = old.unwrap_or_default();
             let old_leftover = Contents::parse(&old).map(|contents| self.place.leftover_key(contents.id));
@@ -407,7 +447,10 @@ impl Unfinished {
             changes.extend(old_leftover.iter().map(|key| MapChange::Set(key, &old)));
             if self.place.change(&changes)? {
                 self.left_alone = true;
-                return if old.is_empty() { Ok(()) } else { self.place.remove_leftovers() };
+                if !old.is_empty() {
+                    self.place.remove_leftovers()?;
+                }
+                return Ok(true);
             }
             if self.place.pool.map_value(&self.place.index(), &leftover)?.as_deref() != Some(WRITING) {
                 let error = "what was written of it was tidied away by somebody else";
@@ -463,7 +506,7 @@ impl ObjectWriter for Writer {
 
     async fn finish(mut self: Box<Self>) -> Result<()> {
         let rest = self.buffer.split();
-        self.with_unfinished(move |unfinished| unfinished.write_all(&rest)?.publish(Publish::New)).await
+        self.with_unfinished(move |unfinished| unfinished.write_all(&rest)?.publish_new()).await
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Naming, Settings};
-use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
+use backhaul::engine::{Cpu, Engine, Error, Receipt, Updated, Volumes};
 use backhaul::job::{
     Account, BackupId, BackupWork, Completion, Container, Context, Job, JobId, Location, Outcome, Parent,
     Record, RestoreWork, VolumeId, Work,
@@ -256,6 +256,12 @@ pub(crate) async fn restore(engine: &Engine, id: BackupId, target: &Path) -> Res
 
 pub(crate) async fn verify(engine: &Engine, id: BackupId) -> Result<Receipt, Error> {
     run(engine, &job(Work::Verify(id.into()))).await
+}
+
+/// Writes over the record of a backup, whatever it is.
+pub(crate) async fn overwrite(engine: &Engine, record: &Record) {
+    let updated = engine.catalog().update(record.backup_id, |_| Some(record.clone())).await.unwrap();
+    assert!(matches!(updated, Updated::To(_)), "{updated:?}");
 }
 
 /// Deletes the backup, and its record as the runner does.

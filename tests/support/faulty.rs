@@ -153,6 +153,10 @@ impl ObjectStore for Faulty {
         pass!(self, replace, object, bytes)
     }
 
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        pass!(self, swap, object, was, bytes)
+    }
+
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
         let inner: Box<dyn ObjectWriter> = pass!(self, create, object)?;
         Ok(Box::new(Writer { inner: Some(inner), object: object.clone(), state: self.state.clone() }))

@@ -15,11 +15,11 @@ use super::pieces::{BLOCK_BYTES, pieces};
 use super::transfer::{From, Task, To, Transfer};
 use super::{Rbd, digest, is_differential, names, open, snapshot_of};
 use crate::ceph::{Extent, Features, Image, Mode, NewImage, Pool};
-use crate::engine::Catalog;
 use crate::engine::cpu::{Lost, blocking};
 use crate::engine::error::Error;
 use crate::engine::source::Source;
-use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record, RecordState};
+use crate::engine::{Catalog, Updated};
+use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{RbdSource, VolumeSource};
 
@@ -425,13 +425,12 @@ impl Rbd {
 
     async fn save_checkpoint(&self, record: &Record) -> Result<(), Error> {
         let catalog = Catalog::new(self.store.clone());
-        let current = catalog.record(record.backup_id).await?;
-        match current {
-            current if record.stands(current.as_ref()) => catalog.save(record).await,
-            Some(current) if !matches!(current.state, RecordState::Deleting(_)) => {
-                Err(Error::TakenOver(record.backup_id))
-            }
-            _ => Err(Error::DeletedMeanwhile(record.backup_id)),
+        let saved = catalog
+            .update(record.backup_id, |current| record.stands(Some(current)).then(|| record.clone()))
+            .await?;
+        match saved {
+            Updated::To(_) => Ok(()),
+            Updated::Not(current) => Err(Error::displaced(record.backup_id, current.as_ref())),
         }
     }
 }

@@ -40,8 +40,12 @@ use super::{
 
 /// How long a server may take that shall say whether it is there.
 const REACH_MAX: Duration = Duration::from_secs(10);
+/// Writes only over an object of this generation.
+const IF_GENERATION: &str = "ifGenerationMatch";
 /// Writes only where there is no object of that name.
-const IF_NEW: (&str, &str) = ("ifGenerationMatch", "0");
+const IF_NEW: (&str, &str) = (IF_GENERATION, "0");
+/// Says the generation of what is read.
+const GENERATION: &str = "x-goog-generation";
 /// The most requests that are taken as one.
 const DELETES_AT_ONCE: usize = 100;
 /// What all objects and documents are.
@@ -156,8 +160,8 @@ impl Gcs {
         }
     }
 
-    /// Writes an object with one request.
-    async fn put_whole(&self, object: &ObjectName, bytes: Bytes, new: bool) -> Result<()> {
+    /// Writes an object with one request, if what is there is of this generation. [`Reason::Exists`] says that it is not.
+    async fn put_whole(&self, object: &ObjectName, bytes: Bytes, generation: Option<&str>) -> Result<()> {
         let place = self.object("write", object)?;
         let failed = |failure| explain("write", object, &place.bucket, failure);
         let digested = bytes.clone();
@@ -168,8 +172,8 @@ impl Gcs {
             .query("uploadType", "multipart")
             // What nobody knows beforehand is in no volume.
             .body(&format!("multipart/related; boundary={id}"), both(&id, described(&id, Some(&md5)), bytes));
-        if new {
-            request = request.query(IF_NEW.0, IF_NEW.1);
+        if let Some(generation) = generation {
+            request = request.query(IF_GENERATION, generation);
         }
         let written = match self.writing(&place.bucket, || self.api.call(&request)).await {
             Ok(body) => parse(&body).map_err(failed)?,
@@ -258,11 +262,32 @@ fn both(boundary: &str, description: Bytes, bytes: Bytes) -> Payload {
 #[async_trait]
 impl ObjectStore for Gcs {
     async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.put_whole(object, bytes, true).await
+        self.put_whole(object, bytes, Some(IF_NEW.1)).await
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.put_whole(object, bytes, false).await
+        self.put_whole(object, bytes, None).await
+    }
+
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        let place = self.object("read", object)?;
+        let failed = |failure| explain("read", object, &place.bucket, failure);
+        let request = Request::object(Method::GET, &place).query("alt", "media");
+        let (_, headers, there) = match self.api.http.until_answered(|| self.api.call_once(&request)).await {
+            Err(failure) if is_missing(&failure) => return Ok(false),
+            answer => answer.map_err(failed)?,
+        };
+        let Some(generation) = headers.get(GENERATION).and_then(|generation| generation.to_str().ok()) else {
+            let text = "the server does not say its generation";
+            return Err(failed(Failure::unusable(ErrorKind::InvalidData, text)));
+        };
+        if there != was {
+            return Ok(false);
+        }
+        match self.put_whole(object, bytes, Some(generation)).await {
+            Err(error) if matches!(error.reason(), Reason::Exists) => Ok(false),
+            written => written.map(|()| true),
+        }
     }
 
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
@@ -288,7 +313,7 @@ impl ObjectStore for Gcs {
                     api.open(&request).await
                 })
             }),
-            version: HeaderName::from_static("x-goog-generation"),
+            version: HeaderName::from_static(GENERATION),
         };
         reader.start().await
     }

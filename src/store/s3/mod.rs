@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use quick_xml::escape::escape;
 use reqwest::StatusCode;
-use reqwest::header::ETAG;
+use reqwest::header::{ETAG, IF_MATCH};
 use rusty_s3::Method;
 use tokio::time::timeout;
 use url::Url;
@@ -166,13 +166,18 @@ impl S3 {
         }
     }
 
-    /// Writes an object with one request.
-    async fn put_whole(&self, object: &ObjectName, bytes: Bytes, new: bool) -> Result<()> {
+    /// Writes an object with one request, if the condition holds. [`Reason::Exists`] says that it does not.
+    async fn put_whole(
+        &self,
+        object: &ObjectName,
+        bytes: Bytes,
+        condition: Option<(&'static str, &str)>,
+    ) -> Result<()> {
         let place = self.object("write", object)?;
         let id = Uuid::new_v4().to_string();
         let mut request = Request::of_bytes(Method::Put, &place.bucket, &place.key).header(WRITE_ID, &id);
-        if new {
-            request = request.header(IF_NEW.0, IF_NEW.1);
+        if let Some((name, value)) = condition {
+            request = request.header(name, value);
         }
         match self.write(&request.body(bytes).await).await {
             Ok(_) => Ok(()),
@@ -228,11 +233,34 @@ pub fn is_bucket_name(name: &str) -> bool {
 #[async_trait]
 impl ObjectStore for S3 {
     async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.put_whole(object, bytes, true).await
+        self.put_whole(object, bytes, Some(IF_NEW)).await
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.put_whole(object, bytes, false).await
+        self.put_whole(object, bytes, None).await
+    }
+
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        let place = self.object("read", object)?;
+        let (headers, there) =
+            match self.api.call(&Request::of_bytes(Method::Get, &place.bucket, &place.key)).await {
+                Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => {
+                    return Ok(false);
+                }
+                answer => answer.map_err(|failure| explain("read", object, &place.bucket, failure))?,
+            };
+        let Some(etag) = headers.get(ETAG).and_then(|etag| etag.to_str().ok()) else {
+            let error = io::Error::new(ErrorKind::InvalidData, "the server does not say its ETag");
+            return Err(Error::io("read", object, error));
+        };
+        if there != was {
+            return Ok(false);
+        }
+        // Ceph's gateway takes quotes for a part of it where it writes, and all others do without.
+        match self.put_whole(object, bytes, Some((IF_MATCH.as_str(), etag.trim_matches('"')))).await {
+            Err(error) if matches!(error.reason(), Reason::Exists | Reason::Missing) => Ok(false),
+            written => written.map(|()| true),
+        }
     }
 
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {

@@ -312,6 +312,20 @@ impl ObjectStore for Swift {
         self.put_whole(object, bytes.into(), &md5, false).await
     }
 
+    /// Swift writes on no condition but that there is nothing, so somebody else may write between the look and the write.
+    async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        let place = self.object("read", object)?;
+        let request = Request::new(Method::GET, &place.container, &place.key);
+        let there = match self.api.call(&request).await {
+            Err(failure) if is_missing(&failure) => return Ok(false),
+            answer => answer.map_err(|failure| explain("read", object, &place.container, failure))?.1,
+        };
+        if there != was {
+            return Ok(false);
+        }
+        self.replace(object, bytes).await.map(|()| true)
+    }
+
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
         self.object("create", object)?;
         Ok(Box::new(Writer::new(self.clone(), object.clone())))
