@@ -16,6 +16,8 @@ RUN apt-get update \
 RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin backhaul \
     && install --directory --owner backhaul --group backhaul /var/backups/backhaul /var/lib/volumes
 COPY --from=build /build/target/release/backhaul /usr/local/bin/backhaul
+# A share of an NFS server is best mounted from outside, as a volume; set path then. To let the worker mount it (share), add
+# nfs-common and mount to the packages above, and run the container as root with --cap-add SYS_ADMIN.
 USER backhaul
 # The configuration is mounted here; any setting can also come from the environment, such as BACKHAUL_BROKER__URL.
 ENV BACKHAUL_CONFIG=/etc/backhaul/backhaul.toml

@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install build demo demo-ceph bench test check advisories fmt clean clean-demo
+.PHONY: help install build demo demo-ceph bench test chaos check advisories fmt clean clean-demo
 
 help: ## List what there is to make
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -26,6 +26,12 @@ bench: ## Measure the figures that the documentation gives; needs 25 GB of disk 
 
 test: ## Run every test, with and without Ceph, on clusters of its own; ARGS='-E test(name)' picks some
 	@dev/test.sh $(ARGS)
+
+chaos: SEEDS ?= 20
+chaos: ## Play SEEDS=20 rounds of random jobs while workers, the broker and stores die, from FIRST_SEED=… on
+	@dev/install.sh test
+	BACKHAUL_CHAOS_SEEDS=$(SEEDS) $(addprefix BACKHAUL_CHAOS_FIRST_SEED=,$(FIRST_SEED)) \
+		cargo test --locked --test chaos -- --nocapture
 
 check: ## Check format, lints, licences, scripts and container files
 	@dev/install.sh check

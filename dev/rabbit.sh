@@ -82,7 +82,8 @@ start() {
     set_environment "$port"
     setsid "$bin/rabbitmq-server" >"$dir/log/start.log" 2>&1 </dev/null &
     local starter=$!
-    for _ in {1..600}; do
+    # A minute is not enough where others want the processors.
+    for _ in {1..3000}; do
         if listens "$port" && running >/dev/null; then return; fi
         if ! kill -0 "$starter" 2>/dev/null && ! running >/dev/null; then return 1; fi
         sleep 0.1

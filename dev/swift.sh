@@ -2,11 +2,13 @@
 # A private OpenStack Swift of one node on loopback, and a Keystone, for tests and trials. It needs no root, and leaves any
 # other Swift alone. Both are those that dev/cinder.sh installs.
 #   dev/swift.sh up DIR      start them on free ports, their files in DIR, which must be on a file system with user extended
-#                            attributes; prints where to log in, as http://USER:KEY@127.0.0.1:PORT/auth/v1.0, which DIR/url
+#                            attributes; or those that do not run, on the ports and with the files that an earlier `up` has
+#                            left there. Prints where to log in, as http://USER:KEY@127.0.0.1:PORT/auth/v1.0, which DIR/url
 #                            has as well. DIR/hasty has the same, with tokens that are good for 2 seconds, DIR/keystone what
 #                            logs in to Keystone, http://USER:PASSWORD@127.0.0.1:PORT/v3, for the project `backups` in
 #                            region `here`, and DIR/application the same with an application credential
-#   dev/swift.sh down DIR    stop them; the files stay until the next `up`
+#   dev/swift.sh down DIR [SERVER…]
+#                            stop them, or only these, such as proxy; ports and files stay
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 
@@ -39,7 +41,7 @@ stop() {
 
 down() {
     local server
-    for server in "${servers[@]}"; do stop "$server" & done
+    for server in "$@"; do stop "$server" & done
     wait
 }
 
@@ -52,10 +54,11 @@ all_run() {
 
 uuid() { cat /proc/sys/kernel/random/uuid; }
 
-# start NAME COMMAND…: starts a server, to which the path of NAME.conf is the last argument.
+# start NAME COMMAND…: starts a server, to which the path of NAME.conf is the last argument, unless it runs.
 start() {
     local name=$1
     shift
+    if ours "$(cat "$dir/run/$name.pid" 2>/dev/null || echo 0)" "$name"; then return; fi
     setsid "$@" "$dir/$name.conf" >>"$dir/log/$name.log" 2>&1 </dev/null &
     echo $! >"$dir/run/$name.pid"
 }
@@ -206,17 +209,35 @@ for interface, region, host in (("public", "elsewhere", "127.0.0.1:1"), ("intern
 print(keystone.application_credentials.create("tests", secret=key).id)
 '
 
-start_keystone() {
+make_keystone() {
     local manage=("$python" -W ignore "$bin/keystone-manage" --config-file "$dir/keystone.conf")
     mkdir "$dir/keystone-keys"
     "${manage[@]}" db_sync || return
     "${manage[@]}" fernet_setup --keystone-user "$(id -un)" --keystone-group "$(id -gn)" || return
     "${manage[@]}" bootstrap --bootstrap-username backup --bootstrap-project-name backups --bootstrap-password "$key" \
-        --bootstrap-region-id here --bootstrap-public-url "http://127.0.0.1:${port[keystone]}/v3" || return
+        --bootstrap-region-id here --bootstrap-public-url "http://127.0.0.1:${port[keystone]}/v3"
+}
+
+start_keystone() {
+    if [[ ! -e $dir/url ]]; then make_keystone || return; fi
     start keystone "$python" -W ignore -c "$keystone" "${port[keystone]}"
     wait_for keystone || return
+    if [[ -e $dir/url ]]; then return; fi
     "$python" -W ignore -c "$catalog" "http://127.0.0.1:${port[keystone]}/v3" "$key" \
         "127.0.0.1:${port[proxy-keystone]}" >"$dir/application-id"
+}
+
+# Removes what an earlier one began, and writes what the servers need.
+make() {
+    down "${servers[@]}"
+    rm -rf "$dir"/{devices,log,keystone-keys} "$dir"/{*.conf,*.gz,keystone.sqlite,ports,hasty,keystone,application,application-id}
+    mkdir -p "$dir/devices/one" "$dir/log"
+    for server in "${servers[@]}"; do port[$server]=$(free_ports 1); done
+    declare -p port >"$dir/ports"
+    key=$(uuid) fernet=$(head -c 32 /dev/urandom | base64 | tr +/ -_)
+    write_configuration
+    touch "$dir/memcached.conf"
+    "$python" -W ignore -c "$rings" "$dir" "${port[account]}" "${port[container]}" "${port[object]}"
 }
 
 up() {
@@ -231,39 +252,42 @@ up() {
     bin=$(dirname "$python")
     mkdir -p "$dir/run"
     touch "$dir/.swift"
-    down
-    rm -rf "$dir"/{devices,log,keystone-keys} "$dir"/{*.conf,*.gz,keystone.sqlite,url,hasty,keystone,application,application-id}
-    mkdir -p "$dir/devices/one" "$dir/log"
-    for server in "${servers[@]}"; do port[$server]=$(free_ports 1); done
-    key=$(uuid) fernet=$(head -c 32 /dev/urandom | base64 | tr +/ -_)
-    write_configuration
-    touch "$dir/memcached.conf"
+    if [[ -e $dir/url ]]; then
+        # shellcheck source=/dev/null
+        . "$dir/ports"
+    else
+        make
+    fi
     # It reads no file: by that path on its command line it is known for ours.
     start memcached memcached --listen=127.0.0.1 --port="${port[memcached]}" --memory-limit=16 --threads=1 \
         --user="$(id -un)" -P
     start_keystone >>"$dir/log/start.log" 2>&1 </dev/null &
     starting=$!
-    "$python" -W ignore -c "$rings" "$dir" "${port[account]}" "${port[container]}" "${port[object]}"
     for server in account container object; do start "$server" "$python" -W ignore "$bin/swift-$server-server"; done
     for server in proxy hasty proxy-keystone; do start "$server" "$python" -W ignore "$bin/swift-proxy-server"; done
     for server in account container object proxy hasty proxy-keystone; do
         wait_for "$server" || die "$server did not start, see $dir/log/$server.log"
     done
     wait "$starting" || die "Keystone did not start, see $dir/log/start.log"
+    if [[ ! -e $dir/url ]]; then tell; fi
+    cat "$dir/url"
+}
+
+# Writes where to log in; $dir/url goes last, as it says that all was made.
+tell() {
     echo "http://backup%3Ahasty:$key@127.0.0.1:${port[hasty]}/auth/v1.0" >"$dir/hasty"
     echo "http://backup:$key@127.0.0.1:${port[keystone]}/v3" >"$dir/keystone"
     echo "http://$(<"$dir/application-id"):$key@127.0.0.1:${port[keystone]}/v3" >"$dir/application"
     echo "http://backup%3Ausual:$key@127.0.0.1:${port[proxy]}/auth/v1.0" >"$dir/url"
-    cat "$dir/url"
 }
 
-if (($# != 2)); then set -- usage "${2-.}"; fi
+if (($# < 2)) || [[ $# -gt 2 && $1 != down ]]; then set -- usage "${2-.}"; fi
 dir=$(realpath -m "$2")
 case $1 in
 up) up ;;
-down) down ;;
+down) if (($# > 2)); then down "${@:3}"; else down "${servers[@]}"; fi ;;
 *)
-    sed -n '4,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -11,6 +11,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod event;
+pub mod health;
 pub mod job;
 pub mod message;
 pub mod runner;

@@ -2,13 +2,17 @@
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use backhaul::cli::args::{Args, LogFormat};
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 /// Threads are started when they are needed only.
 const BLOCKING_THREADS_MAX: usize = 8192;
+/// How long threads that block may take to come to an end when all is done.
+const BLOCKED_TIME_MAX: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -19,6 +23,11 @@ fn main() -> ExitCode {
     match args.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
+    }
+    // The process holds keys and passwords, which are not for a core dump. systemd-coredump heeds this limit, too.
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    if let Err(error) = setrlimit(Resource::Core, none) {
+        tracing::warn!(%error, "core dumps could not be turned off");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -32,5 +41,8 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    runtime.block_on(backhaul::cli::run(args))
+    let code = runtime.block_on(backhaul::cli::run(args));
+    // A thread that waits for a disk or a server which does not answer must not keep a process that was told to stop.
+    runtime.shutdown_timeout(BLOCKED_TIME_MAX);
+    code
 }

@@ -4,24 +4,24 @@
 //! then the acknowledgement. Whatever dies in between leads to the same job again, which finds how far it had come.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-#[cfg(feature = "ceph")]
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use jiff::Timestamp;
 use rayon_core::ThreadPoolBuildError;
 #[cfg(feature = "ceph")]
 use tokio::sync::OnceCell;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 use uuid::Uuid;
 
-use crate::broker::{self, Broker, Delivery, Properties};
+use crate::broker::{self, Broker, Delivery, Properties, Subscription};
 #[cfg(feature = "ceph")]
 use crate::ceph;
 use crate::config::{self, Chunking, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
@@ -31,6 +31,7 @@ use crate::engine::rbd::{self, Rbd};
 use crate::engine::{Cpu, Engine, KEPT, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
+use crate::health::{self, Phase};
 use crate::job::{Command, Context, Job, JobId, Outcome, StoreName};
 use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
@@ -45,6 +46,16 @@ use crate::volume::class_of;
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// How often a worker removes what is kept of jobs for longer than it is of use.
 const SWEEP_EVERY: Duration = Duration::from_secs(3600);
+/// How often stores are tried again that were not reached.
+const REACH_EVERY: Duration = Duration::from_secs(60);
+/// How often a worker shows that it lives.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
+/// How long it may not do so.
+const BEAT_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long jobs that are handed back may take to stop; what they write then is harmless, but of no use.
+const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long jobs that are dropped may keep a worker that is to end at once.
+const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
 
@@ -74,6 +85,14 @@ pub enum Error {
     /// The broker's settings cannot be used.
     #[error("the broker cannot be used")]
     Broker(#[from] broker::Error),
+    /// Nobody can ask after the worker's health.
+    #[error("worker.health_listen: listen at {address}")]
+    Health {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
     /// Threads could not be started.
     #[error("start {0} CPU threads")]
     Threads(usize, #[source] ThreadPoolBuildError),
@@ -252,16 +271,28 @@ impl Stores {
     }
 
     /// Reaches what is not open yet, so that a worker whose keys, bucket or pool are wrong does not begin. That a cluster or
-    /// a server is away is no error.
-    async fn reach(&self) -> Result<(), Error> {
-        let reached = self.stores.iter().map(|(name, store)| store.reach(name));
-        for error in join_all(reached).await.into_iter().filter_map(Result::err) {
-            match error.class() {
-                Class::Transient => warn!(error = %Causes(&error), "store not reached; its jobs are put off"),
-                _ => return Err(error),
+    /// a server is away is no error: these stores are given, and why.
+    async fn reach(&self) -> Result<BTreeMap<StoreName, String>, Error> {
+        let reached = self.stores.iter().map(|(name, store)| async move { (name, store.reach(name).await) });
+        let mut away = BTreeMap::new();
+        for (name, reached) in join_all(reached).await {
+            match reached {
+                Ok(()) => {}
+                Err(error) if error.class() == Class::Transient => {
+                    warn!(error = %Causes(&error), "store not reached; its jobs are put off");
+                    away.insert(name.clone(), Causes(&error).to_string());
+                }
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(away)
+    }
+
+    async fn reach_one(&self, name: &StoreName) -> Result<(), Error> {
+        match self.stores.get(name) {
+            Some(store) => store.reach(name).await,
+            None => Ok(()),
+        }
     }
 
     /// The names of all stores.
@@ -341,7 +372,8 @@ pub fn broker_settings(config: &Config, purpose: &str) -> Result<broker::Setting
 /// When a worker is to end.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
-    /// Take nothing more, and let what runs come to its end.
+    /// Take nothing more, and let what runs come to its end, for `drain_seconds_max`; what runs then goes back to the
+    /// broker.
     pub drain: CancellationToken,
     /// End now; what runs goes back to the broker.
     pub now: CancellationToken,
@@ -349,68 +381,40 @@ pub struct Shutdown {
 
 /// Works until it is told to end.
 pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
-    let stores = Stores::open(config)?;
-    stores.reach().await?;
     let settings = broker_settings(config, "worker")?;
+    let listener = match config.worker.health_listen {
+        Some(address) => {
+            let failed = |source| Error::Health { address, source };
+            Some(health::listen(address).await.map_err(failed)?)
+        }
+        None => None,
+    };
     let message_bytes_max = settings.message_bytes_max;
-    let broker = Broker::start(settings)?;
     let worker = Arc::new(Worker {
         id: Uuid::new_v4().to_string(),
-        stores,
-        broker: broker.clone(),
+        stores: Stores::open(config)?,
+        broker: Broker::start(settings)?,
         source: format!("/backhaul/worker/{}", config.worker.name),
         message_bytes_max,
         attempts_max: config.worker.attempts_max,
         attempt_seconds_max: config.worker.attempt_seconds_max,
         progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
+        hand_back: CancellationToken::new(),
         jobs: Mutex::default(),
+        life: Mutex::new(Life::new()),
     });
-    let mut deliveries = broker.jobs(config.worker.jobs_max.into());
-    let (mut control, mut cancels) = (broker.control(), broker.cancels());
-    let mut running = JoinSet::new();
-    info!(jobs_max = config.worker.jobs_max, stores = config.stores.len(), "worker started");
-
-    let mut sweeps = tokio::time::interval(SWEEP_EVERY);
-    loop {
-        tokio::select! {
-            Some(delivery) = deliveries.next() => {
-                let worker = worker.clone();
-                running.spawn(async move { worker.handle(delivery).await });
-            }
-            _ = sweeps.tick() => {
-                let worker = worker.clone();
-                running.spawn(async move { worker.sweep().await });
-            }
-            Some(notice) = control.next() => worker.take_control(&notice.body),
-            Some(delivery) = cancels.next() => {
-                let worker = worker.clone();
-                running.spawn(async move { worker.keep_cancel(delivery).await });
-            }
-            Some(ended) = running.join_next() => lost_task(ended),
-            () = shutdown.drain.cancelled() => break,
-            () = shutdown.now.cancelled() => break,
-        }
+    // What goes on beside the jobs, until the worker ends.
+    let mut beside = JoinSet::new();
+    if let Some(listener) = listener {
+        let of_worker = worker.clone();
+        beside.spawn(async move { match health::serve(listener, move || of_worker.health()).await {} });
     }
-
-    info!(running = running.len(), "stopping: no more jobs are taken");
-    deliveries.stop();
-    cancels.stop();
-    loop {
-        tokio::select! {
-            ended = running.join_next() => match ended {
-                Some(ended) => lost_task(ended),
-                None => break,
-            },
-            Some(notice) = control.next() => worker.take_control(&notice.body),
-            () = shutdown.now.cancelled() => {
-                warn!(running = running.len(), "stopping at once: what runs goes back to the broker");
-                running.shutdown().await;
-            }
-        }
-    }
-    broker.close().await;
+    let drain_time_max = Duration::from_secs(config.worker.drain_seconds_max.into());
+    let result = worker.work(config.worker.jobs_max, drain_time_max, &shutdown, &mut beside).await;
+    worker.broker.close().await;
+    beside.shutdown().await;
     info!("worker stopped");
-    Ok(())
+    result
 }
 
 fn lost_task(ended: Result<(), tokio::task::JoinError>) {
@@ -429,7 +433,38 @@ struct Worker {
     attempts_max: u32,
     attempt_seconds_max: u32,
     progress_every: Duration,
+    /// Fires when jobs are to stop where they are, for other workers to go on with.
+    hand_back: CancellationToken,
     jobs: Mutex<Jobs>,
+    life: Mutex<Life>,
+}
+
+/// What is known of the worker itself at this moment.
+struct Life {
+    stage: Stage,
+    /// When it showed last that it lives.
+    beat: Instant,
+    broker_connected_since: Option<Timestamp>,
+    /// The stores that were not reached yet, and why.
+    away: BTreeMap<StoreName, String>,
+}
+
+enum Stage {
+    Starting,
+    /// It takes jobs if the number is not 0.
+    Working(watch::Receiver<usize>),
+    Draining,
+}
+
+impl Life {
+    fn new() -> Self {
+        Self {
+            stage: Stage::Starting,
+            beat: Instant::now(),
+            broker_connected_since: None,
+            away: BTreeMap::new(),
+        }
+    }
 }
 
 /// What this worker knows of jobs at this moment.
@@ -453,6 +488,164 @@ impl Worker {
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
         // Nothing panics while it holds the lock.
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        // The same.
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes jobs until it is told to end, and then brings to an end what runs.
+    async fn work(
+        self: &Arc<Self>,
+        jobs_max: u16,
+        drain_time_max: Duration,
+        shutdown: &Shutdown,
+        beside: &mut JoinSet<()>,
+    ) -> Result<(), Error> {
+        let away = tokio::select! {
+            away = self.stores.reach() => away?,
+            () = shutdown.drain.cancelled() => return Ok(()),
+            () = shutdown.now.cancelled() => return Ok(()),
+        };
+        let mut deliveries = self.broker.jobs(jobs_max.into());
+        let (mut control, mut cancels) = (self.broker.control(), self.broker.cancels());
+        let mut running = JoinSet::new();
+        let mut beats = interval(BEAT_EVERY);
+        self.begin(Stage::Working(deliveries.consuming()));
+        self.life().away = away;
+        let (watching, sweeping, reaching) = (self.clone(), self.clone(), self.clone());
+        beside.spawn(async move { watching.watch_broker().await });
+        beside.spawn(async move { sweeping.sweep_on().await });
+        beside.spawn(async move { reaching.reach_rest().await });
+        info!(jobs_max, stores = self.stores.stores.len(), "worker started");
+
+        loop {
+            tokio::select! {
+                Some(delivery) = deliveries.next() => {
+                    let worker = self.clone();
+                    running.spawn(async move { worker.handle(delivery).await });
+                }
+                Some(notice) = control.next() => self.take_control(&notice.body),
+                Some(delivery) = cancels.next() => {
+                    let worker = self.clone();
+                    running.spawn(async move { worker.keep_cancel(delivery).await });
+                }
+                Some(ended) = running.join_next() => lost_task(ended),
+                _ = beats.tick() => self.life().beat = Instant::now(),
+                () = shutdown.drain.cancelled() => break,
+                () = shutdown.now.cancelled() => break,
+            }
+        }
+
+        self.begin(Stage::Draining);
+        let running_count = || self.jobs().running.len();
+        info!(running = running_count(), "stopping: no more jobs are taken");
+        deliveries.stop();
+        cancels.stop();
+        if !self.wind_down(&mut running, &mut control, drain_time_max, &shutdown.now).await {
+            warn!(
+                running = running_count(),
+                "stopping: what runs is handed back, for other workers to go on with"
+            );
+            self.hand_back.cancel();
+            if !self.wind_down(&mut running, &mut control, HAND_BACK_TIME_MAX, &shutdown.now).await {
+                warn!(running = running_count(), "stopping at once: what runs goes back to the broker");
+                // Closing what one has open may wait for a cluster that does not answer.
+                let _ = timeout(DROP_TIME_MAX, running.shutdown()).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing runs any more. False when that takes too long, or all is to end `now`.
+    async fn wind_down(
+        self: &Arc<Self>,
+        running: &mut JoinSet<()>,
+        control: &mut Subscription,
+        time_max: Duration,
+        now: &CancellationToken,
+    ) -> bool {
+        let mut beats = interval(BEAT_EVERY);
+        let mut late = std::pin::pin!(sleep(time_max));
+        loop {
+            tokio::select! {
+                ended = running.join_next() => match ended {
+                    Some(ended) => lost_task(ended),
+                    None => return true,
+                },
+                Some(notice) = control.next() => self.take_control(&notice.body),
+                _ = beats.tick() => self.life().beat = Instant::now(),
+                () = &mut late => return false,
+                () = now.cancelled() => return false,
+            }
+        }
+    }
+
+    fn begin(&self, stage: Stage) {
+        let mut life = self.life();
+        (life.stage, life.beat) = (stage, Instant::now());
+    }
+
+    /// How it stands with the worker, for whoever asks after its health.
+    fn health(&self) -> health::Report {
+        let running_count = self.jobs().running.len();
+        let life = self.life();
+        let beat_age = life.beat.elapsed();
+        let (phase, why) = match &life.stage {
+            // Reaching the stores has limits of its own.
+            Stage::Starting => (Phase::Starting, Some("the stores are not looked at yet".into())),
+            _ if beat_age > BEAT_TIME_MAX => {
+                (Phase::Stuck, Some(format!("for {} seconds it has done nothing", beat_age.as_secs())))
+            }
+            Stage::Draining => (Phase::Draining, Some("it was told to stop".into())),
+            Stage::Working(consuming) => match &*self.broker.state().borrow() {
+                state @ broker::State::Disconnected { .. } => (Phase::NoBroker, Some(state.to_string())),
+                broker::State::Connected if *consuming.borrow() == 0 => {
+                    (Phase::NoQueue, Some("the job queue is not consumed".into()))
+                }
+                broker::State::Connected => (Phase::Ready, None),
+            },
+        };
+        health::Report {
+            phase,
+            why,
+            running_count,
+            broker_connected_since: life.broker_connected_since,
+            stores_not_reached: life.away.iter().map(|(name, why)| (name.to_string(), why.clone())).collect(),
+        }
+    }
+
+    /// Notes since when there is a connection to the broker, until that is closed.
+    async fn watch_broker(&self) {
+        let mut state = self.broker.state();
+        loop {
+            let connected = *state.borrow_and_update() == broker::State::Connected;
+            self.life().broker_connected_since = connected.then(Timestamp::now);
+            if state.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Tries the stores again that were not reached, until all of them were.
+    async fn reach_rest(&self) {
+        loop {
+            let away: Vec<StoreName> = self.life().away.keys().cloned().collect();
+            if away.is_empty() {
+                return;
+            }
+            sleep(REACH_EVERY).await;
+            for name in away {
+                match self.stores.reach_one(&name).await {
+                    Ok(()) => {
+                        info!(store = %name, "store reached");
+                        self.life().away.remove(&name);
+                    }
+                    Err(error) => drop(self.life().away.insert(name, Causes(&error).to_string())),
+                }
+            }
+        }
     }
 
     async fn handle(&self, delivery: Delivery) {
@@ -480,7 +673,7 @@ impl Worker {
     }
 
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
-        let ctx = Context::default();
+        let ctx = Context { cancel: self.hand_back.child_token(), ..Context::default() };
         let delivery = 'new: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
@@ -518,14 +711,11 @@ impl Worker {
             redelivered: delivery.redelivered || delivery.properties.parked,
             revival_count: delivery.properties.revival_count,
         };
-        let (redelivered, may_have_restarted) = (attempts.redelivered, attempts.may_have_restarted());
         // Somebody was handed the message before, and may still be at it.
-        if redelivered && self.runs_elsewhere(job.id).await {
+        if attempts.was_out_before() && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
-            let adopted =
-                self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
             let mut settled = Ok(());
-            for delivery in std::iter::once(delivery).chain(adopted) {
+            for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
                 settled = delivery.park().await;
             }
             return settled;
@@ -534,45 +724,70 @@ impl Worker {
         let report = Report::new(&sink, job);
         let engine = self.stores.engine(job.store.as_ref()).await;
         let ended = match &engine {
-            Ok(engine) => runner::run(&ctx, engine, job, &attempts, self.progress_every, &report).await,
+            Ok(engine) => {
+                let hand_back = &self.hand_back;
+                runner::run(&ctx, engine, job, &attempts, self.progress_every, &report, hand_back).await
+            }
             Err(problem) => runner::refuse(job, problem.clone(), &attempts, &report).await,
         };
+        let settled = self.settle(delivery, &ctx, job, attempts, ended, engine.ok()).await;
+        // Only now: until all is written down, no other worker is to begin the job.
+        for delivery in self.end(job.id) {
+            if let Err(error) = delivery.requeue().await {
+                warn!(error = %Causes(&error), "a delivery that came at the end of its job was not given back");
+            }
+        }
+        settled
+    }
 
-        let adopted = match self.jobs().running.get_mut(&job.id) {
-            Some(running) => std::mem::take(&mut running.adopted),
-            None => Vec::new(),
+    /// Settles the deliveries of a job as it has ended, and sees to what its store keeps of it.
+    async fn settle(
+        &self,
+        delivery: Delivery,
+        ctx: &Context,
+        job: &Job,
+        attempts: Attempts,
+        ended: Ended,
+        engine: Option<&Engine>,
+    ) -> Result<(), broker::Error> {
+        let adopted = if let Ended::HandedBack = ended {
+            // Nothing is written down any more, and whoever is handed the job next asks whether it still runs here.
+            self.end(job.id)
+        } else {
+            let mut jobs = self.jobs();
+            jobs.running
+                .get_mut(&job.id)
+                .map_or_else(Vec::new, |running| std::mem::take(&mut running.adopted))
         };
         // Of several, all but the last are lost: the broker took each back before it handed out the next. So it is how
         // the last one is settled that counts.
-        let attempt = attempts.current;
+        let (attempt, was_out_before) = (attempts.current, attempts.was_out_before());
         let story = match &ended {
             Ended::Later(problem) => message::encode_attempts(attempts.and_this(problem)),
             _ => String::new(),
         };
+        let is_alone = adopted.is_empty();
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {
-                Ended::Over(completion) | Ended::Before(completion) => match &completion.outcome {
+                Ended::Over(completion) => match &completion.outcome {
                     // For people to look at, and to bring back when they have mended what was wrong.
                     Outcome::Failed(problem) => delivery.dead_letter(&format!("failed: {problem}")).await,
                     Outcome::Succeeded | Outcome::Cancelled => delivery.ack().await,
                 },
                 Ended::Later(_) => delivery.retry_later(&story).await,
-                Ended::Untold(_) => delivery.requeue().await,
+                Ended::Untold(_) | Ended::HandedBack => delivery.requeue().await,
             };
         }
-        // It may come again, or whoever was handed it before may still be at it: then it is not to be told once more.
-        let is_last = settled.is_ok() && (!redelivered || matches!(ended, Ended::Before(_)));
+        // It may come again, or whoever was handed it, too, may still be at it: then it is not to be told once more.
+        let is_last = settled.is_ok() && is_alone && !was_out_before;
         match ended {
-            Ended::Over(completion) | Ended::Before(completion) => {
-                if let Ok(engine) = &engine {
-                    let mut kept = match is_last {
+            Ended::Over(completion) => {
+                if let Some(engine) = engine {
+                    let kept = match is_last {
                         true => engine.catalog().settle(job.id).await,
                         false => engine.catalog().keep_told(&completion).await,
                     };
-                    if kept.is_ok() && may_have_restarted {
-                        kept = engine.catalog().forget_restarts(job.id).await;
-                    }
                     if let Err(error) = kept {
                         warn!(error = %Causes(&error), "the outcome of the job in the store is not what it should be");
                     }
@@ -581,19 +796,20 @@ impl Worker {
                     self.forget_cancel(job.id).await;
                 }
             }
-            Ended::Later(problem) => {
-                warn!(error = %problem, attempt, "failed for now, trying again later");
+            Ended::Later(problem) if settled.is_ok() => {
+                warn!(error = %problem, attempt, "not done for now, trying again later");
             }
+            // Whoever has the message by now goes on, or finds how the job has ended.
+            Ended::Later(problem) => warn!(error = %problem, attempt, "not done here"),
+            Ended::HandedBack => info!("handed back, for another worker to go on with"),
             Ended::Untold(error) => warn!(error = %Causes(&error), "the end of the job could not be told"),
         }
-        // Only now: until all is written down, no other worker is to begin the job.
-        let late = self.jobs().running.remove(&job.id).map_or_else(Vec::new, |running| running.adopted);
-        for delivery in late {
-            if let Err(error) = delivery.requeue().await {
-                warn!(error = %Causes(&error), "a delivery that came at the end of its job was not given back");
-            }
-        }
         settled
+    }
+
+    /// Says of a job that it runs here no more. Gives the deliveries of it that came meanwhile.
+    fn end(&self, id: JobId) -> Vec<Delivery> {
+        self.jobs().running.remove(&id).map_or_else(Vec::new, |running| running.adopted)
     }
 
     /// Keeps in every store that somebody asked for the end of a job, so that it is known whenever the job is taken up, and
@@ -640,6 +856,15 @@ impl Worker {
             if let Err(error) = engine.catalog().forget_cancel(id).await {
                 warn!(store = %name, error = %Causes(&error), "that a job was cancelled stays in the store");
             }
+        }
+    }
+
+    /// Sweeps now, and again and again.
+    async fn sweep_on(&self) {
+        let mut sweeps = interval(SWEEP_EVERY);
+        loop {
+            sweeps.tick().await;
+            self.sweep().await;
         }
     }
 
@@ -724,7 +949,10 @@ impl Worker {
             Ok(Control::Cancel(id)) => {
                 let mut jobs = self.jobs();
                 if let Some(running) = jobs.running.get(&id) {
-                    info!(job = %id, "cancelling");
+                    // It is heard twice: at once, and from the queue that keeps it.
+                    if !running.cancel.is_cancelled() {
+                        info!(job = %id, "cancelling");
+                    }
                     running.cancel.cancel();
                 } else if !jobs.cancelled.contains(&id) {
                     if jobs.cancelled.len() == CANCELLED_MAX {

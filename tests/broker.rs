@@ -411,6 +411,27 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
 }
 
 #[tokio::test]
+async fn letters_that_come_while_others_are_brought_back_are_left_for_the_next_time() {
+    let (broker, settings) = shared().await;
+    let mut jobs = broker.jobs(1);
+    for body in ["a", "b"] {
+        publish(&broker, body).await;
+        next(&mut jobs).await.dead_letter("bad").await.unwrap();
+    }
+    soon("both are there", async { while count(&settings, "dead").await < 2 {} }).await;
+
+    let mut letters = broker.dead_letters().await.unwrap();
+    for body in ["a", "b"] {
+        let letter = letters.next().await.unwrap().unwrap();
+        assert_eq!(text(&letter.body), body);
+        letters.retry(letter).await.unwrap();
+        next(&mut jobs).await.dead_letter("bad again").await.unwrap();
+    }
+    soon("both are there again", async { while count(&settings, "dead").await < 2 {} }).await;
+    assert!(letters.next().await.unwrap().is_none());
+}
+
+#[tokio::test]
 async fn a_job_waits_no_longer_than_the_limit_of_its_attempt_which_doubles_up_to_the_last_one() {
     let delays =
         Settings { retry_delay_seconds: 1, retry_delay_seconds_max: 100, ..settings(Rabbit::shared().url()) };

@@ -53,6 +53,9 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::unknown_section("[stores.a]\n", &[], &["stores (FILE): ", "did you mean store?"])]
 #[case::unknown_setting("[worker]\njobs_mx = 1", &[], &["worker.jobs_mx (FILE): ", "did you mean jobs_max?"])]
 #[case::unlike_anything("[broker.tls]\nqqq = 1", &[], &["broker.tls.qqq (FILE): ", "known here are ca_file, client_cert"])]
+#[case::unknown_in_store_of_a_kind(&format!("{STORE}colour = \"red\""), &[], &["store.local.colour (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
+#[case::unknown_and_near_to_one_of_another_kind(&format!("{STORE}buckett = \"b\""), &[], &["store.local.buckett (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, "])]
+#[case::unknown_in_store_of_no_kind("[store.x]\ncolour = \"red\"", &[], &["store.x.colour (FILE): it is unknown; known here are kind, default, path, "])]
 #[case::unknown_in_store(&format!("{STORE}compresion = \"zstd\""), &[], &["store.local.compresion (FILE): ", "did you mean compression?"])]
 #[case::section_is_no_section("worker = 4", &[], &["worker (FILE): found 4; write a section: [worker]"])]
 #[case::too_many("[worker]\njobs_max = 65", &[], &["worker.jobs_max (FILE): found 65; write a whole number from 1 to 64"])]
@@ -60,6 +63,8 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::a_fraction("[worker]\njobs_max = 1.5", &[], &["worker.jobs_max (FILE): found 1.5; write a whole number from 1 to 64"])]
 #[case::not_a_number("[worker]\njobs_max = \"many\"", &[], &["worker.jobs_max (FILE): found \"many\"; write a whole number"])]
 #[case::no_time("[worker]\nprogress_seconds = 0", &[], &["worker.progress_seconds (FILE): found 0; write a whole number from 1"])]
+#[case::drain("[worker]\ndrain_seconds_max = 86401", &[], &["worker.drain_seconds_max (FILE): found 86401; write a whole number from 0 to 86400"])]
+#[case::health_without_a_port("[worker]\nhealth_listen = \"127.0.0.1\"", &[], &["worker.health_listen (FILE): found \"127.0.0.1\"; write an IP address and a port, such as \"127.0.0.1:8086\""])]
 #[case::empty_name("[worker]\nname = \"\"", &[], &["worker.name (FILE): found \"\"; write 1 to 100 of a-z"])]
 #[case::roots_are_a_list("[worker]\nfile_roots = \"/a\"", &[], &["worker.file_roots (FILE): found \"/a\"; write a list of paths"])]
 #[case::an_empty_root("[worker]\nfile_roots = [\"/a\", \"\"]", &[], &["worker.file_roots.1 (FILE): found \"\"; write a path"])]
@@ -102,18 +107,19 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::two_endpoints(&format!("{SWIFT}storage_url = \"http://h/v1/a\"\ninterface = \"internal\""), &[], &["store.x.interface (FILE): it is of no use with storage_url"])]
 #[case::interface(&format!("{SWIFT}interface = \"publicURL\""), &[], &["store.x.interface (FILE): found \"publicURL\"; write one of \"public\", \"internal\", \"admin\""])]
 #[case::container_with_a_slash(&format!("{SWIFT}container = \"a/b\""), &[], &["store.x.container (FILE): found \"a/b\"; write the name of a container"])]
-#[case::bucket_of_swift(&format!("{SWIFT}bucket = \"bbb\""), &[], &["store.x.bucket (FILE): it is unknown to a store of kind \"swift\", which has default, auth_url, "])]
+#[case::bucket_of_swift(&format!("{SWIFT}bucket = \"bbb\""), &[], &["store.x.bucket (FILE): it is unknown to a store of kind \"swift\", which has kind, default, auth_url, "])]
+#[case::odd_bucket_of_google("[store.x]\nkind = \"gcs\"\nbucket = \"a b\"\nanonymous = true", &[], &["store.x.bucket (FILE): found \"a b\"; write the name of a bucket: 3 to 63 of a-z, 0-9, '.', '-' and, for Google, '_', in quotes"])]
 #[case::no_bucket_of_google("[store.x]\nkind = \"gcs\"\nanonymous = true", &[], &["store.x.bucket (FILE): it is missing; write the bucket, such as bucket = "])]
 #[case::no_account("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"", &[], &["store.x.credentials_file (FILE): it is missing; write the path of the file with the key of a service account, or anonymous = true"])]
 #[case::nobody_with_an_account("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"\ncredentials_file = \"k\"\nanonymous = true", &[], &["store.x.anonymous (FILE): credentials_file is set, too; write only one of them"])]
-#[case::region_of_google("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"\nanonymous = true\nregion = \"r\"", &[], &["store.x.region (FILE): it is unknown to a store of kind \"gcs\", which has default, endpoint, bucket, "])]
+#[case::region_of_google("[store.x]\nkind = \"gcs\"\nbucket = \"bbb\"\nanonymous = true\nregion = \"r\"", &[], &["store.x.region (FILE): it is unknown to a store of kind \"gcs\", which has kind, default, endpoint, bucket, "])]
 #[case::no_share("[store.x]\nkind = \"nfs\"", &[], &["store.x.share (FILE): it is missing; write the share, such as share = "])]
 #[case::share_without_a_host("[store.x]\nkind = \"nfs\"\nshare = \"/backups\"", &[], &["store.x.share (FILE): found \"/backups\"; write a share, such as "])]
 #[case::share_that_is_an_option("[store.x]\nkind = \"nfs\"\nshare = \"-o:/backups\"", &[], &["store.x.share (FILE): found \"-o:/backups\"; write a share, such as "])]
 #[case::two_shares("[store.x]\nkind = \"nfs\"\nshare = \"h:/b\"\npath = \"/b\"", &[], &["store.x.share (FILE): it is of no use with path; remove one of them"])]
 #[case::odd_object_in_a_container(&format!("{SWIFT}object_bytes = 100000"), &[], &["store.x.object_bytes (FILE): found 100000"])]
-#[case::path_of_a_bucket(&format!("{S3}path = \"/b\""), &[], &["store.x.path (FILE): it is unknown to a store of kind \"s3\", which has default, endpoint, "])]
-#[case::bucket_of_a_folder(&format!("{STORE}bucket = \"bbb\""), &[], &["store.local.bucket (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, "])]
+#[case::path_of_a_bucket(&format!("{S3}path = \"/b\""), &[], &["store.x.path (FILE): it is unknown to a store of kind \"s3\", which has kind, default, endpoint, "])]
+#[case::bucket_of_a_folder(&format!("{STORE}bucket = \"bbb\""), &[], &["store.local.bucket (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, "])]
 #[case::odd_object_in_a_bucket(&format!("{S3}object_bytes = 100000"), &[], &["store.x.object_bytes (FILE): found 100000"])]
 #[case::no_such_kind("[store.x]\nkind = \"tape\"\npath = \"/b\"", &[], &["store.x.kind (FILE): found \"tape\"; write \"posix\""])]
 #[case::store_name("[store.\"a b\"]\nkind = \"posix\"\npath = \"/b\"", &[], &["store.a b (FILE): ", "write 1 to 64 of a-z"])]
@@ -123,7 +129,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::object_below_block(&format!("{STORE}object_bytes = 512"), &[], &["store.local.object_bytes (FILE): ", "such as 32768"])]
 #[case::huge_object(&format!("{STORE}object_bytes = 2147483648"), &[], &["store.local.object_bytes (FILE): found 2147483648; write a whole number from 512 to 2147483647"])]
 #[case::checks_of_more_than_all(&format!("{STORE}unchanged_check_per_mille = 1001"), &[], &["store.local.unchanged_check_per_mille (FILE)", "a whole number from 0 to 1000"])]
-#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
+#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
 #[case::rbd_setting_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__STRIPE_COUNT", "4")], &["store.local.stripe_count (environment variable BACKHAUL_STORE__LOCAL__STRIPE_COUNT): it is unknown to a store of kind \"posix\""])]
 #[case::no_seconds("[ceph.main]\noperation_seconds_max = 0", &[], &["ceph.main.operation_seconds_max (FILE): found 0; write a whole number from 1 to 3600"])]
 #[case::memory(&format!("{STORE}object_bytes = 52428800\n[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (FILE), 52428800", "at least 205520896", "at most 16777216"])]
@@ -155,7 +161,7 @@ fn a_bad_setting_is_named_with_its_origin(
 #[cfg(feature = "ceph")]
 #[rstest]
 #[case::no_pool("[ceph.main]\n[store.x]\nkind = \"rbd\"", &["store.x.pool (FILE): it is missing; write the pool for backups, such as pool = \"backups\""])]
-#[case::a_path(&RBD.replace("pool =", "path ="), &["store.x.path (FILE): it is unknown to a store of kind \"rbd\", which has default, cluster, pool, source_snapshots_max, journaling, stripe_unit_bytes, stripe_count"])]
+#[case::a_path(&RBD.replace("pool =", "path ="), &["store.x.path (FILE): it is unknown to a store of kind \"rbd\", which has kind, default, cluster, pool, source_snapshots_max, journaling, stripe_unit_bytes, stripe_count"])]
 #[case::compression(&format!("{RBD}compression = \"zstd\""), &["store.x.compression (FILE): it is unknown to a store of kind \"rbd\""])]
 #[case::no_cluster(&RBD.replace("[ceph.main]\n", ""), &["store.x.cluster (default): there is no cluster; write a section such as [ceph.main] with conf and user"])]
 #[case::no_such_cluster(&format!("{RBD}cluster = \"other\"\n[ceph.b]"), &["store.x.cluster (FILE): found \"other\", and there is no [ceph.other]; write one of: b, main"])]
@@ -279,6 +285,7 @@ fn what_is_not_set_has_its_default() {
     let worker = &config.worker;
     assert_eq!((worker.jobs_max, worker.memory_bytes_max), (4, 512 << 20));
     assert_eq!((worker.attempts_max, worker.progress_seconds), (3, 1));
+    assert_eq!((worker.drain_seconds_max, worker.health_listen), (60, None));
     assert_eq!(worker.cpu_threads_max, std::thread::available_parallelism().unwrap().get());
     assert_eq!(worker.file_roots, Vec::<PathBuf>::new());
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();

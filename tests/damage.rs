@@ -22,8 +22,8 @@ use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 
 use support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup, backup_job, delete, job, object_at, overwrite, paths_of, restore, run,
-    verify,
+    Bench, Kind, MEMORY_BYTES, backup, backup_job, cancel, delete, job, object_at, overwrite, paths_of,
+    restore, run, verify,
 };
 use support::faulty::{Fault, Faulty};
 use support::volume::{Fill, Volume, junk};
@@ -239,8 +239,12 @@ async fn a_harmed_object_is_named_and_harms_no_other_backup(
         assert_eq!(error.class(), Class::Permanent, "{told}: {text}");
         assert!(text.contains(&point.id().to_string()), "{told}: {text}");
         match (part, harm) {
-            (Part::Record, Harm::Missing) => {
+            (Part::Record, Harm::Missing) if point.id() == shelf.newest().id() => {
                 assert!(matches!(error, Error::UnknownBackup(_)), "{told}: {text}")
+            }
+            (Part::Record, Harm::Missing) => {
+                assert!(matches!(error, Error::ParentGone { .. }), "{told}: {text}");
+                assert!(text.contains(&shelf.newest().id().to_string()), "{told}: {text}");
             }
             (Part::Record, _) => assert!(matches!(error, Error::DamagedRecord { .. }), "{told}: {text}"),
             _ if told_by == "verify" && matches!(error, Error::DamagedBackup { .. }) => {
@@ -503,6 +507,22 @@ async fn a_parent_that_cannot_be_built_on_is_refused_and_says_why() {
     assert_eq!(bench.everything([]).await, everything);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chain_that_lacks_a_backup_is_not_built_on() {
+    let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
+    let (gone, newest) = (shelf.chain[0].id(), shelf.newest().record.clone());
+    let source = shelf.bench.volumes().join("volume");
+    shelf.engine.catalog().remove(gone).await.unwrap();
+    let lacks = format!("backup {} builds on {gone}, which is not in", newest.backup_id);
+
+    let given = Parent::Given(newest.backup_id);
+    let error = backup(&shelf.engine, newest.volume_id, &source, given).await.unwrap_err();
+    refused_parent(&error, Class::Permanent, &[&lacks]);
+    // One that nobody named is a reason for a full backup.
+    let error = backup(&shelf.engine, newest.volume_id, &source, Parent::Latest).await.unwrap_err();
+    refused_parent(&error, Class::Unsuitable, &[&lacks]);
+}
+
 #[rstest]
 #[case::in_error(RecordState::Error(Problem { class: Class::Permanent, message: "the disk is full".into(), causes: vec![] }), "the disk is full")]
 #[case::being_made(RecordState::Creating(backhaul::job::JobId::random()), "still being made by job")]
@@ -562,7 +582,7 @@ async fn a_damaged_parent_is_not_built_on() {
         let job = backup_job(newest.record.volume_id, &source, Parent::Latest);
         let error = run(&shelf.engine, &job).await.unwrap_err();
         refused_parent(&error, Class::Permanent, &[&newest.path(Part::Sha256File)]);
-        shelf.engine.abandon(&job, None).await.unwrap();
+        cancel(&shelf.engine, &job).await;
     }
     fs::write(&path, whole).unwrap();
     shelf.all_whole(&shelf.chain, "the parent put back").await;
@@ -869,6 +889,6 @@ async fn what_may_not_be_read_or_written_is_named() {
     fs::set_permissions(folder.join("store"), fs::Permissions::from_mode(0o777)).unwrap();
     let error = result.unwrap_err();
     assert!(text(&error).contains("permission denied: let the user that runs backhaul"), "{}", text(&error));
-    engine.abandon(&job, None).await.unwrap();
+    cancel(&engine, &job).await;
     assert!(verify(&engine, record.backup_id).await.is_ok());
 }

@@ -107,6 +107,7 @@ fn own_record() -> Record {
         parent_id: Some("60a51657-cb82-4205-a137-0846b1dad5ec".parse().unwrap()),
         writer: String::new(),
         displaced_writer: None,
+        revival_count: 0,
         checkpoint: None,
         job_id: Some("0d9ec0a5-2e4f-4f0c-8a0e-3f4d9f0f2b11".parse().unwrap()),
         service: POSIX.into(),

@@ -4,45 +4,26 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backhaul::engine::chunked::Compression;
 use backhaul::error::{Causes, Class};
-use backhaul::job::{Container, Parent, VolumeId};
+use backhaul::job::{Parent, VolumeId};
 use backhaul::store::{Folder, Gcs, ObjectStore};
 use bytes::Bytes;
 use rstest::rstest;
-use support::chain::{Chain, MIB, Trouble, restarting, settings, volume};
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup, paths_of, restore};
+use support::chain::{MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings};
+use support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
 use support::gcs::{self, Own, Tokens};
 use support::link::Link;
 use support::stack::Stack;
-use support::volume::{Fill, Volume, junk};
+use support::volume::{Fill, Volume};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_lies_in_a_bucket_as_cinder_has_it_and_goes_without_a_trace() {
-    let bench = Bench::new(Kind::Gcs);
-    let engine = bench.engine(settings(Compression::Zstd));
-    let chain = Chain::make(&engine, &mut volume(&bench)).await;
-
-    let mut expected = BTreeSet::new();
-    for (record, _) in &chain.0 {
-        let time = record.created_at.strftime("%Y%m%d%H%M%S");
-        let (volume_id, backup_id) = (record.volume_id, record.backup_id);
-        assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
-        assert_eq!(record.service, "cinder.backup.drivers.gcs.GoogleBackupDriver");
-        expected.extend(paths_of(record, record.counts.object_count));
-    }
-    let container: Container = chain.0[0].0.container.clone();
-    assert_eq!(container.as_str(), bench.bucket());
-    assert_eq!(bench.everything([&container]).await, expected);
-    chain.check(&bench, &engine).await;
-    chain.delete(&engine).await;
-    assert_eq!(bench.everything([&container]).await, BTreeSet::new());
+    lies_as_cinder_has_it(Kind::Gcs, "cinder.backup.drivers.gcs.GoogleBackupDriver").await;
 }
 
 #[rstest]
@@ -68,32 +49,14 @@ async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_restarted_in_the_middle_costs_nothing_but_time() {
     let (bench, own) = (Bench::new(Kind::Gcs), Arc::new(Own::new()));
-    let usual = bench.bucket().to_owned();
-    let mut behind = gcs::settings(&own.up(), &usual);
+    let mut behind = gcs::settings(&own.up(), bench.bucket());
     behind.http.retries_max = 30;
     // A backup is over too soon otherwise.
     behind.http.connections_max = 1;
     let store = Arc::new(Gcs::new(behind).unwrap());
-    let engine = bench.engine_on(store.clone(), settings(Compression::None), MEMORY_BYTES);
-    let path = bench.volumes().join("volume");
-    let bytes = junk(&path, 96 * MIB, 5);
     let (stopped, started) = (own.clone(), own.clone());
     let (stop, start) = (move || stopped.down(), move || drop(started.up()));
-
-    let container = Folder::from(&usual.parse::<Container>().unwrap());
-    let begun = async || !store.list(&container, "").await.unwrap_or_default().is_empty();
-    let backup = backup(&engine, VolumeId::random(), &path, Parent::None);
-    let record = restarting(stop.clone(), start.clone(), begun, backup).await.unwrap();
-
-    let target = bench.volumes().join("target");
-    // It gets its name when it is whole.
-    let has_data = |name: &String| {
-        let data = fs::metadata(bench.volumes().join(name)).map_or(0, |file| file.blocks());
-        name != "volume" && data > 0
-    };
-    let begun = async || bench.volume_names().iter().any(has_data);
-    restarting(stop, start, begun, restore(&engine, record.backup_id, &target)).await.unwrap();
-    assert!(fs::read(&target).unwrap() == bytes);
+    restarts_cost_nothing_but_time(&bench, store, stop, start).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -286,6 +249,11 @@ fn a_store_on_a_share_has_cinders_word_for_it_and_a_mount_that_fails_is_told() {
     let id = "00000000-0000-4000-8000-000000000002";
     let volume_id = "00000000-0000-4000-8000-000000000001";
     stack.ok(&["run", "backup", "--source", &source, "--volume-id", volume_id, "--backup-id", id]);
+    let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
+    let (well, not_mounted) =
+        (format!("ok      store share: {path}", path = share.path().display()), "warning store share: ");
+    assert!(told.contains(&well) && told.contains(not_mounted), "{told}");
+    assert!(told.contains("which is no share of an NFS server: mount the share there"), "{told}");
     let exported = stack.ok(&["record", "export", id]);
     assert!(exported.contains("cinder.backup.drivers.nfs.NFSBackupDriver"), "{exported}");
     assert!(share.path().join("00/00").join(id).is_dir());

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use support::ceph::{Ceph, Image};
 use support::cinder::{Cinder, Of};
 use support::content::Content;
-use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, verify};
+use support::engine::{MEMORY_BYTES, backup_job_of, cancel, delete, job, verify};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -110,7 +110,7 @@ impl Stage {
         // What is there already is not written again.
         self.ceph.rados(&["-p", POOL, "create", &format!("backup.{}.meta", job.backup_id())]);
         let error = self.run(&job).await.unwrap_err();
-        self.engine.abandon(&job, None).await.unwrap();
+        cancel(&self.engine, &job).await;
         error
     }
 

@@ -19,8 +19,8 @@ use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::error::{Class, Problem};
 use backhaul::event::{self, EventSink};
 use backhaul::job::{
-    BackupId, Completion, Context, Event, Happening, Job, Location, Method, Outcome, Parent, Reading, Record,
-    RecordState, RestoreWork, VolumeId, Work,
+    BackupId, Completion, Context, Event, Happening, Job, JobId, Location, Method, Outcome, Parent, Reading,
+    Record, RecordState, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore};
@@ -30,6 +30,7 @@ use support::ceph::{Ceph, Image};
 use support::device::BlockDevice;
 use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 const MIB: u64 = 1 << 20;
 
@@ -154,7 +155,30 @@ impl Bench {
     async fn end_in(&self, ctx: &Context, job: &Job, tries: u32, sink: &Recorder) -> Ended {
         let (report, attempts) =
             (Report::new(sink, job), Attempts { max: tries, seconds_max: 3600, ..Attempts::one() });
-        runner::run(ctx, &self.engine, job, &attempts, Duration::from_millis(20), &report).await
+        runner::run(
+            ctx,
+            &self.engine,
+            job,
+            &attempts,
+            Duration::from_millis(20),
+            &report,
+            &CancellationToken::new(),
+        )
+        .await
+    }
+
+    /// Runs the job until it has written something, and no further, as a worker that is killed: dropped in the middle,
+    /// nothing is cleaned up.
+    async fn die_in_the_middle_of(&self, job: &Job) {
+        let ctx = Context::default();
+        tokio::select! {
+            result = self.engine.run(&ctx, job, self.methods(job)[0]) => panic!("{result:?}"),
+            () = async {
+                while ctx.progress.read().counts.bytes_stored == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            } => {}
+        }
     }
 
     /// Runs the job, and asks for its end when it has moved so much.
@@ -816,7 +840,8 @@ async fn the_metadata_of_a_volume_is_kept_beside_its_backup_as_cinder_keeps_it()
     // It is written once: what is there and is something else is no other attempt's.
     let other = bench.file("other", b"{}");
     bench.main.rados(&["-p", "backups", "put", &object, other.to_str().unwrap()]);
-    let error = bench.run(&job).await.unwrap_err();
+    let again = Job { id: JobId::random(), ..job };
+    let error = bench.run(&again).await.unwrap_err();
     let told = Problem::new(error.class(), &error).to_string();
     assert!(told.contains(&object) && told.contains("File exists"), "{told}");
     assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), "{}");
@@ -920,14 +945,15 @@ async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
     let bench = Bench::new();
-    let (volume_id, volume) = bench.volume(64 * MIB);
+    let (volume_id, volume) = bench.volume(128 * MIB);
     let source = location("main", volume.spec());
     volume.write(&[(MIB, &noise(1, 1 << 20))]);
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let at_full = volume.read();
-    volume.write(&[(0, &noise(2, 64 << 20))]);
+    // More than is read at once: of a job all of whose reads are under way nobody sees how far it is.
+    volume.write(&[(0, &noise(2, 128 << 20))]);
     volume.snapshot("named");
-    volume.slow_down(32 * MIB);
+    volume.slow_down(64 * MIB);
     let named = location("main", &format!("{}@named", volume.spec()));
     let before = bench.traces(volume_id, &volume).await;
 
@@ -1219,16 +1245,7 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
     volume.write(&[(0, &noise(1, 64 << 20))]);
     for parent in [Parent::None, Parent::Latest] {
         let job = backup_job_of(volume_id, source.clone(), parent);
-        let ctx = Context::default();
-        // It goes no further, as a worker that was killed: dropped in the middle, nothing is cleaned up.
-        tokio::select! {
-            result = bench.engine.run(&ctx, &job, bench.methods(&job)[0]) => panic!("{result:?}"),
-            () = async {
-                while ctx.progress.read().counts.bytes_stored == 0 {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-            } => {}
-        }
+        bench.die_in_the_middle_of(&job).await;
         volume.write(&[(7 * MIB, &noise(2, 20 << 20))]);
         let completion = bench.complete(&job).await;
         assert_eq!(completion.outcome, Outcome::Succeeded);
@@ -1239,6 +1256,51 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
     assert_eq!(bench.snapshots(volume.spec()).len(), 2);
     let image = base(&bench.engine.catalog().records().await.unwrap().records[0]);
     assert_eq!(bench.snapshots(&image), bench.snapshots(volume.spec()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_failed_for_want_of_its_pool_can_be_deleted() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 4096))]);
+    let mut job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    work.container = Some("no-such-pool".parse().unwrap());
+    let Outcome::Failed(problem) = bench.complete(&job).await.outcome else { panic!("it has no pool") };
+    assert!(problem.to_string().contains("no-such-pool"), "{problem}");
+    delete(&bench.engine, job.backup_id()).await.unwrap();
+    assert!(bench.engine.catalog().record(job.backup_id()).await.unwrap().is_none());
+    assert!(bench.snapshots(volume.spec()).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_whose_job_never_comes_back_is_deleted_and_harms_no_other() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let images = || {
+        let own = |image: &String| image.contains(&volume_id.to_string());
+        bench.images("backups").into_iter().filter(own).collect::<Vec<_>>()
+    };
+    let (before, snapshots) = (images(), bench.snapshots(volume.spec()));
+    let point = volume.read();
+    volume.write(&[(7 * MIB, &noise(2, 48 << 20))]);
+    for parent in [Parent::None, Parent::Latest] {
+        let job = backup_job_of(volume_id, source.clone(), parent);
+        // Its worker is killed, and its message is lost.
+        bench.die_in_the_middle_of(&job).await;
+        delete(&bench.engine, job.backup_id()).await.unwrap();
+        assert!(bench.engine.catalog().record(job.backup_id()).await.unwrap().is_none());
+        assert_eq!(images(), before);
+        assert_eq!(bench.snapshots(volume.spec()), snapshots);
+        assert_eq!(bench.snapshots(&base(&full)), snapshots);
+        let objects = bench.main.rados(&["-p", "backups", "ls"]);
+        assert!(!objects.contains(&job.backup_id().to_string()), "{objects}");
+    }
+    verify(&bench.engine, full.backup_id).await.unwrap();
+    assert!(bench.restored(full.backup_id).await == point);
 }
 
 #[rstest]

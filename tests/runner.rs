@@ -17,8 +17,10 @@ use backhaul::job::{
 };
 use backhaul::runner::{self, Attempts, Ended, Report};
 use jiff::Timestamp;
+use rstest::rstest;
 use rustix::io::Errno;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, job, verify};
 use support::faulty::{Fault, Faulty};
@@ -63,6 +65,15 @@ impl Recorder {
         self.events.lock().unwrap().iter().map(word).collect()
     }
 
+    fn outcomes(&self) -> Vec<Outcome> {
+        let ends = self.events.lock().unwrap();
+        let ends = ends.iter().filter_map(|event| match &event.happening {
+            Happening::Ended(completion) => Some(completion.outcome.clone()),
+            _ => None,
+        });
+        ends.collect()
+    }
+
     fn ends(&self) -> usize {
         self.told().iter().filter(|word| *word == "ended").count()
     }
@@ -100,7 +111,16 @@ impl Scene {
 
     async fn run_as(&self, engine: &Engine, sink: &Recorder, attempts: &Attempts) -> Ended {
         let report = Report::new(sink, &self.job);
-        runner::run(&Context::default(), engine, &self.job, attempts, NEVER, &report).await
+        runner::run(
+            &Context::default(),
+            engine,
+            &self.job,
+            attempts,
+            NEVER,
+            &report,
+            &CancellationToken::new(),
+        )
+        .await
     }
 
     /// The number of the call after which the job has been told to be begun.
@@ -198,10 +218,10 @@ async fn the_last_try_of_a_job_that_another_worker_took_over_leaves_it_to_that_o
                 assert_eq!((problem.class, sink.ends()), (Class::Transient, 0), "{told}: {problem}");
             }
             // It had not begun yet, and found the job done; or it had done it, and the other one found that.
-            Ended::Over(completion) | Ended::Before(completion) => {
+            Ended::Over(completion) => {
                 assert_eq!(completion.outcome, Outcome::Succeeded, "{told}")
             }
-            Ended::Untold(error) => panic!("{told}: {error}"),
+            ended => panic!("{told}: {ended:?}"),
         }
         let Ended::Over(completion) = other_ended else { panic!("{told}: {other_ended:?}") };
         assert_eq!((completion.outcome, other_sink.ends()), (Outcome::Succeeded, 1), "{told}");
@@ -210,77 +230,129 @@ async fn the_last_try_of_a_job_that_another_worker_took_over_leaves_it_to_that_o
     assert!(left > 5, "only {left} of {calls}");
 }
 
-/// Two workers have the same job, and one of them is asked to end it when the other has done it.
-#[tokio::test]
-async fn two_workers_with_the_same_job_do_not_say_two_things() {
-    let calls = Scene::new(Parent::None).calls().await;
-    let mut over = 0;
-    for at in 1..=calls {
-        let scene = Scene::new(Parent::None);
-        let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
-        let (sink, other_sink, ctx) = (Recorder::default(), Recorder::default(), Context::default());
-        let other_engine = scene.bench.engine(SETTINGS);
-        let other = async {
-            reached.notified().await;
-            let ended = scene.run(&other_engine, &other_sink, 1, 1).await;
-            ctx.cancel.cancel();
-            go_on.notify_one();
-            ended
-        };
-        let (report, attempts) = (Report::new(&sink, &scene.job), Attempts::one());
-        let first = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report);
-        let (ended, other_ended) = tokio::join!(first, other);
-        let told = faulty.broke_at();
-
-        let Ended::Over(other) = other_ended else { panic!("{told}: {other_ended:?}") };
-        assert_eq!(other.outcome, Outcome::Succeeded, "{told}");
-        match ended {
-            Ended::Over(completion) | Ended::Before(completion) => {
-                over += 1;
-                assert_eq!(completion.outcome, Outcome::Succeeded, "{told}");
-            }
-            Ended::Later(problem) => assert_eq!(problem.class, Class::Transient, "{told}: {problem}"),
-            Ended::Untold(error) => panic!("{told}: {error}"),
-        }
-        verify(&other_engine, scene.job.backup_id()).await.expect(&told);
-    }
-    assert!(over > 2, "only {over} of {calls}");
-}
-
-/// The second of two workers with the same delete finds no record any more.
-#[tokio::test]
-async fn a_delete_that_another_worker_has_done_meanwhile_has_succeeded() {
-    let made = async || {
-        let mut scene = Scene::new(Parent::None);
+/// A job of one kind, ready to be run.
+async fn ready(is_delete: bool) -> Scene {
+    let mut scene = Scene::new(Parent::None);
+    if is_delete {
         let ended = scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 1, 1).await;
         assert!(matches!(ended, Ended::Over(_)), "{ended:?}");
         scene.job = job(Work::Delete(scene.job.backup_id()));
-        scene
-    };
-    let scene = made().await;
+    }
+    scene
+}
+
+/// A worker stands still at each of its calls, is cut off, and goes on when another one, which was handed its job, has done
+/// that; then the message comes once more. One of the two may be asked to end the job.
+#[rstest]
+#[case::backup(false, [false, false])]
+#[case::backup_whose_first_run_is_cancelled(false, [true, false])]
+#[case::backup_whose_second_run_is_cancelled(false, [false, true])]
+#[case::delete(true, [false, false])]
+#[tokio::test]
+async fn two_workers_with_the_same_job_do_not_say_two_things(
+    #[case] is_delete: bool,
+    #[case] cancelled: [bool; 2],
+) {
+    let scene = ready(is_delete).await;
     let (counting, engine) = scene.faulty(usize::MAX);
     assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
-    for at in 1..=counting.calls() {
-        let scene = made().await;
+    let calls = counting.calls();
+    let (first_try, again) = (Attempts::one(), Attempts { redelivered: true, ..Attempts::one() });
+    for at in 1..=calls {
+        let scene = ready(is_delete).await;
         let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
-        let (sink, other_sink) = (Recorder::default(), Recorder::default());
-        let other = async {
+        let (sink, other_engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+        let contexts = [Context::default(), Context::default()];
+        let report = Report::new(&sink, &scene.job);
+        let never = CancellationToken::new();
+        let first = runner::run(&contexts[0], &engine, &scene.job, &first_try, NEVER, &report, &never);
+        let second = async {
             reached.notified().await;
-            let ended = scene.run(&scene.bench.engine(SETTINGS), &other_sink, 1, 1).await;
+            if cancelled[1] {
+                contexts[1].cancel.cancel();
+            }
+            let ended =
+                runner::run(&contexts[1], &other_engine, &scene.job, &again, NEVER, &report, &never).await;
+            if let Ended::Over(completion) = &ended {
+                other_engine.catalog().keep_told(completion).await.unwrap();
+            }
+            if cancelled[0] {
+                contexts[0].cancel.cancel();
+            }
             go_on.notify_one();
             ended
         };
-        let (ended, other_ended) = tokio::join!(scene.run(&engine, &sink, 1, 1), other);
+        let (first, second) = tokio::join!(first, second);
         let told = faulty.broke_at();
-        for ended in [ended, other_ended] {
-            let Ended::Over(completion) = ended else { panic!("{told}: {ended:?}") };
-            assert_eq!(completion.outcome, Outcome::Succeeded, "{told}");
+        let third = scene.run_as(&other_engine, &sink, &again).await;
+
+        let Ended::Over(third) = third else { panic!("{told}: {third:?}") };
+        for ended in [first, second] {
+            match ended {
+                Ended::Over(completion) => assert_eq!(completion.outcome, third.outcome, "{told}"),
+                Ended::Later(problem) => assert_eq!(problem.class, Class::Transient, "{told}: {problem}"),
+                ended => panic!("{told}: {ended:?}"),
+            }
         }
-        let left = scene.bench.everything([]).await;
-        assert!(left.iter().all(|object| object.contains("outcomes")), "{told}: {left:?}");
+        let outcomes = sink.outcomes();
+        assert!(
+            !outcomes.is_empty() && outcomes.iter().all(|it| *it == third.outcome),
+            "{told}: {outcomes:?}"
+        );
+        let record = other_engine.catalog().record(scene.job.backup_id()).await.unwrap();
+        match third.outcome {
+            Outcome::Succeeded if !is_delete => {
+                assert_eq!(record.unwrap().state, RecordState::Available, "{told}");
+                verify(&other_engine, scene.job.backup_id()).await.expect(&told);
+            }
+            _ => {
+                let left = scene.bench.everything([]).await;
+                assert!(left.iter().all(|object| object.contains("outcomes")), "{told}: {left:?}");
+            }
+        }
     }
+}
+
+/// A worker is told to hand its jobs back at each call of one; then the message comes again.
+#[rstest]
+#[case::backup(false)]
+#[case::delete(true)]
+#[tokio::test]
+async fn a_job_that_is_handed_back_has_not_ended_and_the_next_worker_ends_it(#[case] is_delete: bool) {
+    let scene = ready(is_delete).await;
+    let (counting, engine) = scene.faulty(usize::MAX);
+    assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let mut handed_back = 0;
+    for at in 1..=counting.calls() {
+        let scene = ready(is_delete).await;
+        let hand_back = CancellationToken::new();
+        let (faulty, engine) = scene.faulty_by(at, Fault::Cancel(hand_back.clone()));
+        let (sink, attempts) = (Recorder::default(), Attempts::one());
+        let (report, other_engine) = (Report::new(&sink, &scene.job), scene.bench.engine(SETTINGS));
+        let ctx = Context { cancel: hand_back.child_token(), ..Context::default() };
+
+        let first = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report, &hand_back).await;
+        let told = faulty.broke_at();
+        match first {
+            Ended::HandedBack => {
+                handed_back += 1;
+                assert_eq!(sink.ends(), 0, "{told}");
+            }
+            // It had come too far to be stopped.
+            Ended::Over(completion) => assert_eq!(completion.outcome, Outcome::Succeeded, "{told}"),
+            ended => panic!("{told}: {ended:?}"),
+        }
+
+        let again = Attempts { redelivered: true, ..Attempts::one() };
+        let second = scene.run_as(&other_engine, &sink, &again).await;
+        let Ended::Over(completion) = second else { panic!("{told}: {second:?}") };
+        assert_eq!(completion.outcome, Outcome::Succeeded, "{told}");
+        if !is_delete {
+            verify(&other_engine, scene.job.backup_id()).await.expect(&told);
+        }
+    }
+    assert!(handed_back > 1, "it was never handed back");
 }
 
 #[tokio::test]
@@ -409,15 +481,15 @@ async fn a_job_that_ends_its_workers_is_begun_so_often_and_no_more() {
     let Outcome::Failed(problem) = &completion.outcome else { panic!("{:?}", completion.outcome) };
     assert!(problem.message.contains("21 times"), "{problem}");
     assert_eq!(sink.told().len(), told.len() + 2, "accepted and ended");
-    engine.catalog().settle(scene.job.id).await.unwrap();
-    engine.catalog().sweep(Timestamp::now()).await.unwrap();
-    assert!(scene.bench.everything([]).await.iter().all(|object| !object.contains("restarts")));
-    begin_and_die(&again).await;
 
-    // Brought back it begins anew, though the count of before is still there.
+    // Brought back it begins anew, though how it ended before is still there.
     let revived = Attempts { revival_count: 1, ..again };
     let Ended::Over(completion) = scene.run_as(&engine, &sink, &revived).await else { panic!("it ends") };
-    assert_eq!((completion.outcome, completion.account.attempt_count), (Outcome::Succeeded, 2));
+    let account = completion.account;
+    assert_eq!(
+        (completion.outcome, account.attempt_count, account.revival_count),
+        (Outcome::Succeeded, 2, 1)
+    );
 }
 
 #[tokio::test]
@@ -430,15 +502,16 @@ async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() 
     let told = Completion { job_id: JobId::random(), ..untold.completion };
     catalog.keep_told(&told).await.unwrap();
     catalog.cancel(told.job_id).await.unwrap();
-    catalog.restarts(told.job_id, 0, true).await.unwrap();
+    let claimed = JobId::random();
+    catalog.begin(claimed, 0, true, false).await.unwrap();
     let all = scene.bench.everything([]).await;
 
     catalog.sweep(Timestamp::now() - KEPT).await.unwrap();
     assert_eq!(scene.bench.everything([]).await, all, "all of it is new");
     catalog.sweep(Timestamp::now()).await.unwrap();
 
-    let gone = [told.job_id; 3].into_iter().zip(["outcomes", "cancels", "restarts"]);
-    let gone: Vec<_> = gone.map(|(id, folder)| format!(".backhaul/{folder}/{id}.json")).collect();
+    let gone = [("outcomes", told.job_id), ("cancels", told.job_id), ("outcomes", claimed)].into_iter();
+    let gone: Vec<_> = gone.map(|(folder, id)| format!(".backhaul/{folder}/{id}.json")).collect();
     let left: Vec<_> = all.into_iter().filter(|object| !gone.contains(object)).collect();
     assert_eq!(scene.bench.everything([]).await.into_iter().collect::<Vec<_>>(), left);
     assert!(left.iter().any(|object| object.contains("outcomes")), "{left:?}");

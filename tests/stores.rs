@@ -98,7 +98,7 @@ impl Bench {
 
     async fn list(&self, prefix: &str) -> Vec<(String, u64)> {
         let listed = self.store.list(&self.folder, &format!("{}{prefix}", self.prefix)).await.unwrap();
-        let short = |Listed { name, bytes }: Listed| (name[self.prefix.len()..].to_string(), bytes);
+        let short = |Listed { name, bytes, .. }: Listed| (name[self.prefix.len()..].to_string(), bytes);
         listed.into_iter().map(short).collect()
     }
 
@@ -167,6 +167,30 @@ async fn side_by_side<T: Send + 'static>(
         done.push(one.await.unwrap());
     }
     done
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_writes_and_deletes_does_not_trip_over_a_folder_that_others_tidy_away() {
+    let bench = Bench::new(Kind::Posix);
+    let writers = (0..8).map(|number| {
+        let (store, folder) = (bench.store.clone(), bench.folder.clone());
+        let name = folder.object(&format!("{number}")).unwrap();
+        async move {
+            for _ in 0..200 {
+                store.put(&name, junk(10)).await.unwrap();
+                store.delete(&name).await.unwrap();
+                store.tidy(&folder, &name.name).await.unwrap();
+            }
+        }
+    });
+    side_by_side(writers).await;
+}
+
+#[test]
+fn a_worker_that_is_out_of_file_handles_puts_its_jobs_off() {
+    let error = || std::io::Error::from(rustix::io::Errno::MFILE);
+    assert_eq!(backhaul::store::Error::io("read", "a", error()).class(), backhaul::error::Class::Transient);
+    assert_eq!(backhaul::volume::class(&error()), backhaul::error::Class::Transient);
 }
 
 /// Bytes of which no two pieces are alike.
@@ -261,6 +285,53 @@ async fn an_object_is_swapped_only_for_what_it_was(#[case] kind: Kind) {
     assert!(bench.read(&name).await.unwrap() == first);
     assert_eq!(bench.list("").await, [("a".to_string(), 5000)]);
     assert_eq!(bench.left().await, BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
+#[case::swift(Kind::Swift)]
+#[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
+#[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_finished_is_told_with_its_time_and_removed_alone(#[case] kind: Kind) {
+    let bench = Bench::new(kind);
+    let (store, folder, prefix) = (&bench.store, &bench.folder, &bench.prefix);
+    // Servers that know nothing of an object before it is whole have none to tell of.
+    let tells = !matches!(bench.left, Left::Nothing);
+    let partials = async || store.partials(folder, prefix).await.unwrap();
+    let is_now = |at: Option<jiff::Timestamp>| {
+        let age = jiff::Timestamp::now().duration_since(at.expect("a time"));
+        age.abs() < jiff::SignedDuration::from_mins(5)
+    };
+    let mut writers = Vec::new();
+    for name in ["a", "b"] {
+        let mut writer = store.create(&bench.name(name)).await.unwrap();
+        writer.write(junk(9 * MIB)).await.unwrap();
+        writers.push(writer);
+    }
+    let (b, a) = (writers.pop().unwrap(), writers.pop().unwrap());
+
+    let found = partials().await;
+    let names: BTreeSet<_> = found.iter().map(|partial| partial.object.clone()).collect();
+    let expected = [bench.name("a"), bench.name("b")];
+    assert_eq!(names, expected.into_iter().filter(|_| tells).collect());
+    assert!(found.iter().all(|partial| is_now(partial.modified)), "{found:?}");
+    if let Some(partial) = found.iter().find(|partial| partial.object == bench.name("a")) {
+        store.discard(partial).await.unwrap();
+        store.discard(partial).await.unwrap();
+        assert_eq!(partials().await.len(), 1);
+        a.finish().await.unwrap_err();
+    }
+    b.finish().await.unwrap();
+
+    assert_eq!(partials().await, []);
+    let listed = store.list(folder, prefix).await.unwrap();
+    assert!(!listed.is_empty() && listed.iter().all(|listed| is_now(listed.modified)), "{listed:?}");
+    assert_eq!(bench.read(&bench.name("b")).await.unwrap().len(), 9 * MIB);
     bench.clean().await;
 }
 
@@ -653,7 +724,7 @@ mod rados {
     /// The RADOS object that a part of an object is.
     fn part(pool: &Pool, name: &ObjectName, number: usize) -> String {
         let entry = String::from_utf8(pool.map_value(INDEX, &name.name).unwrap().unwrap()).unwrap();
-        format!("{name}/.{}.{number}", entry.split(' ').next_back().unwrap())
+        format!("{name}/.{}.{number}", entry.split(' ').nth(2).unwrap())
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -939,6 +1010,11 @@ mod network {
         Causes(error).to_string()
     }
 
+    /// What a URL says of whom it is, without user and password.
+    fn server_of(url: &str) -> String {
+        url::Url::parse(url).unwrap().origin().ascii_serialization()
+    }
+
     fn http(status: &str, headers: &str, body: &str) -> String {
         format!(
             "HTTP/1.1 {status}\r\n{headers}Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
@@ -1174,16 +1250,45 @@ mod network {
         url.set_port(Some(1)).unwrap();
         let mut far = Far::at(kind, url.as_str());
         far.http().retries_max = 1;
-        let bench = far.bench();
-        assert_eq!(far.reach().await.unwrap_err().class(), Class::Transient);
-        for error in [
-            bench.store.put(&bench.name("a"), junk(1)).await.unwrap_err(),
-            bench.store.get(&bench.name("a")).await.unwrap_err(),
-            bench.store.list(&bench.folder, "").await.unwrap_err(),
-        ] {
-            assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
-            assert!(told(&error).contains("Connection refused"), "{}", told(&error));
+        for proxy in [None, Some("http://somebody:hush@127.0.0.1:1")] {
+            far.http().proxy = proxy.map(|proxy| Secret::new(proxy.into()));
+            let bench = far.bench();
+            for error in [
+                far.reach().await.unwrap_err(),
+                bench.store.put(&bench.name("a"), junk(1)).await.unwrap_err(),
+                bench.store.get(&bench.name("a")).await.unwrap_err(),
+                bench.store.list(&bench.folder, "").await.unwrap_err(),
+            ] {
+                let told = told(&error);
+                assert!(matches!(error.reason(), Reason::Passing(_)), "{told}");
+                let through = if proxy.is_some() { " through the proxy" } else { "" };
+                let server = format!("no connection to {}{through} (", server_of(url.as_str()));
+                let bucket = if kind == Kind::Swift { "container tests: " } else { "bucket tests: " };
+                for part in [&server, bucket, "Connection refused", "is it up, and is that its URL?"] {
+                    assert!(told.contains(part), "{part:?} is not in: {told}");
+                }
+                assert!(!told.contains("hush") && !told.contains(url.password().unwrap_or("@")), "{told}");
+            }
         }
+    }
+
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_asks_whether_a_server_is_there_does_not_wait_for_long(
+        #[values(Kind::S3, Kind::Swift, Kind::Gcs)] kind: Kind,
+    ) {
+        let link = Link::to(&url_of(kind));
+        let mut far = Far::at(kind, link.url());
+        far.http().idle_seconds_max = 60;
+        link.stall(true);
+        let begun = Instant::now();
+        let error = far.reach().await.unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+        let (told, server) = (told(&error), format!("no answer of {}", server_of(link.url())));
+        assert!(matches!(error.reason(), Reason::Passing(_)), "{told}");
+        assert!(told.contains(&server) && told.contains(" within 10 seconds: is it up"), "{told}");
+        assert!(told.contains(" tests: "), "{told}");
+        link.stall(false);
     }
 
     #[rstest]
@@ -1231,7 +1336,9 @@ mod network {
 
             let error = refused(3).store.delete(&name).await.unwrap_err();
             assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
-            assert!(told(&error).contains("the server answered"), "{}", told(&error));
+            let answered = format!(" tests: {} answered {}", server_of(link.url()), &status[..3]);
+            assert!(told(&error).contains(&answered), "{}", told(&error));
+            assert!(told(&error).contains("its log may say why"), "{}", told(&error));
             assert_eq!(link.answers_left(), 0);
             bench.clean().await;
         }
@@ -1249,7 +1356,7 @@ mod network {
         Kind::S3,
         "403 Forbidden",
         "<Error><Code>AccessDenied</Code></Error>",
-        "may not do that in bucket tests"
+        "may not do that in bucket tests, give it the right to: "
     )]
     #[case::clock(Kind::S3, "403 Forbidden", "<Error><Code>RequestTimeTooSkewed</Code></Error>", "clocks")]
     #[case::moved(
@@ -1265,12 +1372,23 @@ mod network {
         "the store is full"
     )]
     #[case::swift_no_room(Kind::Swift, "507 Insufficient Storage", "", "the store is full")]
-    #[case::swift_denied(Kind::Swift, "403 Forbidden", "<html>", "may not do that in container tests")]
+    #[case::swift_denied(
+        Kind::Swift,
+        "403 Forbidden",
+        "<html>",
+        "may not do that in container tests, give it the right to: "
+    )]
     #[case::gcs_denied(
         Kind::Gcs,
         "403 Forbidden",
         r#"{"error":{"code":403,"message":"no storage.objects.create","errors":[{"reason":"forbidden"}]}}"#,
-        "may not do that in bucket tests: the server answered 403 Forbidden forbidden no storage.objects.create"
+        "may not do that in bucket tests, give it the right to: "
+    )]
+    #[case::gcs_why(
+        Kind::Gcs,
+        "403 Forbidden",
+        r#"{"error":{"code":403,"message":"no storage.objects.create","errors":[{"reason":"forbidden"}]}}"#,
+        "answered 403 Forbidden forbidden no storage.objects.create"
     )]
     #[case::gcs_nobody(Kind::Gcs, "401 Unauthorized", "Anonymous caller", "wants to know who we are")]
     #[case::gcs_md5(
@@ -1398,6 +1516,8 @@ mod network {
             let error = written.unwrap_err();
             assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
             assert!(told(&error).contains("nothing has moved for 5 seconds"), "{}", told(&error));
+            assert!(told(&error).contains(&server_of(link.url())), "{}", told(&error));
+            assert!(told(&error).contains(" tests: "), "{}", told(&error));
         }
         let error = bench.store.get(&name).await.unwrap_err();
         assert!(told(&error).contains("nothing has moved for 5 seconds"), "{}", told(&error));
@@ -1524,7 +1644,8 @@ mod network {
         }
         for (folder, name) in places {
             let listed = store.list(folder, "").await.unwrap();
-            assert_eq!(listed, [Listed { name: name.into(), bytes: 3 }]);
+            assert_eq!(listed.len(), 1);
+            assert_eq!((listed[0].name.as_str(), listed[0].bytes), (name, 3));
             store.delete_all(&[folder.object(name).unwrap()]).await.unwrap();
             assert_eq!(store.list(folder, "").await.unwrap(), []);
         }
@@ -1573,7 +1694,9 @@ mod network {
         let begun = Instant::now();
         let error = open(settings.clone()).reach().await.unwrap_err();
         assert_eq!(error.class(), Class::Permanent, "{}", told(&error));
-        assert!(told(&error).contains("certificate"), "{}", told(&error));
+        for part in [&server_of(&url), "certificate", "ca_file"] {
+            assert!(told(&error).contains(part), "{}", told(&error));
+        }
         // It was not tried again.
         assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 

@@ -4,22 +4,23 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backhaul::engine::chunked::Compression;
 use backhaul::error::{Causes, Class};
-use backhaul::job::{Container, Parent, VolumeId};
+use backhaul::job::{Parent, VolumeId};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
 use bytes::Bytes;
 use rstest::rstest;
-use support::chain::{Chain, MIB, Trouble, settings, volume};
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup, paths_of, restore};
+use support::chain::{
+    Chain, MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings, volume,
+};
+use support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
 use support::link::Link;
 use support::stack::Stack;
-use support::swift;
+use support::swift::{self, Own};
 use support::volume::{Fill, Volume};
 
 #[rstest]
@@ -27,25 +28,7 @@ use support::volume::{Fill, Volume};
 async fn a_chain_lies_in_a_container_as_cinder_has_it_and_goes_without_a_trace(
     #[values(Kind::Swift, Kind::Gateway)] kind: Kind,
 ) {
-    let bench = Bench::new(kind);
-    let engine = bench.engine(settings(Compression::Zstd));
-    let chain = Chain::make(&engine, &mut volume(&bench)).await;
-
-    let mut expected = BTreeSet::new();
-    for (record, _) in &chain.0 {
-        let time = record.created_at.strftime("%Y%m%d%H%M%S");
-        let (volume_id, backup_id) = (record.volume_id, record.backup_id);
-        assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
-        assert_eq!(record.service, "cinder.backup.drivers.swift.SwiftBackupDriver");
-        expected.extend(paths_of(record, record.counts.object_count));
-    }
-    let container: Container = chain.0[0].0.container.clone();
-    assert_eq!(container.as_str(), bench.bucket());
-    assert_eq!(bench.everything([&container]).await, expected);
-    chain.check(&bench, &engine).await;
-
-    chain.delete(&engine).await;
-    assert_eq!(bench.everything([&container]).await, BTreeSet::new());
+    lies_as_cinder_has_it(kind, "cinder.backup.drivers.swift.SwiftBackupDriver").await;
 }
 
 #[rstest]
@@ -64,6 +47,17 @@ async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(
     let engine = bench.engine_on(Arc::new(store), settings(Compression::None), MEMORY_BYTES);
 
     trouble.costs_nothing_but_time(&bench, &engine, &link).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_restarted_in_the_middle_costs_nothing_but_time() {
+    let (bench, own) = (Bench::new(Kind::Swift), Arc::new(Own::new()));
+    let mut behind = swift::settings(&own.up(), bench.bucket());
+    behind.http.retries_max = 30;
+    let store = Arc::new(Swift::new(behind).unwrap());
+    let (stopped, started) = (own.clone(), own.clone());
+    let (stop, start) = (move || stopped.down_in_front(), move || drop(started.up()));
+    restarts_cost_nothing_but_time(&bench, store, stop, start).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -244,9 +244,11 @@ async fn a_job_that_failed_is_brought_back_and_done() {
     assert!(table.contains(job_id) && table.contains("a.img"), "{table}");
     let shown = stack.ok(&["dead", "show", letters[0]["letter"].as_str().unwrap()]);
     assert!(shown.contains(job_id) && shown.contains("\"operation\":\"backup\""), "{shown}");
-    let unknown = stack.run(&["dead", "retry", BACKUP]);
-    assert_eq!(unknown.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&unknown.stderr).contains("dead list"), "{unknown:?}");
+    for what in ["show", "retry", "drop"] {
+        let unknown = stack.run(&["dead", what, BACKUP]);
+        assert_eq!(unknown.status.code(), Some(1), "{what}");
+        assert!(String::from_utf8_lossy(&unknown.stderr).contains("dead list"), "{unknown:?}");
+    }
 
     fs::write(stack.volume("a.img"), noise(3, 3_000_000)).unwrap();
     assert_eq!(stack.ok(&["dead", "retry", job_id]), "1 message brought back\n");
@@ -342,6 +344,14 @@ async fn another_job_with_the_id_of_one_that_runs_is_rejected_and_not_taken_for_
     until("the first one is gone", || stack.objects().is_empty());
 }
 
+/// What is kept of jobs that were handed out more than once says that they are over and that this was told.
+fn check_all_told(stack: &Stack) {
+    for object in stack.objects().iter().filter(|object| object.contains("outcomes")) {
+        let kept = fs::read_to_string(stack.path("backups").join(object)).unwrap();
+        assert!(kept.contains(r#""told":true"#), "{object}: {kept}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_that_take_longer_than_the_broker_allows_end_once() {
     // It takes back what was not acknowledged for this long, and hands it out again.
@@ -388,8 +398,7 @@ async fn jobs_that_take_longer_than_the_broker_allows_end_once() {
     broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
     let next = event(&mut events, &["succeeded", "failed", "cancelled", "end"]).await;
     assert_eq!(next, json!({}), "one completion event of each");
-    let objects = stack.objects();
-    assert!(!objects.iter().any(|object| object.contains("outcomes")), "{objects:?}");
+    check_all_told(&stack);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -415,8 +424,7 @@ async fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() 
     broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
     let next = event(&mut events, &["succeeded", "failed", "cancelled", "end"]).await;
     assert_eq!(next, json!({}), "one completion event, and no other before the test's own");
-    let objects = stack.objects();
-    assert!(!objects.iter().any(|object| object.contains("outcomes")), "{objects:?}");
+    check_all_told(&stack);
     assert!(!worker.log().contains("not settled"), "{}", worker.log());
     // It does not come again: what is sent now comes first.
     broker.publish_job("next".into(), Properties::default()).await.unwrap();
@@ -507,7 +515,7 @@ fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
         (owned(&["verify", "--backup-id", other]), "`backhaul list` shows what is"),
         (
             owned(&["restore", "--backup-id", BACKUP, "--target", "file:/etc/backhaul-test"]),
-            "not below one of",
+            "/etc/backhaul-test is not below one of worker.file_roots",
         ),
     ];
 
@@ -596,6 +604,16 @@ fn a_worker_that_is_told_to_stop_lets_its_job_come_to_an_end() {
 }
 
 #[test]
+fn a_worker_leaves_no_core_dump_which_would_have_its_keys() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", "");
+    let worker = stack.worker();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", worker.pid())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{limits}");
+}
+
+#[test]
 fn a_broker_that_is_not_there_is_a_clear_error_and_not_a_usage_error() {
     let stack = Stack::new("amqp://guest:secret@127.0.0.1:1/%2f", "", SMALL);
     let output = stack.run(&["submit", "verify", "--backup-id", BACKUP, "--wait"]);
@@ -636,5 +654,12 @@ fn a_job_can_be_done_without_a_broker() {
             output.status.code() == Some(2) && told.contains("there are: local"),
             "{command:?}: {output:?}"
         );
+    }
+
+    fs::write(stack.path("no-record.json"), "{}").unwrap();
+    for (file, code) in [("nope.json", 2), ("no-record.json", 1)] {
+        let output = stack.run(&["record", "import", file]);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(file), "{output:?}");
     }
 }

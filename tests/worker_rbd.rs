@@ -149,7 +149,7 @@ fn a_cluster_that_is_away_keeps_only_its_own_jobs_waiting() {
     let backup = ["backup", "--volume-id", &volume_id, "--source", &source];
 
     stack.ok(&[&["submit"], &backup[..], &["--backup-id", &backup_id]].concat());
-    until("the job is put off", || worker.log().contains("failed for now, trying again later"));
+    until("the job is put off", || worker.log().contains("not done for now, trying again later"));
     let (code, ended) = stack.submit(&[&backup[..], &["--store", "local"]].concat());
     assert_eq!(code, 0, "{ended}");
     assert!(!stack.run(&["list"]).status.success());
@@ -426,7 +426,8 @@ fn a_backup_goes_from_one_store_to_another_as_cinders_record() {
     }
     let shown = stack.ok(&["show", &ids[1], "--store", "imported"]);
     assert!(
-        shown.contains("Cinder") && shown.contains(&format!("volume-{volume_id}.backup.{}", ids[0])),
+        shown.contains("taken in by its export record")
+            && shown.contains(&format!("volume-{volume_id}.backup.{}", ids[0])),
         "{shown}"
     );
 }

@@ -15,6 +15,8 @@ use super::{Error, Properties, message};
 pub struct DeadLetters {
     channel: Channel,
     link: Link,
+    /// How many of those are to come that were there when the first one was read.
+    left: Option<u32>,
 }
 
 /// A message that was given up.
@@ -39,14 +41,21 @@ impl DeadLetters {
             open_channel(&live.connection).await
         };
         let channel = link.bounded(|| "open the dead-letter queue".into(), open).await?;
-        Ok(Self { channel, link: link.clone() })
+        Ok(Self { channel, link: link.clone(), left: None })
     }
 
-    /// The next one; none when all were seen.
+    /// The next one; none when all were seen that were there at the first. One that is brought back, and is given up again,
+    /// comes as another one, and so must not be met again.
     pub async fn next(&mut self) -> Result<Option<DeadLetter>, Error> {
+        if self.left == Some(0) {
+            return Ok(None);
+        }
         let queue = self.link.topology.dead.clone();
         let got = self.channel.basic_get(queue.clone(), BasicGetOptions::default()).await;
         let got = got.map_err(|error| Error::doing(format!("read queue {queue}"), &error))?;
+        if let Some(got) = &got {
+            self.left = Some(self.left.map_or(got.message_count, |left| left - 1));
+        }
         Ok(got.map(|got| {
             let delivery = got.delivery;
             let death = message::death(&delivery.properties);

@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Consumer};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -30,22 +30,30 @@ const DRAIN_LOOK: Duration = Duration::from_millis(500);
 pub struct Jobs {
     deliveries: mpsc::Receiver<Delivery>,
     stopping: CancellationToken,
+    consuming: watch::Receiver<usize>,
 }
 
 impl Jobs {
     pub(super) fn start(link: &Link, queue: &ShortString, slot_count: usize) -> Self {
         let (sender, deliveries) = mpsc::channel(slot_count.max(1));
         let stopping = CancellationToken::new();
+        let (consuming_sender, consuming) = watch::channel(0);
         for _ in 0..slot_count {
             let slot = Slot {
                 link: link.clone(),
                 queue: queue.clone(),
                 sender: sender.clone(),
                 stopping: stopping.clone(),
+                consuming: consuming_sender.clone(),
             };
             link.tasks.spawn(slot.run());
         }
-        Self { deliveries, stopping }
+        Self { deliveries, stopping, consuming }
+    }
+
+    /// Tells how many slots consume the queue, now and at every change.
+    pub fn consuming(&self) -> watch::Receiver<usize> {
+        self.consuming.clone()
     }
 
     /// Waits for the next job, over reconnects. None after `stop` and after the broker was closed.
@@ -72,6 +80,7 @@ struct Slot {
     queue: ShortString,
     sender: mpsc::Sender<Delivery>,
     stopping: CancellationToken,
+    consuming: watch::Sender<usize>,
 }
 
 impl Slot {
@@ -111,18 +120,23 @@ impl Slot {
     /// Consumes until the channel ends or we are to stop; then the channel is closed, and the broker has back what
     /// was not settled.
     async fn consume(&self, live: &Live) -> Result<(), Error> {
-        let (channel, mut consumer) = self.open(live).await?;
+        let (channel, consumer) = self.open(live).await?;
+        self.consuming.send_modify(|count| *count += 1);
+        self.hand_all_out(&channel, consumer).await;
+        self.consuming.send_modify(|count| *count -= 1);
+        Ok(())
+    }
+
+    async fn hand_all_out(&self, channel: &Channel, mut consumer: Consumer) {
         loop {
             let next = tokio::select! {
-                () = self.stopping.cancelled() => return Ok(()),
-                () = self.link.closing.cancelled() => return Ok(()),
+                () = self.stopping.cancelled() => return,
+                () = self.link.closing.cancelled() => return,
                 next = consumer.next() => next,
             };
-            let Some(Ok(delivery)) = next else {
-                return Ok(());
-            };
-            if !self.hand_out(delivery, &channel, &mut consumer).await {
-                return Ok(());
+            let Some(Ok(delivery)) = next else { return };
+            if !self.hand_out(delivery, channel, &mut consumer).await {
+                return;
             }
         }
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use std::{fmt, io, ptr};
 
 use bytes::Bytes;
@@ -349,6 +349,24 @@ impl Image {
         check(unsafe { rbd_get_id(self.handle, text.as_mut_ptr(), text.len()) })
             .map_err(self.failed("get the id of image"))?;
         Ok(text_of(&text))
+    }
+
+    /// When it was last written to, or made, by the cluster's clock; Ceph writes that down once a minute.
+    pub fn modified(&self) -> Result<SystemTime, Error> {
+        let mut time = timespec::default();
+        // SAFETY: the image is open, and the pointer is to a local of the type that librbd fills.
+        check(unsafe { rbd_get_modify_timestamp(self.handle, &mut time) })
+            .map_err(self.failed("get the time of image"))?;
+        Ok(time.into())
+    }
+
+    /// When a snapshot of it was taken, by the cluster's clock.
+    pub fn taken(&self, snapshot: &Snapshot) -> Result<SystemTime, Error> {
+        let mut time = timespec::default();
+        // SAFETY: the image is open, and the pointer is to a local of the type that librbd fills.
+        check(unsafe { rbd_snap_get_timestamp(self.handle, snapshot.id, &mut time) })
+            .map_err(self.failed("get the time of a snapshot of image"))?;
+        Ok(time.into())
     }
 
     /// Its features.
@@ -800,6 +818,16 @@ impl InFlight {
         let waited = self.changed.wait_timeout_while(self.count(), time_max, |count| *count > 0);
         let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
         *count == 0
+    }
+}
+
+impl From<timespec> for SystemTime {
+    fn from(time: timespec) -> Self {
+        Self::UNIX_EPOCH
+            + Duration::new(
+                time.tv_sec.try_into().unwrap_or_default(),
+                time.tv_nsec.try_into().unwrap_or_default(),
+            )
     }
 }
 

@@ -2,7 +2,7 @@
 //! Source: `/usr/include/rbd/librbd.h` of the package librbd-dev.
 #![allow(non_camel_case_types)]
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_long, c_uint, c_void};
 
 use ::ceph::rados::rados_ioctx_t;
 
@@ -38,6 +38,13 @@ pub struct rbd_image_watcher_t {
     pub addr: *mut c_char,
     pub id: i64,
     pub cookie: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+pub struct timespec {
+    pub tv_sec: i64,
+    pub tv_nsec: c_long,
 }
 
 /// The last three fields are no longer used by librbd, which writes them all the same.
@@ -81,6 +88,8 @@ unsafe extern "C" {
     pub fn rbd_stat(image: rbd_image_t, info: *mut rbd_image_info_t, info_size: usize) -> c_int;
     pub fn rbd_get_id(image: rbd_image_t, id: *mut c_char, id_len: usize) -> c_int;
     pub fn rbd_get_features(image: rbd_image_t, features: *mut u64) -> c_int;
+    pub fn rbd_get_modify_timestamp(image: rbd_image_t, timestamp: *mut timespec) -> c_int;
+    pub fn rbd_snap_get_timestamp(image: rbd_image_t, id: u64, timestamp: *mut timespec) -> c_int;
     pub fn rbd_get_flags(image: rbd_image_t, flags: *mut u64) -> c_int;
     pub fn rbd_get_stripe_unit(image: rbd_image_t, stripe_unit: *mut u64) -> c_int;
     pub fn rbd_get_stripe_count(image: rbd_image_t, stripe_count: *mut u64) -> c_int;

@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 use std::{fmt, io, ptr, slice};
 
 use ::ceph::rados;
@@ -235,12 +236,22 @@ impl Pool {
 
     /// The size of an object, if it is there.
     pub fn object_bytes(&self, object: &str) -> Result<Option<u64>, Error> {
+        Ok(self.stat(object)?.map(|(bytes, _)| bytes))
+    }
+
+    /// When an object was last written, if it is there, by the clock of who wrote it.
+    pub fn object_modified(&self, object: &str) -> Result<Option<SystemTime>, Error> {
+        let modified = |seconds: i64| seconds.try_into().map(Duration::from_secs).unwrap_or_default();
+        Ok(self.stat(object)?.map(|(_, seconds)| SystemTime::UNIX_EPOCH + modified(seconds)))
+    }
+
+    fn stat(&self, object: &str) -> Result<Option<(u64, i64)>, Error> {
         let name = c_string(object)?;
         let (mut bytes, mut modified) = (0, 0);
         // SAFETY: the context is open, and all pointers are valid for the call.
         let code = unsafe { rados::rados_stat(self.0.handle, name.as_ptr(), &mut bytes, &mut modified) };
         match check(code).map_err(self.failed("look at", object)) {
-            Ok(_) => Ok(Some(bytes)),
+            Ok(_) => Ok(Some((bytes, modified))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }

@@ -285,6 +285,7 @@ pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
         job_id: None,
         writer: String::new(),
         displaced_writer: None,
+        revival_count: 0,
         checkpoint: None,
         service,
         service_metadata,

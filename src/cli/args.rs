@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
+use jiff::SignedDuration;
 use tracing_subscriber::EnvFilter;
 
 use crate::job::{
@@ -158,6 +159,30 @@ Examples:
     )]
     Record(RecordCommand),
 
+    /// Find what jobs that died have left in a store, and remove it.
+    #[command(after_help = "\
+Nothing is removed without --yes. Workers are asked which jobs they run, and what is of these stays, as does what is of a
+job that came back less than 7 days ago and has not ended.
+
+Examples:
+  backhaul gc
+  backhaul gc --store archive --yes
+  backhaul gc --older-than 1h --json")]
+    Gc {
+        /// Look in this store [default: the default store].
+        #[arg(long, value_name = "NAME")]
+        store: Option<StoreName>,
+        /// Remove what is found.
+        #[arg(long)]
+        yes: bool,
+        /// Find what was last written longer ago than this.
+        #[arg(long, value_name = "TIME", value_parser = age, default_value = "24h")]
+        older_than: SignedDuration,
+        /// Print what is found as a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+
     /// Show live what happens to every job, until interrupted.
     #[command(after_help = "\
 Examples:
@@ -211,7 +236,7 @@ pub struct SubmitArgs {
     #[arg(long, global = true, help_heading = JOB)]
     pub wait: bool,
 
-    /// Overtake waiting jobs of a lower priority, 0 to 9; needs classic queues [default: 0].
+    /// Overtake waiting jobs of a lower priority, 0 to 9; of quorum queues only from RabbitMQ 4.0 on [default: 0].
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=9))]
     #[arg(help_heading = JOB)]
     pub priority: Option<u8>,
@@ -474,6 +499,13 @@ fn target(text: &str) -> Result<Location, String> {
     }
 }
 
+fn age(text: &str) -> Result<SignedDuration, String> {
+    match text.parse::<SignedDuration>() {
+        Ok(age) if !age.is_negative() => Ok(age),
+        _ => Err("write hours, minutes or seconds, such as 12h, 90m or 0s".into()),
+    }
+}
+
 fn log_filter(text: &str) -> Result<String, String> {
     match EnvFilter::try_new(text) {
         Ok(_) => Ok(text.into()),
@@ -606,6 +638,7 @@ mod tests {
     #[case::priority("backhaul submit delete --backup-id ID --priority 10", "10 is not in 0..=9")]
     #[case::wait_here("backhaul run delete --backup-id ID --wait", "unexpected argument '--wait'")]
     #[case::missing("backhaul submit restore --backup-id ID", "--target <PLACE>")]
+    #[case::age("backhaul gc --older-than=-1h", "such as 12h, 90m or 0s")]
     #[case::log("backhaul check --log a=b=c", "invalid value 'a=b=c' for '--log <FILTER>'")]
     fn what_makes_no_sense_is_a_usage_error(#[case] line: &str, #[case] expected: &str) {
         let error = parse(&line.replace("ID", ID)).unwrap_err();

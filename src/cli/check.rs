@@ -15,7 +15,7 @@ use crate::job::Container;
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
 use crate::store::{
-    self, Folder, Gcs, GcsSettings, HttpSettings, ObjectStore, Posix, S3, S3Settings, Share, Swift,
+    self, Folder, Gcs, GcsSettings, HttpSettings, Mount, ObjectStore, Posix, S3, S3Settings, Share, Swift,
     SwiftSettings,
 };
 use crate::worker;
@@ -48,6 +48,9 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
             }
         };
         report.line(&format!("store {name}"), checked);
+        if let StoreKind::Nfs { share: Share::Mounted(path), .. } = &store.kind {
+            report.warn(&format!("store {name}"), no_share(path));
+        }
     }
     if let Err(error) = config.store(None) {
         report.line("default store", Err(render::error(&error)));
@@ -78,6 +81,13 @@ impl Checks {
                 self.failed = true;
                 say(format_args!("FAILED  {what}: {text}"));
             }
+        }
+    }
+
+    /// Tells what may be wrong and may be meant, which fails nothing.
+    fn warn(&self, what: &str, text: Option<String>) {
+        if let Some(text) = text {
+            say(format_args!("warning {what}: {text}"));
         }
     }
 }
@@ -158,6 +168,17 @@ async fn posix(path: &std::path::Path) -> Result<String, String> {
     let store = Posix::open(path).map_err(|error| render::error(&error))?;
     objects(&store).await?;
     Ok(format!("{} can be written, read and listed", path.display()))
+}
+
+/// What to think of the folder of a store on a share that somebody else mounts, if that is not mounted there. It is no error:
+/// what lies there may be a share all the same, of a system that brings it in by a name of its own.
+fn no_share(path: &std::path::Path) -> Option<String> {
+    // One that is not there has been told already.
+    let mount = Mount::of(path).ok().filter(|mount| !mount.is_nfs())?;
+    Some(format!(
+        "{} lies on {mount}, which is no share of an NFS server: mount the share there, or what is written goes to this machine",
+        path.display()
+    ))
 }
 
 /// Checks a store on a share; mounts it first if that is ours to do.

@@ -129,5 +129,7 @@ async fn settle(letters: &mut DeadLetters, which: &LettersArgs, retry: bool) -> 
 }
 
 fn unknown(id: &str) -> Error {
-    Error::Usage(format!("{id} is none of the messages that were given up: `backhaul dead list` shows them"))
+    Error::Unknown(format!(
+        "{id} is none of the messages that were given up: `backhaul dead list` shows them"
+    ))
 }

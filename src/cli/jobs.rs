@@ -7,6 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::signal::unix::SignalKind;
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use super::args::{JobArgs, SubmitArgs};
 use super::render::{self, Bar};
@@ -14,7 +15,7 @@ use super::{CANCELLED, Error, FAILED, engine_of, listen, say};
 use crate::broker::{Broker, Properties, Routed};
 use crate::config::Config;
 use crate::event::{self, EventSink};
-use crate::job::{Command, Completion, Context, Event, Happening, Job, JobId, Outcome, Work};
+use crate::job::{Command, Completion, Context, Event, Happening, Job, JobId, Operation, Outcome, Work};
 use crate::message::{self, Received};
 use crate::runner::{self, Attempts, Ended, Report};
 use crate::worker::{self, Stores};
@@ -92,7 +93,7 @@ async fn submit_through(broker: &Broker, args: &SubmitArgs, job: &Job, body: Vec
                         bar.end();
                         return Ok(ended(completion, args.job.json.then_some(&notice.body[..])));
                     }
-                    happening => show(&bar, happening),
+                    happening => show(&bar, job.operation(), happening),
                 }
             }
             Ok(Received::Rejected { job_id, message, .. }) if job_id == Some(job.id) => {
@@ -115,9 +116,9 @@ fn submitted(job: &Job) -> String {
     }
 }
 
-fn show(bar: &Bar, happening: &Happening) {
+fn show(bar: &Bar, operation: Operation, happening: &Happening) {
     match happening {
-        Happening::Progress(reading) => bar.show(reading),
+        Happening::Progress(reading) => bar.show(operation, reading),
         Happening::FellBack { from, to, reason } => {
             bar.say(&format!("{from} is not possible, now {to}: {reason}"))
         }
@@ -148,7 +149,8 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let report = Report::new(&terminal, &job);
     let ctx = Context::default();
     let attempts = Attempts::one();
-    let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report);
+    let never = CancellationToken::new();
+    let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report, &never);
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     let interrupted = async {
@@ -157,17 +159,22 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
             _ = interrupt.recv() => {}
         }
         ctx.cancel.cancel();
-        std::future::pending::<()>().await;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     };
     let ended_as = tokio::select! {
         ended = work => ended,
-        // It never ends: an interrupted job still has to clean up.
+        // Asked once, the job cleans up; asked twice, it is left as it is.
         () = interrupted => return Ok(CANCELLED),
     };
     terminal.bar.end();
     let completion = match ended_as {
-        Ended::Over(completion) | Ended::Before(completion) => completion,
+        Ended::Over(completion) => completion,
         Ended::Later(problem) => return Err(Error::Problem(problem)),
+        // Not reached: there is nobody to hand it back to.
+        Ended::HandedBack => return Ok(CANCELLED),
         Ended::Untold(error) => return Err(error.into()),
     };
     engine.catalog().settle(job.id).await?;
@@ -185,7 +192,7 @@ struct Terminal {
 #[async_trait]
 impl EventSink for Terminal {
     async fn send(&self, event: &Event) -> Result<(), event::Error> {
-        show(&self.bar, &event.happening);
+        show(&self.bar, event.operation, &event.happening);
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(event.clone());
         Ok(())
     }

@@ -5,11 +5,13 @@
 pub mod args;
 mod check;
 mod dead;
+mod gc;
 mod jobs;
 mod records;
 pub mod render;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use args::{Args, Command, RecordCommand};
@@ -42,6 +44,17 @@ enum Error {
     /// A file that was named cannot be used.
     #[error(transparent)]
     MetadataFile(#[from] args::MetadataFileError),
+    /// The file with an export record cannot be read.
+    #[error("read the export record in {}", path.display())]
+    RecordFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is nothing of the name that was typed.
+    #[error("{0}")]
+    Unknown(String),
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -58,8 +71,13 @@ enum Error {
     #[error("{0}")]
     Problem(Problem),
     /// What was to be taken in is no export record.
-    #[error(transparent)]
-    Record(#[from] export_record::Error),
+    #[error("take in {record}")]
+    Record {
+        /// The file, or where else it was read.
+        record: String,
+        /// Why.
+        source: export_record::Error,
+    },
     /// The end of the job could not be told.
     #[error(transparent)]
     Event(#[from] event::Error),
@@ -68,7 +86,7 @@ enum Error {
     Nowhere(&'static str),
     /// The operating system said no.
     #[error("{0}")]
-    Io(&'static str, #[source] std::io::Error),
+    Io(&'static str, #[source] io::Error),
     /// Something could not be written as JSON.
     #[error("write JSON")]
     Json(#[from] serde_json::Error),
@@ -77,7 +95,7 @@ enum Error {
 impl Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) | Self::MetadataFile(_) | Self::Config(_) => USAGE,
+            Self::Usage(_) | Self::MetadataFile(_) | Self::RecordFile { .. } | Self::Config(_) => USAGE,
             Self::Worker(worker::Error::Config(_)) => USAGE,
             _ => FAILED,
         }
@@ -115,6 +133,7 @@ async fn dispatch(args: Args) -> Result<u8, Error> {
         Command::Record(RecordCommand::Import { record, store }) => {
             records::import(&config, &record, store).await
         }
+        Command::Gc { store, yes, older_than, json } => gc::run(&config, store, older_than, yes, json).await,
         Command::Watch => jobs::watch(&config).await,
         Command::Check => check::check(&config).await,
     }

@@ -74,14 +74,15 @@ pub(super) async fn export(config: &Config, id: BackupId, store: Option<StoreNam
 pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName>) -> Result<u8, Error> {
     let stores = Stores::open(config)?;
     let engine = engine_of(config, &stores, store.as_ref()).await?;
-    let text = if path == Path::new("-") {
+    let (text, name) = if path == Path::new("-") {
         let mut text = Vec::new();
         io::stdin()
             .read_to_end(&mut text)
-            .map_err(|error| Error::Io("read the record from standard input", error))?;
-        text
+            .map_err(|error| Error::Io("read the export record from standard input", error))?;
+        (text, "the export record from standard input".to_owned())
     } else {
-        fs::read(path).map_err(|error| Error::Io("read the file with the record", error))?
+        let text = fs::read(path).map_err(|source| Error::RecordFile { path: path.into(), source })?;
+        (text, format!("the export record in {}", path.display()))
     };
     let form = match &config.store(store.as_ref())?.1.kind {
         StoreKind::Posix { .. } | StoreKind::Nfs { .. } => Form::Files,
@@ -89,7 +90,9 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
         #[cfg(feature = "ceph")]
         StoreKind::Rbd { pool, .. } => Form::Images { pool: pool.clone() },
     };
-    let record = engine.import(export_record::import(&text, &form)?).await?;
+    let record = export_record::import(&text, &form);
+    let record = record.map_err(|source| Error::Record { record: name, source })?;
+    let record = engine.import(record).await?;
     let (id, volume_id) = (record.backup_id, record.volume_id);
     say(format_args!(
         "backup {id} of volume {volume_id} is taken in; `backhaul run verify --backup-id {id}` checks it"

@@ -9,6 +9,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 
 use super::dead::Letter;
+use super::gc::Swept;
 use crate::error::Problem;
 use crate::job::{
     Completion, Counts, Event, Happening, Operation, Outcome, Reading, Record, RecordState, Verified,
@@ -34,13 +35,7 @@ pub fn table(records: &[Record]) -> String {
             time(record.created_at),
         ]);
     }
-    let mut widths = [0; 8];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.len().max(*width);
-        }
-    }
-    let [b, v, s, k, p, size, stored, _] = widths;
+    let [b, v, s, k, p, size, stored, _] = widths(&rows);
     let lines = rows.iter().map(|[c0, c1, c2, c3, c4, c5, c6, c7]| {
         format!("{c0:b$}  {c1:v$}  {c2:s$}  {c3:k$}  {c4:p$}  {c5:>size$}  {c6:>stored$}  {c7}\n")
     });
@@ -60,17 +55,58 @@ pub fn letters(letters: &[Letter]) -> String {
             plain(&letter.reason),
         ]);
     }
-    let mut widths = [0; 6];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.len().max(*width);
-        }
-    }
-    let [l, t, j, o, b, _] = widths;
+    let [l, t, j, o, b, _] = widths(&rows);
     let lines = rows
         .iter()
         .map(|[c0, c1, c2, c3, c4, c5]| format!("{c0:l$}  {c1:t$}  {c2:j$}  {c3:o$}  {c4:b$}  {c5}\n"));
     lines.collect()
+}
+
+/// How wide the columns of a table are.
+fn widths<const N: usize>(rows: &[[String; N]]) -> [usize; N] {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.len().max(*width);
+        }
+    }
+    widths
+}
+
+/// What nobody needs in a store, one thing a line, and what became of it.
+pub fn garbage(found: &[Swept]) -> String {
+    let mut rows = vec![["KIND", "WRITTEN (UTC)", "SIZE", "OBJECTS", "WHAT", "WHY"].map(String::from)];
+    for Swept { garbage, removed, error } in found {
+        let became = match (removed, error) {
+            (Some(true), _) => "removed: ".to_owned(),
+            (_, Some(error)) => format!("NOT REMOVED ({error}): "),
+            (Some(false), None) => "kept, because it has changed meanwhile: ".to_owned(),
+            (None, None) => String::new(),
+        };
+        let job = garbage.job_id.map_or(String::new(), |id| format!(", job {id}"));
+        rows.push([
+            garbage.kind.to_string(),
+            garbage.modified.map_or(UNKNOWN.into(), time),
+            bytes(garbage.bytes),
+            garbage.object_count.to_string(),
+            plain(&garbage.name),
+            plain(&format!("{became}{}{job}", garbage.reason)),
+        ]);
+    }
+    let [k, w, s, o, n, _] = widths(&rows);
+    let lines = rows
+        .iter()
+        .map(|[c0, c1, c2, c3, c4, c5]| format!("{c0:k$}  {c1:w$}  {c2:>s$}  {c3:>o$}  {c4:n$}  {c5}\n"));
+    lines.collect()
+}
+
+/// How much that is, in a sentence.
+pub fn garbage_total(found: &[Swept]) -> String {
+    let things = match found.len() {
+        1 => "1 thing".to_owned(),
+        count => format!("{count} things"),
+    };
+    format!("{things}, {}", bytes(found.iter().map(|swept| swept.garbage.bytes).sum()))
 }
 
 /// All that is known of a message that was given up.
@@ -123,7 +159,7 @@ pub fn show(record: &Record, verified: Option<&Verified>) -> String {
             let job = record.job_id.map_or(String::new(), |id| format!(", job {id}"));
             line("made by", &format!("{method}{job}"));
         }
-        None => line("made by", "Cinder"),
+        None => line("made by", "not known: taken in by its export record"),
     }
     if let Some(reason) = &record.fallback_reason {
         line("fell back", &reason.to_string());
@@ -139,18 +175,29 @@ pub fn show(record: &Record, verified: Option<&Verified>) -> String {
     let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
         record.counts;
     if is_counted(record) {
-        line("read", &bytes(bytes_read));
-        let skipped = [(bytes_zero, "zeros"), (bytes_hole, "holes"), (bytes_unchanged, "as in the parent")];
-        for (count, what) in skipped {
-            line("skipped", &format!("{} {what}", bytes(count)));
+        // What was neither read nor a hole was known to be as in the parent.
+        let unread = record.volume_bytes.saturating_sub(bytes_read + bytes_hole);
+        let (read, zero) = (bytes(bytes_read), bytes(bytes_zero));
+        let (holes, same) = (format!("{} holes", bytes(bytes_hole)), bytes_unchanged.saturating_sub(unread));
+        if record.parent_id.is_some() {
+            line("read", &format!("{read}, of that {zero} zeros, {} as in the parent", bytes(same)));
+            line("skipped", &holes);
+            line("skipped", &format!("{} as in the parent", bytes(unread)));
+        } else {
+            line("read", &format!("{read}, of that {zero} zeros"));
+            line("skipped", &holes);
         }
         line("stored", &format!("{}{}", bytes(bytes_stored), in_objects(object_count)));
     } else {
         ["read", "skipped", "stored"].into_iter().for_each(|what| line(what, UNKNOWN));
     }
     line("container", record.container.as_str());
-    let place = if record.image_id.is_some() { "image" } else { "object prefix" };
-    line(place, &record.service_metadata);
+    // Cinder's form for a backup in an RBD image.
+    let metadata = serde_json::from_str::<serde_json::Value>(&record.service_metadata);
+    match metadata.as_ref().ok().and_then(|metadata| metadata["base"].as_str()) {
+        Some(image) => line("image", image),
+        None => line("object prefix", &record.service_metadata),
+    }
     line("driver", &record.service);
     if let Some(digest) = &record.digest {
         line("digest", digest);
@@ -187,7 +234,8 @@ pub fn completion(completion: &Completion) -> String {
     let text = match &completion.outcome {
         Outcome::Succeeded => {
             let by = account.method.map_or(String::new(), |method| format!(" by {method}"));
-            let moved = moved(completion.operation, &account.counts);
+            let moved =
+                moved(completion.operation, &account.counts, account.volume_bytes.unwrap_or_default());
             format!("succeeded in {seconds:.1} s{by}: {moved}")
         }
         Outcome::Failed(problem) => format!("failed after {seconds:.1} s and {attempts}: {problem}"),
@@ -229,12 +277,13 @@ impl Bar {
     }
 
     /// Shows how far the job is now.
-    pub fn show(&self, reading: &Reading) {
+    pub fn show(&self, operation: Operation, reading: &Reading) {
         if reading.bytes_total > 0 {
             self.bar.set_length(reading.bytes_total);
         }
         self.bar.set_position(reading.bytes_done);
-        self.bar.set_message(format!("skipped {}", bytes(skipped(&reading.counts))));
+        let skipped = skipped(operation, &reading.counts, reading.bytes_done);
+        self.bar.set_message(format!("skipped {}", bytes(skipped)));
     }
 
     /// Says something that stays, above the bar.
@@ -250,7 +299,7 @@ impl Bar {
 
 fn progress(operation: Operation, reading: &Reading) -> String {
     let Reading { bytes_total, bytes_done, counts } = reading;
-    let moved = moved(operation, counts);
+    let moved = moved(operation, counts, *bytes_done);
     if *bytes_total == 0 {
         return format!("{} done: {moved}", bytes(*bytes_done));
     }
@@ -258,9 +307,11 @@ fn progress(operation: Operation, reading: &Reading) -> String {
     format!("{percent:.0} % of {} done: {moved}", bytes(*bytes_total))
 }
 
-fn moved(operation: Operation, counts: &Counts) -> String {
+/// What was moved for `bytes_done` of a volume.
+fn moved(operation: Operation, counts: &Counts, bytes_done: u64) -> String {
     let Counts { bytes_read, bytes_stored, bytes_written, object_count, .. } = *counts;
-    let (read, skipped, stored) = (bytes(bytes_read), bytes(skipped(counts)), bytes(bytes_stored));
+    let skipped = bytes(skipped(operation, counts, bytes_done));
+    let (read, stored) = (bytes(bytes_read), bytes(bytes_stored));
     let objects = in_objects(object_count);
     match operation {
         Operation::Backup => format!("read {read}, skipped {skipped}, stored {stored}{objects}"),
@@ -274,8 +325,12 @@ fn moved(operation: Operation, counts: &Counts) -> String {
     }
 }
 
-fn skipped(counts: &Counts) -> u64 {
-    counts.bytes_zero + counts.bytes_hole + counts.bytes_unchanged
+/// What of `bytes_done` was not touched: not read by a backup or a verification, not written by a restore.
+fn skipped(operation: Operation, counts: &Counts, bytes_done: u64) -> u64 {
+    bytes_done.saturating_sub(match operation {
+        Operation::Restore => counts.bytes_written,
+        _ => counts.bytes_read,
+    })
 }
 
 fn state(state: &RecordState) -> &'static str {
@@ -336,6 +391,7 @@ mod tests {
             parent_id: None,
             writer: String::new(),
             displaced_writer: None,
+            revival_count: 0,
             checkpoint: None,
             job_id: Some(JOB.parse().unwrap()),
             service: "cinder.backup.drivers.posix.PosixBackupDriver".into(),
@@ -372,6 +428,7 @@ mod tests {
         let account = Account {
             method: Some(FULL),
             attempt_count: 2,
+            volume_bytes: Some(1 << 30),
             counts: counts(),
             seconds: 12.34,
             ..Account::default()
@@ -421,19 +478,50 @@ mod tests {
             "created           2026-01-02 14:03:22 UTC",
             "size              1.00 GiB (1073741824 bytes)",
             "made by           chunked full, job 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3",
+            "read              768.00 MiB, of that 1.00 MiB zeros",
             "skipped           256.00 MiB holes",
             "stored            300.00 MiB in 21 objects",
         ] {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
         }
         assert!(!text.contains('\u{1b}'));
+        let image = Record { service_metadata: r#"{"base": "volume-1.backup.2"}"#.into(), ..record() };
+        let text = show(&image, None);
+        assert!(text.lines().any(|l| l == "image             volume-1.backup.2"), "{text}");
+    }
+
+    #[test]
+    fn what_is_shown_of_an_incremental_backup_adds_up_to_its_size() {
+        let counts = Counts {
+            bytes_read: 700 << 20,
+            bytes_zero: 20 << 20,
+            bytes_hole: 300 << 20,
+            // 24 MiB were not read, the rest was.
+            bytes_unchanged: 600 << 20,
+            ..counts()
+        };
+        let text = show(&Record { counts, parent_id: Some(BACKUP.parse().unwrap()), ..record() }, None);
+        for line in [
+            "read              700.00 MiB, of that 20.00 MiB zeros, 576.00 MiB as in the parent",
+            "skipped           300.00 MiB holes",
+            "skipped           24.00 MiB as in the parent",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
+        }
+        assert!(
+            moved(Operation::Backup, &counts, 1 << 30).starts_with("read 700.00 MiB, skipped 324.00 MiB, ")
+        );
     }
 
     #[test]
     fn what_is_not_known_of_a_backup_that_was_taken_in_is_not_shown_as_zero() {
         let taken_in = Record { method: None, job_id: None, counts: Counts::default(), ..record() };
         let text = show(&taken_in, None);
-        for line in ["made by           Cinder", "read              -", "stored            -"] {
+        for line in [
+            "made by           not known: taken in by its export record",
+            "read              -",
+            "stored            -",
+        ] {
             assert!(text.lines().any(|l| l == line), "{line:?} is not in:\n{text}");
         }
         assert!(!text.contains("0 B"), "{text}");
@@ -446,11 +534,11 @@ mod tests {
         let succeeded = |operation| completion(&ended(operation, Outcome::Succeeded));
         assert_eq!(
             succeeded(Operation::Backup),
-            "succeeded in 12.3 s by chunked full: read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB in 21 objects"
+            "succeeded in 12.3 s by chunked full: read 768.00 MiB, skipped 256.00 MiB, stored 300.00 MiB in 21 objects"
         );
         assert!(
             succeeded(Operation::Restore)
-                .ends_with("read 300.00 MiB in 21 objects, skipped 257.00 MiB, wrote 0 B")
+                .ends_with("read 300.00 MiB in 21 objects, skipped 1.00 GiB, wrote 0 B")
         );
         assert!(
             succeeded(Operation::Verify).ends_with("checked 768.00 MiB, stored as 300.00 MiB in 21 objects")
@@ -467,13 +555,13 @@ mod tests {
     fn what_is_kept_as_an_image_is_not_said_to_be_in_0_objects() {
         let counts = Counts { object_count: 0, bytes_written: 1 << 20, ..counts() };
         let texts = [
-            (Operation::Backup, "read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB"),
-            (Operation::Restore, "read 300.00 MiB, skipped 257.00 MiB, wrote 1.00 MiB"),
+            (Operation::Backup, "read 768.00 MiB, skipped 256.00 MiB, stored 300.00 MiB"),
+            (Operation::Restore, "read 300.00 MiB, skipped 1023.00 MiB, wrote 1.00 MiB"),
             (Operation::Verify, "checked 768.00 MiB, stored as 300.00 MiB"),
             (Operation::Delete, "removed"),
         ];
         for (operation, text) in texts {
-            assert_eq!(moved(operation, &counts), text);
+            assert_eq!(moved(operation, &counts, 1 << 30), text);
         }
         let shown = show(&Record { counts, ..record() }, None);
         assert!(shown.lines().any(|line| line == "stored            300.00 MiB"), "{shown}");
@@ -481,13 +569,13 @@ mod tests {
 
     #[test]
     fn an_event_is_one_line_with_its_ids() {
-        let reading = Reading { bytes_total: 1 << 30, bytes_done: 1 << 29, counts: counts() };
+        let reading = Reading { bytes_total: 2 << 30, bytes_done: 1 << 30, counts: counts() };
         let cases = [
             (Happening::Accepted, "accepted"),
             (Happening::Started { method: FULL, attempt: 2 }, "started: chunked full, attempt 2"),
             (
                 Happening::Progress(reading),
-                "50 % of 1.00 GiB done: read 768.00 MiB, skipped 257.00 MiB, stored 300.00 MiB in 21 objects",
+                "50 % of 2.00 GiB done: read 768.00 MiB, skipped 256.00 MiB, stored 300.00 MiB in 21 objects",
             ),
             (
                 Happening::FellBack { from: FULL, to: FULL, reason: a_problem() },

@@ -8,7 +8,8 @@ use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
-use super::{SETTINGS, Sections};
+use super::value::Kind as StoreKind;
+use super::{SETTINGS, Sections, settings_of, unknown_to};
 
 /// Where the file is looked for, when nobody says.
 const FILES: [&str; 2] = ["backhaul.toml", "/etc/backhaul/backhaul.toml"];
@@ -187,13 +188,24 @@ impl Layers {
         }
     }
 
+    /// The kind of the store that a setting is of, if that is known.
+    fn kind_at(&self, setting: &[String]) -> Option<StoreKind> {
+        let [section, name, _] = setting else { return None };
+        let kind = self.figment.find_value(&format!("{section}.{name}.kind")).ok()?;
+        StoreKind::named(kind.as_str()?).filter(|_| section == "store")
+    }
+
     /// Tells an error of reading the sections in the words of the configuration.
     fn explain(&self, error: figment::Error) -> ConfigError {
         let setting = error.path.join(".");
         let origin = error.metadata.map_or("default".into(), |metadata| metadata.name.into_owned());
         let problem = match error.kind {
             Kind::MissingField(field) => return self.missing(&format!("{setting}.{field}")),
-            Kind::UnknownField(field, known) => unknown(&field, known),
+            Kind::UnknownField(field, known) => match self.kind_at(&error.path) {
+                Some(kind) => near(&field, &settings_of(kind)).unwrap_or_else(|| unknown_to(kind)),
+                None => near(&field, known)
+                    .unwrap_or_else(|| format!("it is unknown; known here are {}", known.join(", "))),
+            },
             Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
                 format!("found {}; write {expected}", shown(&found))
             }
@@ -228,13 +240,11 @@ fn example(setting: &str) -> &'static str {
     }
 }
 
-/// What to say of a setting that nobody knows.
-fn unknown(found: &str, known: &[&str]) -> String {
-    let near = known.iter().map(|name| (strsim::jaro_winkler(found, name), name));
-    match near.max_by(|a, b| a.0.total_cmp(&b.0)) {
-        Some((likeness, name)) if likeness > 0.8 => format!("it is unknown; did you mean {name}?"),
-        _ => format!("it is unknown; known here are {}", known.join(", ")),
-    }
+/// What to say of an unknown setting that is one letter or so away from a known one.
+fn near(found: &str, known: &[&str]) -> Option<String> {
+    let likeness = known.iter().map(|name| (strsim::jaro_winkler(found, name), name));
+    let (likeness, name) = likeness.max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (likeness > 0.8).then(|| format!("it is unknown; did you mean {name}?"))
 }
 
 fn shown(found: &Actual) -> String {

@@ -7,6 +7,7 @@ mod layers;
 mod value;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -19,7 +20,7 @@ pub use value::Queue;
 use value::{
     AuthVersion, Kind, auth_version, broker_url, bucket, ceph_user, cluster, compression, container,
     core_count, endpoint, host_name, interface, kind, name, number, path, paths, pool, prefix, proxy, queue,
-    region, secret, share, some_path, some_whole, storage_policy, swift_url, text, whole,
+    region, secret, share, some_address, some_path, some_whole, storage_policy, swift_url, text, whole,
 };
 
 use crate::broker::AmqpUrl;
@@ -57,6 +58,8 @@ pub const SETTINGS: &[&str] = &[
     "worker.attempts_max",
     "worker.attempt_seconds_max",
     "worker.progress_seconds",
+    "worker.drain_seconds_max",
+    "worker.health_listen",
     "ceph.NAME.conf",
     "ceph.NAME.user",
     "ceph.NAME.operation_seconds_max",
@@ -268,6 +271,12 @@ pub struct Worker {
     /// How often the progress of a job is published.
     #[serde(default = "number::<_, 1>", deserialize_with = "whole::<_, _, 1, 3600>")]
     pub progress_seconds: u32,
+    /// How long jobs may go on when the worker is told to stop, before they are handed back.
+    #[serde(default = "number::<_, 60>", deserialize_with = "whole::<_, _, 0, 86400>")]
+    pub drain_seconds_max: u32,
+    /// Where it is told over HTTP how it stands with the worker; nowhere if absent.
+    #[serde(default, deserialize_with = "some_address")]
+    pub health_listen: Option<SocketAddr>,
 }
 
 /// `[ceph.NAME]`: how a Ceph cluster is reached.
@@ -713,6 +722,26 @@ fn check(sections: &Sections, layers: &Layers) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// The settings of stores of this kind.
+fn settings_of(kind: Kind) -> Vec<&'static str> {
+    let settings: &[&[&str]] = match kind {
+        Kind::Posix => &[&OF_ALL, &OF_POSIX, &OF_CHUNKED],
+        Kind::Nfs => &[&OF_ALL, &OF_NFS, &OF_CHUNKED],
+        Kind::S3 => &[&OF_ALL, &OF_S3, &OF_HTTP, &OF_CHUNKED],
+        Kind::Swift => &[&OF_ALL, &OF_SWIFT, &OF_HTTP, &OF_CHUNKED],
+        Kind::Gcs => &[&OF_ALL, &OF_GCS, &OF_HTTP, &OF_CHUNKED],
+        #[cfg(feature = "ceph")]
+        Kind::Rbd => &[&OF_ALL, &OF_RBD],
+    };
+    settings.concat()
+}
+
+/// What to say of a setting that stores of this kind have not.
+fn unknown_to(kind: Kind) -> String {
+    let known = settings_of(kind).join(", ");
+    format!("it is unknown to a store of kind \"{kind}\", which has {known}")
+}
+
 /// Checks what no setting of a store can tell alone.
 fn check_store(
     name: &StoreName,
@@ -721,22 +750,11 @@ fn check_store(
     layers: &Layers,
 ) -> Result<(), ConfigError> {
     let setting = |key: &str| format!("store.{name}.{key}");
-    let known: &[&[&str]] = match section.kind {
-        Kind::Posix => &[&OF_POSIX, &OF_CHUNKED],
-        Kind::Nfs => &[&OF_NFS, &OF_CHUNKED],
-        Kind::S3 => &[&OF_S3, &OF_HTTP, &OF_CHUNKED],
-        Kind::Swift => &[&OF_SWIFT, &OF_HTTP, &OF_CHUNKED],
-        Kind::Gcs => &[&OF_GCS, &OF_HTTP, &OF_CHUNKED],
-        #[cfg(feature = "ceph")]
-        Kind::Rbd => &[&OF_RBD],
-    };
-    let known = known.concat();
+    let known = settings_of(section.kind);
     let of_stores = SETTINGS.iter().filter_map(|setting| setting.strip_prefix("store.NAME."));
-    let mut foreign = of_stores.filter(|key| !OF_ALL.contains(key) && !known.contains(key));
+    let mut foreign = of_stores.filter(|key| !known.contains(key));
     if let Some(key) = foreign.find(|key| layers.has(&setting(key))) {
-        let (kind, known) = (section.kind, known.join(", "));
-        let problem = format!("it is unknown to a store of kind \"{kind}\", which has default, {known}");
-        return Err(layers.refuse(&setting(key), problem));
+        return Err(layers.refuse(&setting(key), unknown_to(section.kind)));
     }
     match section.kind {
         Kind::Posix => check_chunking(section, setting, sections.worker.memory_bytes_max, layers),

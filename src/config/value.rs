@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -125,6 +126,14 @@ pub(super) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String,
     })
 }
 
+/// Reads an address to listen at.
+pub(super) fn some_address<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<SocketAddr>, D::Error> {
+    let expected = "an IP address and a port, such as \"127.0.0.1:8086\"";
+    text_that(deserializer, expected, |text| text.parse().ok()).map(Some)
+}
+
 /// Reads a Ceph user.
 pub(super) fn ceph_user<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     text_that(deserializer, "the name of a Ceph user without \"client.\", such as \"cinder\"", |text| {
@@ -182,18 +191,25 @@ impl fmt::Display for Kind {
     }
 }
 
+impl Kind {
+    /// The kind of this name.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        match name {
+            "posix" => Some(Self::Posix),
+            "nfs" => Some(Self::Nfs),
+            "s3" => Some(Self::S3),
+            "swift" => Some(Self::Swift),
+            "gcs" => Some(Self::Gcs),
+            #[cfg(feature = "ceph")]
+            "rbd" => Some(Self::Rbd),
+            _ => None,
+        }
+    }
+}
+
 /// Reads the kind of a store.
 pub(super) fn kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Kind, D::Error> {
-    text_that(deserializer, KINDS, |text| match text {
-        "posix" => Some(Kind::Posix),
-        "nfs" => Some(Kind::Nfs),
-        "s3" => Some(Kind::S3),
-        "swift" => Some(Kind::Swift),
-        "gcs" => Some(Kind::Gcs),
-        #[cfg(feature = "ceph")]
-        "rbd" => Some(Kind::Rbd),
-        _ => None,
-    })
+    text_that(deserializer, KINDS, Kind::named)
 }
 
 /// Reads the name of a cluster that may be absent.
@@ -361,7 +377,7 @@ pub(super) fn region<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
 
 /// Reads the name of a bucket that may be absent.
 pub(super) fn bucket<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
-    let expected = "the name of a bucket: 3 to 63 of a-z, 0-9, '.' and '-', in quotes";
+    let expected = "the name of a bucket: 3 to 63 of a-z, 0-9, '.', '-' and, for Google, '_', in quotes";
     text_that(deserializer, expected, |text| is_bucket_name(text).then(|| Some(text.into())))
 }
 

@@ -12,10 +12,13 @@ use jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use super::chunked::digest::sha256;
 use super::error::Error;
-use crate::job::{BackupId, Completion, JobId, Operation, Outcome, Record, RecordState, Verified, VolumeId};
+use crate::job::{
+    BackupId, Completion, Hold, JobId, Operation, Outcome, Record, RecordState, Verified, VolumeId,
+};
 use crate::store::{self, Folder, ObjectName, ObjectStore, Reason};
 
 /// No record is larger: most of it is a volume's metadata in Cinder's fields.
@@ -56,19 +59,50 @@ pub struct KeptOutcome {
     pub completion: Completion,
 }
 
-impl KeptOutcome {
-    /// Whether it says how a job ends that was brought back so often. One of before that says nothing of how it goes now.
-    pub fn counts(&self, revival_count: u32) -> bool {
-        self.completion.account.revival_count >= revival_count
+/// Who of several runs of a job may end it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Claim {
+    at: Timestamp,
+    /// The run.
+    run: Uuid,
+    revival_count: u32,
+    /// How often the job was begun after a worker had ended, or was cut off, before the job did.
+    restart_count: u32,
+}
+
+/// What lies under a job's id.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Kept {
+    Claimed(Claim),
+    Ended(Box<KeptOutcome>),
+}
+
+impl Kept {
+    /// How often the job had been brought back when this was written: what is from before that says nothing of how it goes
+    /// now.
+    fn revival_count(&self) -> u32 {
+        match self {
+            Self::Claimed(claim) => claim.revival_count,
+            Self::Ended(kept) => kept.completion.account.revival_count,
+        }
     }
 }
 
-/// How often a job was begun by one worker after another.
-#[derive(Serialize, Deserialize)]
-struct Restarts {
-    at: Timestamp,
-    revival_count: u32,
-    count: u32,
+/// What a run of a job finds when it begins.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Begun {
+    /// It is over.
+    Over(Box<KeptOutcome>),
+    /// It is this run's to do.
+    Held {
+        /// What shows that.
+        hold: Hold,
+        /// How often the job was begun after a worker had ended, or was cut off, before the job did.
+        restart_count: u32,
+    },
+    /// Another run has claimed it.
+    Claimed,
 }
 
 /// What became of a change of a record.
@@ -155,7 +189,12 @@ impl Catalog {
                     why: "it builds on itself".into(),
                 });
             }
-            chain.push(self.available(parent_id).await?);
+            chain.push(match self.available(parent_id).await {
+                Err(Error::UnknownBackup(parent_id)) => {
+                    return Err(Error::ParentGone { backup_id: id, parent_id });
+                }
+                parent => parent?,
+            });
         }
         Ok(chain)
     }
@@ -203,8 +242,7 @@ impl Catalog {
                 return Ok(Updated::To(changed));
             }
         }
-        let error = io::Error::new(ErrorKind::ResourceBusy, "others change it all the time");
-        Err(store::Error::io("change", &name, error).into())
+        Err(overtaken(&name))
     }
 
     /// Removes a record, if it is there.
@@ -239,62 +277,119 @@ impl Catalog {
 
     /// How a job ended that may come once more.
     pub async fn outcome(&self, id: JobId) -> Result<Option<KeptOutcome>, Error> {
-        self.read(&outcome_name(id)?).await
+        Ok(match self.read(&outcome_name(id)?).await? {
+            Some(Kept::Ended(kept)) => Some(*kept),
+            Some(Kept::Claimed(_)) | None => None,
+        })
     }
 
-    /// Keeps how a job ended until that is told, and says how: it is the first of all workers that were handed the job who
-    /// decides. The last step of a delete is here, because the record must not go before it is known that its delete succeeded.
-    pub async fn conclude(&self, completion: &Completion) -> Result<KeptOutcome, Error> {
-        let name = outcome_name(completion.job_id)?;
-        let own = KeptOutcome { at: Timestamp::now(), told: false, completion: completion.clone() };
-        let sealed = seal(&name, &own)?;
-        let mut kept = own;
-        match self.store.put(&name, sealed.clone()).await {
-            Err(error) if matches!(error.reason(), Reason::Exists) => {
-                match self.outcome(completion.job_id).await? {
-                    Some(first) if first.counts(completion.account.revival_count) => kept = first,
-                    // It is from before the job was brought back, or has been settled just now.
-                    _ => self.store.replace(&name, sealed).await?,
-                }
+    /// Begins a run of a job. One whose message `was_out_before` claims the job, from whoever has claimed it before: of
+    /// all runs only the last one that did so can end it. `restarts` says that a worker had the message, and is gone.
+    pub async fn begin(
+        &self,
+        id: JobId,
+        revival_count: u32,
+        was_out_before: bool,
+        restarts: bool,
+    ) -> Result<Begun, Error> {
+        let name = outcome_name(id)?;
+        for _ in 0..UPDATES_MAX {
+            let was = self.bytes(&name).await?;
+            let kept: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
+            let restart_count = match kept.filter(|kept| kept.revival_count() >= revival_count) {
+                Some(Kept::Ended(kept)) => return Ok(Begun::Over(kept)),
+                Some(Kept::Claimed(_)) if !was_out_before => return Ok(Begun::Claimed),
+                Some(Kept::Claimed(claim)) => claim.restart_count,
+                None => 0,
             }
-            written => written?,
+            .saturating_add(restarts.into());
+            if !was_out_before {
+                return Ok(Begun::Held { hold: Hold { claim: None, revival_count }, restart_count });
+            }
+            let run = Uuid::new_v4();
+            let claim = Kept::Claimed(Claim { at: Timestamp::now(), run, revival_count, restart_count });
+            if self.write_over(&name, was, seal(&name, &claim)?).await? {
+                return Ok(Begun::Held { hold: Hold { claim: Some(run), revival_count }, restart_count });
+            }
         }
-        if kept.completion.operation == Operation::Delete && kept.completion.outcome == Outcome::Succeeded {
-            self.remove(kept.completion.backup_id).await?;
-        }
-        Ok(kept)
+        Err(overtaken(&name))
     }
 
-    /// Keeps how a job ended that has been told, because it comes once more.
+    /// Whether a run has claimed the job, and nobody has ended it since: then it may be alive. A claim counts for as long as
+    /// [`Catalog::sweep`] leaves it.
+    pub async fn is_claimed(&self, id: JobId) -> Result<bool, Error> {
+        let kept = self.read(&outcome_name(id)?).await?;
+        Ok(matches!(kept, Some(Kept::Claimed(claim)) if claim.at >= Timestamp::now() - KEPT))
+    }
+
+    /// Fails when another run has claimed the job, or ended it, since this one began.
+    pub async fn check_held(&self, id: JobId, backup_id: BackupId, hold: &Hold) -> Result<(), Error> {
+        match is_held(self.read(&outcome_name(id)?).await?.as_ref(), hold) {
+            true => Ok(()),
+            false => Err(Error::TakenOver(backup_id)),
+        }
+    }
+
+    /// Keeps how a job ended until that is told. Fails with [`Error::TakenOver`] when another run has claimed the job, or
+    /// ended it.
+    pub async fn conclude(&self, completion: &Completion, hold: &Hold) -> Result<(), Error> {
+        let name = outcome_name(completion.job_id)?;
+        let kept = KeptOutcome { at: Timestamp::now(), told: false, completion: completion.clone() };
+        let was = self.bytes(&name).await?;
+        let current: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
+        if !is_held(current.as_ref(), hold)
+            || !self.write_over(&name, was, seal(&name, &Kept::Ended(Box::new(kept)))?).await?
+        {
+            return Err(Error::TakenOver(completion.backup_id));
+        }
+        self.finish(completion).await
+    }
+
+    /// The last step of a job that leaves no record: that must not go before it is known how the job ended. It may be done
+    /// again.
+    pub async fn finish(&self, completion: &Completion) -> Result<(), Error> {
+        let by = match (completion.operation, &completion.outcome) {
+            // Whichever of several deletes has marked it last.
+            (Operation::Delete, Outcome::Succeeded) => None,
+            (Operation::Backup, Outcome::Cancelled) => Some(completion.job_id),
+            _ => return Ok(()),
+        };
+        match self.record(completion.backup_id).await? {
+            Some(Record { state: RecordState::Deleting(job_id), .. }) if by.is_none_or(|by| by == job_id) => {
+                self.remove(completion.backup_id).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes over what `was` there, or where there was nothing. Says whether that was so.
+    async fn write_over(&self, name: &ObjectName, was: Option<Bytes>, bytes: Bytes) -> Result<bool, Error> {
+        let Some(was) = was else {
+            return match self.store.put(name, bytes).await {
+                Err(error) if matches!(error.reason(), Reason::Exists) => Ok(false),
+                written => Ok(written.map(|()| true)?),
+            };
+        };
+        Ok(self.store.swap(name, was, bytes).await?)
+    }
+
+    /// Keeps that the end of a job has been told, because it may come once more.
     pub async fn keep_told(&self, completion: &Completion) -> Result<(), Error> {
         let name = outcome_name(completion.job_id)?;
         let kept = KeptOutcome { at: Timestamp::now(), told: true, completion: completion.clone() };
-        Ok(self.store.replace(&name, seal(&name, &kept)?).await?)
+        let was = self.bytes(&name).await?;
+        let current: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
+        let kept = Kept::Ended(Box::new(kept));
+        // What is of a job that was brought back since is not to be written over. Whoever was faster says the same.
+        if current.is_none_or(|current| current.revival_count() <= kept.revival_count()) {
+            self.write_over(&name, was, seal(&name, &kept)?).await?;
+        }
+        Ok(())
     }
 
     /// Forgets how a job ended, because it has been told and does not come again.
     pub async fn settle(&self, id: JobId) -> Result<(), Error> {
         self.forget(&outcome_name(id)?).await
-    }
-
-    /// How often the job was begun after a worker had ended, or was cut off, before the job did; `again` if that is so once
-    /// more.
-    pub async fn restarts(&self, id: JobId, revival_count: u32, again: bool) -> Result<u32, Error> {
-        let name = restarts_name(id)?;
-        let before: Option<Restarts> = self.read(&name).await?;
-        // Those of before the job was brought back do not count.
-        let before = before.filter(|before| before.revival_count >= revival_count);
-        let count = before.map_or(0, |before| before.count).saturating_add(again.into());
-        if again {
-            let restarts = Restarts { at: Timestamp::now(), revival_count, count };
-            self.store.replace(&name, seal(&name, &restarts)?).await?;
-        }
-        Ok(count)
-    }
-
-    /// Forgets how often a job was begun, because it has ended.
-    pub async fn forget_restarts(&self, id: JobId) -> Result<(), Error> {
-        self.forget(&restarts_name(id)?).await
     }
 
     /// Keeps that somebody asked for the end of a job, for whenever it is taken up.
@@ -313,12 +408,15 @@ impl Catalog {
         self.forget(&cancel_name(id)?).await
     }
 
-    /// Forgets what was kept of jobs before this time and nobody will ask for any more: ends that were told, cancels of jobs
-    /// that never came, and how often jobs were begun that nobody brought to an end. An end that was not told stays.
+    /// Forgets what was kept of jobs before this time and nobody will ask for any more: ends that were told, claims of jobs
+    /// that nobody brought to an end, and cancels of jobs that never came. An end that was not told stays.
     pub async fn sweep(&self, before: Timestamp) -> Result<(), Error> {
-        self.sweep_folder("outcomes", |kept: &KeptOutcome| kept.told && kept.at < before).await?;
-        self.sweep_folder("cancels", |at: &Timestamp| *at < before).await?;
-        self.sweep_folder("restarts", |restarts: &Restarts| restarts.at < before).await
+        let is_old = |kept: &Kept| match kept {
+            Kept::Claimed(claim) => claim.at < before,
+            Kept::Ended(kept) => kept.told && kept.at < before,
+        };
+        self.sweep_folder("outcomes", is_old).await?;
+        self.sweep_folder("cancels", |at: &Timestamp| *at < before).await
     }
 
     async fn sweep_folder<T: DeserializeOwned>(
@@ -389,6 +487,20 @@ fn unseal<T: DeserializeOwned>(name: &ObjectName, bytes: &[u8]) -> Result<T, Err
     serde_json::from_str(content).map_err(|error| damaged(error.to_string()))
 }
 
+/// Whether nobody but this run has claimed the job, or ended it, by what is `kept` of it.
+fn is_held(kept: Option<&Kept>, hold: &Hold) -> bool {
+    match (kept.filter(|kept| kept.revival_count() >= hold.revival_count), hold.claim) {
+        (None, None) => true,
+        (Some(Kept::Claimed(claim)), Some(run)) => claim.run == run,
+        (_, _) => false,
+    }
+}
+
+fn overtaken(name: &ObjectName) -> Error {
+    let error = io::Error::new(ErrorKind::ResourceBusy, "others change it all the time");
+    store::Error::io("change", name, error).into()
+}
+
 /// The record that lies under this name.
 fn record_in(name: &ObjectName, bytes: &[u8]) -> Result<Record, Error> {
     let record: Record = unseal(name, bytes)?;
@@ -409,10 +521,6 @@ fn cancel_name(id: JobId) -> Result<ObjectName, Error> {
 
 fn verified_name(id: BackupId) -> Result<ObjectName, Error> {
     Ok(Folder::own("verified").object(&format!("{id}.json"))?)
-}
-
-fn restarts_name(id: JobId) -> Result<ObjectName, Error> {
-    Ok(Folder::own("restarts").object(&format!("{id}.json"))?)
 }
 
 fn outcome_name(id: JobId) -> Result<ObjectName, Error> {

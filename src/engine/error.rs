@@ -91,6 +91,15 @@ pub enum Error {
     #[error("another worker has taken over backup {0}")]
     TakenOver(BackupId),
 
+    /// The job that makes the backup had failed before.
+    #[error("backup {backup_id} has come to nothing: {problem}")]
+    CameToNothing {
+        /// The backup.
+        backup_id: BackupId,
+        /// Why.
+        problem: String,
+    },
+
     /// Somebody deleted the backup while it was made.
     #[error("backup {0} was deleted while it was being made")]
     DeletedMeanwhile(BackupId),
@@ -104,6 +113,18 @@ pub enum Error {
         "the parent {0} is not in this store: name a backup that `backhaul list` shows, or ask for a full backup"
     )]
     UnknownParent(BackupId),
+
+    /// A backup that another one builds on is not in the store.
+    #[error(
+        "backup {backup_id} builds on {parent_id}, which is not in this store: if that one's data is, take it in again \
+         with `backhaul record import`"
+    )]
+    ParentGone {
+        /// The backup that was asked for.
+        backup_id: BackupId,
+        /// The one that is missing in its chain.
+        parent_id: BackupId,
+    },
 
     /// The parent belongs to another volume.
     #[error("the parent {parent_id} is a backup of volume {parent_volume_id}, not of {volume_id}")]
@@ -328,9 +349,37 @@ impl Error {
 
     /// Why an attempt cannot go on that makes a backup of which the store has `current` now, which is not its own.
     pub(super) fn displaced(id: BackupId, current: Option<&Record>) -> Self {
-        match current.map(|current| &current.state) {
-            None | Some(RecordState::Deleting(_)) => Self::DeletedMeanwhile(id),
+        match current {
+            // By a run of the same job, which was cancelled.
+            Some(Record { state: RecordState::Deleting(by), job_id, .. }) if Some(*by) == *job_id => {
+                Self::TakenOver(id)
+            }
+            None | Some(Record { state: RecordState::Deleting(_), .. }) => Self::DeletedMeanwhile(id),
             Some(_) => Self::TakenOver(id),
+        }
+    }
+
+    /// The same of a parent that was not asked for, but found to be the newest: that it is gone is no reason to fail.
+    pub(super) fn of_chosen_parent(self) -> Self {
+        match self {
+            Self::UnknownParent(parent_id) => {
+                Self::ParentUnsuitable { parent_id, why: "it was deleted meanwhile".into() }
+            }
+            Self::ParentNotAvailable { parent_id, state } => {
+                Self::ParentUnsuitable { parent_id, why: format!("it is {state}") }
+            }
+            other => other,
+        }
+    }
+
+    /// The same of the chain of such a parent.
+    pub(super) fn of_chosen_chain(self, parent_id: BackupId) -> Self {
+        match self {
+            Self::UnknownBackup(_)
+            | Self::NotAvailable { .. }
+            | Self::ParentGone { .. }
+            | Self::DamagedRecord { .. } => Self::ParentUnsuitable { parent_id, why: self.to_string() },
+            other => other,
         }
     }
 

@@ -7,14 +7,16 @@ mod catalog;
 pub mod chunked;
 mod cpu;
 mod error;
+mod gc;
 #[cfg(feature = "ceph")]
 pub mod rbd;
 mod source;
 mod volumes;
 
-pub use catalog::{Catalog, KEPT, KeptOutcome, Listing, Updated, describe};
+pub use catalog::{Begun, Catalog, KEPT, KeptOutcome, Listing, Updated, describe};
 pub use cpu::Cpu;
 pub use error::Error;
+pub use gc::{Found, Garbage, Kind};
 pub use source::Source;
 pub use volumes::Volumes;
 
@@ -25,7 +27,7 @@ use tracing::warn;
 use crate::error::Class;
 use crate::error::{Causes, Problem};
 use crate::job::{
-    BackupId, BackupWork, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
+    BackupId, BackupWork, Cancelled, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
     RestoreWork, Strategy, Verified, VerifyWork, VolumeId, Work,
 };
 
@@ -142,19 +144,41 @@ impl Engine {
             match &record.state {
                 // The job was done, and whoever did it died before it could say so.
                 RecordState::Available if record.job_id == Some(job_id) => return Ok(receipt(record)),
-                // Whoever was at it died, before it was done or before all was removed because the job had been cancelled.
-                RecordState::Creating(owner) | RecordState::Deleting(owner) if *owner == job_id => {}
+                RecordState::Creating(owner) if *owner == job_id => {}
+                // The job was cancelled, and whoever ended it died before that was told, or before all was removed.
+                RecordState::Deleting(owner) if *owner == job_id => {
+                    self.remove(record, &Context::default()).await?;
+                    return Err(Cancelled.into());
+                }
                 // Somebody has brought the job back.
-                RecordState::Error(_) if record.job_id == Some(job_id) => {}
+                RecordState::Error(_)
+                    if record.job_id == Some(job_id) && record.revival_count < ctx.hold.revival_count => {}
+                // Whoever was at it died before that was told, or before all was removed.
+                RecordState::Error(problem) if record.job_id == Some(job_id) => {
+                    let error =
+                        Error::CameToNothing { backup_id: work.backup_id, problem: problem.to_string() };
+                    self.remove(record, &Context::default()).await?;
+                    return Err(error);
+                }
                 _ => return Err(Error::BackupExists(work.backup_id)),
             }
         }
         ctx.check()?;
+        // After the record was looked at: what another run writes from here on, the record tells.
+        self.catalog.check_held(job_id, work.backup_id, &ctx.hold).await?;
         let parent = match (method.mode, work.parent) {
-            (Some(Mode::Incremental), Parent::Given(id)) => Some(self.parent(id, work.volume_id).await?),
+            // What a chain lacks, nothing on top of it could be restored without.
+            (Some(Mode::Incremental), Parent::Given(id)) => {
+                let parent = self.parent(id, work.volume_id).await?;
+                self.catalog.chain(id).await?;
+                Some(parent)
+            }
             (Some(Mode::Incremental), _) => {
                 let latest = self.catalog.latest(work.volume_id, work.backup_id).await?;
-                Some(latest.ok_or(Error::NoParent(work.volume_id))?)
+                let latest = latest.ok_or(Error::NoParent(work.volume_id))?;
+                let chain = self.catalog.chain(latest.backup_id).await;
+                chain.map_err(|error| error.of_chosen_chain(latest.backup_id))?;
+                Some(latest)
             }
             (Some(Mode::Full) | None, _) => None,
         };
@@ -167,12 +191,18 @@ impl Engine {
         let resumed = self.resumed(unfinished, parent.as_ref(), &source, method).await?;
         let mut record = match (resumed, unfinished) {
             (Some(resumed), Some(earlier)) => self.displace(earlier, resumed).await?,
-            _ => self.begin(job_id, work, parent.as_ref(), &source, method, earlier).await?,
+            _ => self.begin(ctx, job_id, work, parent.as_ref(), &source, method, earlier).await?,
         };
         record.fallback_reason = ctx.fallback_reason.clone().or(record.fallback_reason);
         // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
-        if let Some(parent) = &parent {
-            self.parent(parent.backup_id, work.volume_id).await?;
+        if let Some(parent) = &parent
+            && let Err(error) = self.parent(parent.backup_id, work.volume_id).await
+        {
+            return Err(match work.parent {
+                // Nobody asked for just this one.
+                Parent::None | Parent::Latest => error.of_chosen_parent(),
+                Parent::Given(_) => error,
+            });
         }
 
         let copied = self.copy(ctx, &mut record, work, parent.as_ref(), source).await;
@@ -263,8 +293,10 @@ impl Engine {
     }
 
     /// Makes the record that a backup begins with, and removes what an attempt that died has left.
+    #[allow(clippy::too_many_arguments)]
     async fn begin(
         &self,
+        ctx: &Context,
         job_id: JobId,
         work: &BackupWork,
         parent: Option<&Record>,
@@ -277,6 +309,7 @@ impl Engine {
             #[cfg(feature = "ceph")]
             Format::Rbd(rbd) => rbd.begin(job_id, work, parent, source.bytes(), method)?,
         };
+        record.revival_count = ctx.hold.revival_count;
         if let Some(earlier) = &earlier {
             // Names have the time in them, in seconds; an attempt that died must not have the same ones.
             let after = earlier.created_at + jiff::SignedDuration::from_secs(1);
@@ -306,8 +339,25 @@ impl Engine {
                     let same_job = current.is_some_and(|current| current.job_id == Some(job_id));
                     Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) })
                 }
-                created => created.map(|()| record),
+                Err(error) => Err(error),
+                // Another run may have ended the job, and have left no record of the backup.
+                Ok(()) => match self.catalog.check_held(job_id, work.backup_id, &ctx.hold).await {
+                    Err(error @ Error::TakenOver(_)) => {
+                        self.withdraw(&record).await?;
+                        Err(error)
+                    }
+                    held => held.map(|()| record),
+                },
             },
+        }
+    }
+
+    /// Removes the record of a backup that was begun and that nobody wants any more, before there is anything of it.
+    async fn withdraw(&self, record: &Record) -> Result<(), Error> {
+        let mark = |current: &Record| (current == record).then(|| deleting(current, JobId::random()));
+        match self.catalog.update(record.backup_id, mark).await? {
+            Updated::To(_) => self.catalog.remove(record.backup_id).await,
+            Updated::Not(_) => Ok(()),
         }
     }
 
@@ -371,7 +421,12 @@ impl Engine {
     /// Removes all of a backup but its record.
     async fn remove(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
         match &self.format {
-            Format::Chunked(chunked) => chunked.remove(record, ctx).await?,
+            Format::Chunked(chunked) => {
+                chunked.remove(record, ctx).await?;
+                if record.displaced_writer.is_some() {
+                    chunked.remove_earlier_attempts(record, ctx).await?;
+                }
+            }
             #[cfg(feature = "ceph")]
             Format::Rbd(rbd) => {
                 let others = self.catalog.others(record.backup_id).await?;
@@ -528,11 +583,9 @@ impl Engine {
             if !matches!(before.state, RecordState::Deleting(_)) {
                 has_none(id, self.catalog.children(id).await?)?;
             }
+            self.catalog.check_held(job_id, id, &ctx.hold).await?;
             // A backup whose job died, or is lost, may be deleted too. If the job lives, it finds that out at its end.
-            let mark = |current: &Record| {
-                let deleting = || Record { state: RecordState::Deleting(job_id), ..current.clone() };
-                (current.state == before.state).then(deleting)
-            };
+            let mark = |current: &Record| (*current == before).then(|| deleting(current, job_id));
             match self.catalog.update(id, mark).await {
                 Ok(Updated::To(record)) => break (before.state, record),
                 // It has become whole, or gone, since we looked.
@@ -545,6 +598,18 @@ impl Engine {
                 Err(error) => return Err(error),
             }
         };
+        self.delete_marked(ctx, job_id, state_before, record).await
+    }
+
+    /// Removes the data of a backup that this job has marked, which was in `state_before`.
+    async fn delete_marked(
+        &self,
+        ctx: &Context,
+        job_id: JobId,
+        state_before: RecordState,
+        record: Record,
+    ) -> Result<Receipt, Error> {
+        let id = record.backup_id;
         // Only after the mark is set: a backup that begins to build on this one either is seen here, or sees the mark.
         let children = self.catalog.children(id).await;
         if !matches!(&children, Ok(children) if children.is_empty()) {
@@ -561,6 +626,12 @@ impl Engine {
             has_none(id, children?)?;
         }
         self.remove(&record, ctx).await?;
+        if record.state != RecordState::Deleting(job_id) {
+            // There is room for the mark now, without which no record goes.
+            self.catalog
+                .update(id, |current| (*current == record).then(|| deleting(current, job_id)))
+                .await?;
+        }
         Ok(Receipt {
             parent_id: record.parent_id,
             volume_bytes: record.volume_bytes,
@@ -570,7 +641,7 @@ impl Engine {
     }
 
     /// Removes what a backup that came to nothing left behind. With a problem, its record stays and tells it; without
-    /// one, because the job was cancelled, nothing stays. If another worker that was handed the job has made the backup
+    /// one, because the job was cancelled, that goes with [`Catalog::conclude`]. If another worker that was handed the job has made the backup
     /// meanwhile, it stays, and this is its receipt.
     pub async fn abandon(&self, job: &Job, problem: Option<&Problem>) -> Result<Option<Receipt>, Error> {
         let Work::Backup(work) = &job.work else { return Ok(None) };
@@ -587,8 +658,8 @@ impl Engine {
             is_own.then(|| Record { state, ..current.clone() })
         };
         // The mark first: from then on nobody makes visible, or goes on with, what is removed here.
-        let record = match self.catalog.update(id, mark).await {
-            Ok(Updated::To(record)) => record,
+        let (record, marked) = match self.catalog.update(id, mark).await {
+            Ok(Updated::To(record)) => (record, true),
             Ok(Updated::Not(current)) => {
                 let is_done =
                     |record: &Record| record.state == RecordState::Available && record.job_id == Some(job.id);
@@ -596,15 +667,14 @@ impl Engine {
             }
             // It is what is removed here that makes room.
             Err(error) if error.is_full() => match self.catalog.record(id).await? {
-                Some(record) if mark(&record).is_some() => record,
+                Some(record) if mark(&record).is_some() => (record, false),
                 _ => return Err(error),
             },
             Err(error) => return Err(error),
         };
         self.remove(&record, &Context::default()).await?;
-        match problem {
-            Some(_) => self.catalog.update(id, mark).await.map(drop)?,
-            None => self.catalog.remove(id).await?,
+        if !marked {
+            self.catalog.update(id, mark).await?;
         }
         Ok(None)
     }
@@ -627,8 +697,13 @@ impl Engine {
             Format::Rbd(rbd) => rbd.inspect(&mut record).await?,
         }
         record.state = RecordState::Available;
-        self.catalog.create(&record).await?;
-        Ok(record)
+        match self.catalog.create(&record).await {
+            // Its data lies here, so that the way out of the error on a new backup, a delete, would cost it.
+            Err(Error::BackupExists(backup_id)) => {
+                Err(Error::NotImportable { backup_id, why: "it is in this store already".into() })
+            }
+            result => result.map(|()| record),
+        }
     }
 }
 
@@ -655,6 +730,11 @@ impl Faults {
         }
         Ok(())
     }
+}
+
+/// The record of a backup that this job deletes.
+fn deleting(record: &Record, job_id: JobId) -> Record {
+    Record { state: RecordState::Deleting(job_id), ..record.clone() }
 }
 
 /// Refuses the delete of a backup that others build on.

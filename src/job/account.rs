@@ -66,7 +66,7 @@ pub struct Counts {
     pub bytes_zero: u64,
     /// Bytes in holes of the source, which were not even read.
     pub bytes_hole: u64,
-    /// Bytes that are as in the parent, read or not.
+    /// Bytes that are as in the parent, read or not, but for holes of the source, which count as such only.
     pub bytes_unchanged: u64,
     /// Bytes in the store: written by a backup, read by a restore or verify, freed by a delete. Data objects only.
     pub bytes_stored: u64,

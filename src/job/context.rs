@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::Counts;
 use crate::error::Problem;
@@ -22,6 +23,17 @@ pub struct Context {
     pub progress: Arc<Progress>,
     /// Why the job is not done by the method that was planned first.
     pub fallback_reason: Option<Problem>,
+    /// What tells this run of the job from others.
+    pub hold: Hold,
+}
+
+/// What tells a run of a job from others that workers may be at: each was handed the same message.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hold {
+    /// The claim that it has left in the store; none if its message was never out before.
+    pub claim: Option<Uuid>,
+    /// How often people had brought the job back before.
+    pub revival_count: u32,
 }
 
 impl Context {

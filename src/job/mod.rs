@@ -13,7 +13,7 @@ mod record;
 mod sample;
 
 pub use account::{Account, Attempt, Completion, Counts, Method, Mode, Outcome, Strategy};
-pub use context::{Cancelled, Context, Progress, Reading};
+pub use context::{Cancelled, Context, Hold, Progress, Reading};
 pub use event::{Event, Happening};
 pub use ids::{BackupId, InvalidId, JobId, VolumeId};
 pub use location::{InvalidLocation, Location, RbdImage};

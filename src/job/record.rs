@@ -33,6 +33,9 @@ pub struct Record {
     pub parent_id: Option<BackupId>,
     /// The job that made it; none for a backup that was taken in from Cinder.
     pub job_id: Option<JobId>,
+    /// How often people had brought that job back when it began this.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub revival_count: u32,
     /// Tells the attempt that writes it from any other attempt of the same job.
     #[serde(default)]
     pub writer: String,
@@ -93,6 +96,10 @@ impl Record {
             is_own || is_displaced
         })
     }
+}
+
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 /// A snapshot of a volume that a backup was made of.

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::error::Category;
 use serde_json::{Map, Number, Value};
 
 /// How deep arrays and objects may be nested.
@@ -26,9 +27,32 @@ pub(super) fn read(text: &[u8]) -> Result<Value, String> {
         return Err("it is empty".into());
     }
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    let value = Strict { depth: 0 }.deserialize(&mut deserializer).map_err(|error| error.to_string())?;
-    deserializer.end().map_err(|error| error.to_string())?;
+    let value = Strict { depth: 0 }.deserialize(&mut deserializer).map_err(|error| told(&error))?;
+    deserializer.end().map_err(|error| {
+        format!("more follows after its end, in {}: send one object a message", place(&error))
+    })?;
     Ok(value)
+}
+
+/// What is wrong, for whoever wrote the text.
+fn told(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let at = format!(" at line {} column {}", error.line(), error.column());
+    let (what, place) = (text.strip_suffix(&at).unwrap_or(&text), place(error));
+    match error.classify() {
+        Category::Eof => format!("it ends in the middle, in {place}: was all of it sent?"),
+        // What the parser calls it is of help to some.
+        Category::Syntax => {
+            format!(
+                "it breaks the rules of JSON in {place} ({what}): write {{\"version\": 1, \"operation\": …}}"
+            )
+        }
+        Category::Data | Category::Io => format!("{what}, in {place}"),
+    }
+}
+
+fn place(error: &serde_json::Error) -> String {
+    format!("line {}, column {}", error.line(), error.column())
 }
 
 /// Builds a value that lies inside `depth` arrays and objects.

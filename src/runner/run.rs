@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::Report;
 use super::plan::plan;
-use crate::engine::{self, Engine, KeptOutcome, Receipt};
+use crate::engine::{self, Begun, Engine, KeptOutcome, Receipt};
 use crate::error::{Causes, Class, Problem};
 use crate::event;
 use crate::job::{Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome};
@@ -46,8 +47,8 @@ impl Attempts {
         Self { current: 1, max: 1, seconds_max: 0, earlier: Vec::new(), redelivered: false, revival_count: 0 }
     }
 
-    /// Whether a worker may have begun the job that ended, or was cut off, before the job did.
-    pub fn may_have_restarted(&self) -> bool {
+    /// Whether another worker may have begun the job, and still be at it.
+    pub fn was_out_before(&self) -> bool {
         self.redelivered || self.current > 1
     }
 
@@ -74,17 +75,18 @@ impl Attempts {
 pub enum Ended {
     /// The job is over, and that has been told.
     Over(Box<Completion>),
-    /// The job was over before, and another worker has told that.
-    Before(Box<Completion>),
     /// It failed of something that may pass; it is to be tried again later.
     Later(Problem),
+    /// It was stopped where it was, for another worker to go on from there. Nothing was removed, and nothing told.
+    HandedBack,
     /// It is over, but that could not be told. Run again, the job only tells it.
     Untold(event::Error),
 }
 
-/// Runs a job by the first method that can do it. Tells every `progress_every` how far it is.
+/// Runs a job by the first method that can do it. Tells every `progress_every` how far it is. Fire `hand_back` before
+/// `ctx.cancel` to have it stop as for a cancel, but without being ended.
 ///
-/// When this returns [`Ended::Over`] or [`Ended::Before`], data and record are safe and the completion event is with the broker: the
+/// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
 /// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle).
 pub async fn run(
     ctx: &Context,
@@ -93,31 +95,23 @@ pub async fn run(
     attempts: &Attempts,
     progress_every: Duration,
     report: &Report<'_>,
+    hand_back: &CancellationToken,
 ) -> Ended {
     let started = Instant::now();
-    match engine.catalog().outcome(job.id).await {
-        Ok(Some(kept)) if kept.counts(attempts.revival_count) => {
-            info!("job was done before");
-            return tell_kept(report, kept).await;
-        }
-        Ok(_) => {}
+    let (was_out_before, revival_count) = (attempts.was_out_before(), attempts.revival_count);
+    let begun = engine.catalog().begin(job.id, revival_count, was_out_before, attempts.redelivered).await;
+    let (hold, restart_count) = match begun {
+        Ok(Begun::Held { hold, restart_count }) => (hold, restart_count),
+        Ok(Begun::Over(kept)) => return tell_kept(engine, report, *kept).await,
+        Ok(Begun::Claimed) => return Ended::Later(taken_over(job)),
         // The store cannot say how the job stands.
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
-    }
+    };
     match engine.catalog().is_cancelled(job.id).await {
         Ok(true) => ctx.cancel.cancel(),
         Ok(false) => {}
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
     }
-    // Nothing is kept of a job that was begun but once.
-    let restarts = match attempts.may_have_restarted() {
-        true => engine.catalog().restarts(job.id, attempts.revival_count, attempts.redelivered).await,
-        false => Ok(0),
-    };
-    let restart_count = match restarts {
-        Ok(count) => count,
-        Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
-    };
     report.tell(Happening::Accepted).await;
 
     let mut account = account(attempts);
@@ -141,7 +135,8 @@ pub async fn run(
         report.tell(Happening::Started { method, attempt: account.attempt_count }).await;
         info!(%method, attempt = account.attempt_count, "started");
 
-        let ctx = &Context { fallback_reason: account.fallback_reason.clone(), ..ctx.clone() };
+        let (fallback_reason, hold) = (account.fallback_reason.clone(), hold.clone());
+        let ctx = &Context { fallback_reason, hold, ..ctx.clone() };
         let error = match attempt(ctx, engine, job, method, progress_every, report).await {
             Ok(receipt) => {
                 take_in(&mut account, receipt);
@@ -161,6 +156,8 @@ pub async fn run(
                 // Why the second one was not usable either is told, too; what counts is why it is not the first one.
                 account.fallback_reason.get_or_insert(problem);
             }
+            // If somebody asked for its end as well, the next worker finds that out.
+            (Class::Cancelled, _) if hand_back.is_cancelled() => return Ended::HandedBack,
             (Class::Cancelled, _) => break Outcome::Cancelled,
             // Whoever took over ends the job; giving up here would take it from under them.
             _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
@@ -170,6 +167,14 @@ pub async fn run(
     };
     account.seconds = started.elapsed().as_secs_f64();
 
+    if outcome != Outcome::Succeeded {
+        // Else it is for whoever has the job now to say what becomes of it.
+        if let Err(engine::Error::TakenOver(_)) =
+            engine.catalog().check_held(job.id, job.backup_id(), &hold).await
+        {
+            return Ended::Later(taken_over(job));
+        }
+    }
     let abandoned = match &outcome {
         Outcome::Succeeded => Ok(None),
         Outcome::Failed(problem) => engine.abandon(job, Some(problem)).await,
@@ -187,18 +192,29 @@ pub async fn run(
         }
     }
     let completion = completion(engine, job, outcome, account).await;
-    match engine.catalog().conclude(&completion).await {
-        Ok(kept) => tell_kept(report, kept).await,
+    match engine.catalog().conclude(&completion, &hold).await {
+        Ok(()) => tell(report, completion).await,
+        Err(engine::Error::TakenOver(_)) => Ended::Later(taken_over(job)),
         // A delete is not over while its record stands.
         Err(error) if completion.operation == Operation::Delete => {
             refuse(job, Problem::new(error.class(), &error), attempts, report).await
         }
-        // Everything else is what it is: if this is delivered again, it is found done.
+        // Run again, the job is found done.
+        Err(error) if error.class() == Class::Transient && !attempts.is_last() => {
+            Ended::Later(Problem::new(error.class(), &error))
+        }
+        // Better told and not kept than not told at all.
         Err(error) => {
             warn!(error = %Causes(&error), "how the job ended could not be kept");
             tell(report, completion).await
         }
     }
+}
+
+/// Another run of the job, by a worker that was handed its message, too, is to end it.
+fn taken_over(job: &Job) -> Problem {
+    let error = engine::Error::TakenOver(job.backup_id());
+    Problem::new(error.class(), &error)
 }
 
 /// Ends a job that cannot even be begun, or puts it off where the problem may pass.
@@ -283,12 +299,18 @@ async fn completion(engine: &Engine, job: &Job, outcome: Outcome, account: Accou
     }
 }
 
-/// Tells how a job ended, unless that is known to have been told.
-async fn tell_kept(report: &Report<'_>, kept: KeptOutcome) -> Ended {
-    match kept.told {
-        true => Ended::Before(Box::new(kept.completion)),
-        false => tell(report, kept.completion).await,
+/// Tells how a job ended before, unless that is known to have been told.
+async fn tell_kept(engine: &Engine, report: &Report<'_>, kept: KeptOutcome) -> Ended {
+    if kept.told {
+        info!("job was done before, and that was told");
+        return Ended::Over(Box::new(kept.completion));
     }
+    info!("job was done before, telling it again");
+    // Whoever kept that may have died right behind it.
+    if let Err(error) = engine.catalog().finish(&kept.completion).await {
+        return Ended::Later(Problem::new(error.class(), &error));
+    }
+    tell(report, kept.completion).await
 }
 
 async fn tell(report: &Report<'_>, completion: Completion) -> Ended {

@@ -3,6 +3,8 @@
 //! One try is [`Http::send`]; [`Tries`] says whether and when there is another one. What an answer means is known to the
 //! kind of store that asked.
 
+use std::error::Error as _;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -18,6 +20,7 @@ use reqwest::{Body, Certificate, Client, Proxy, RequestBuilder, Response, Status
 use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
+use url::Url;
 
 use super::{Error, Reason, Result, Secret};
 use crate::error::Causes;
@@ -31,6 +34,10 @@ const SENT_AT_ONCE_BYTES: usize = 256 << 10;
 /// No answer that is no object is longer: a page of a listing has 1,000 names of up to 1 KiB, or what Keystone says of a
 /// cloud.
 const ANSWER_BYTES_MAX: usize = 8 << 20;
+/// How long a server may take that shall say whether it is there.
+const REACH_MAX: Duration = Duration::from_secs(10);
+/// What to ask oneself of a server that does not answer.
+const IS_IT_UP: &str = "is it up, and is that its URL?";
 
 /// How a server is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +60,8 @@ pub struct HttpSettings {
 #[derive(Debug, Clone)]
 pub(super) struct Http {
     client: Client,
+    /// Says in errors whether there is a proxy, and not which one: its URL may have a password.
+    through: &'static str,
     idle_max: Duration,
     retries_max: usize,
     requests: Arc<Semaphore>,
@@ -81,8 +90,9 @@ pub(super) enum Failure {
 
 /// An answer that is no success.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("the server answered {status} {code} {message}")]
 pub(super) struct Refusal {
+    /// Who says it, as [`server_of`] names it.
+    pub(super) server: String,
     pub(super) status: StatusCode,
     /// The word of the protocol for what is wrong, if it has any.
     pub(super) code: String,
@@ -112,7 +122,9 @@ impl Http {
             let invalid = |error| at(io::Error::new(ErrorKind::InvalidData, error));
             client = client.tls_certs_merge(certificates.map_err(invalid)?);
         }
+        let through = if settings.proxy.is_some() { " through the proxy" } else { "" };
         Ok(Self {
+            through,
             client: client.build().map_err(unusable)?,
             idle_max: Duration::from_secs(settings.idle_seconds_max.into()),
             retries_max: settings.retries_max.into(),
@@ -152,6 +164,19 @@ impl Http {
         }
     }
 
+    /// Waits for an answer of `server`, but not for long: somebody asks whether it is there.
+    pub(super) async fn soon<T>(
+        &self,
+        server: impl fmt::Display,
+        answer: impl Future<Output = std::result::Result<T, Failure>>,
+    ) -> std::result::Result<T, Failure> {
+        timeout(REACH_MAX, answer).await.unwrap_or_else(|_| {
+            let (seconds, through) = (REACH_MAX.as_secs(), self.through);
+            let error = format!("no answer of {server}{through} within {seconds} seconds: {IS_IT_UP}");
+            Err(Failure::passing(io::Error::new(ErrorKind::TimedOut, error)))
+        })
+    }
+
     /// Sends a request once and waits for the head of its answer, whatever that says.
     pub(super) async fn send(
         &self,
@@ -172,11 +197,14 @@ impl Http {
             0 => request.body(Bytes::new()),
             _ => request.body(Body::wrap_stream(pieces)),
         };
-        let answer = request.header(CONTENT_LENGTH, length).send();
+        let (client, request) = request.header(CONTENT_LENGTH, length).build_split();
+        let request = request.map_err(|error| Failure::unusable(ErrorKind::Other, error.without_url()))?;
+        let server = server_of(request.url());
+        let answer = client.execute(request);
         tokio::pin!(answer);
         loop {
             let moving = tokio::select! {
-                answer = &mut answer => return answer.map_err(lost),
+                answer = &mut answer => return answer.map_err(|error| self.lost(&server, error)),
                 moving = timeout(self.idle_max, moves.changed()) => moving,
             };
             match moving {
@@ -184,16 +212,21 @@ impl Http {
                 // All has been sent.
                 Ok(Err(_)) => {
                     let answer = timeout(self.idle_max, &mut answer).await;
-                    return answer.map_err(|_| self.silent())?.map_err(lost);
+                    let answer = answer.map_err(|_| self.silent(&server))?;
+                    return answer.map_err(|error| self.lost(&server, error));
                 }
-                Err(_) => return Err(self.silent()),
+                Err(_) => return Err(self.silent(&server)),
             }
         }
     }
 
     /// The next bytes of an answer; none at its end.
     pub(super) async fn chunk(&self, answer: &mut Response) -> std::result::Result<Option<Bytes>, Failure> {
-        timeout(self.idle_max, answer.chunk()).await.map_err(|_| self.silent())?.map_err(lost)
+        match timeout(self.idle_max, answer.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => Err(self.lost(&server_of(answer.url()), error)),
+            Err(_) => Err(self.silent(&server_of(answer.url()))),
+        }
     }
 
     /// All bytes of an answer that is no object.
@@ -201,7 +234,9 @@ impl Http {
         let mut whole = BytesMut::new();
         while let Some(chunk) = self.chunk(&mut answer).await? {
             if whole.len() + chunk.len() > ANSWER_BYTES_MAX {
-                let error = format!("the answer has more than {ANSWER_BYTES_MAX} bytes");
+                let server = server_of(answer.url());
+                let error =
+                    format!("{server} answers with more than {ANSWER_BYTES_MAX} bytes: is that the URL?");
                 return Err(Failure::unusable(ErrorKind::InvalidData, error));
             }
             whole.extend_from_slice(&chunk);
@@ -209,10 +244,52 @@ impl Http {
         Ok(whole.freeze())
     }
 
-    fn silent(&self) -> Failure {
-        let error = format!("nothing has moved for {} seconds", self.idle_max.as_secs());
+    fn silent(&self, server: &str) -> Failure {
+        let (seconds, through) = (self.idle_max.as_secs(), self.through);
+        let error = format!(
+            "nothing has moved for {seconds} seconds (idle_seconds_max) between us and {server}{through}: is it overloaded, \
+             or the network broken?"
+        );
         Failure::passing(io::Error::new(ErrorKind::TimedOut, error))
     }
+
+    /// Why there was no answer. The rest of the URL is left out, since a signature is in it.
+    fn lost(&self, server: &str, error: reqwest::Error) -> Failure {
+        let error = error.without_url();
+        if error.is_builder() {
+            return Failure::unusable(ErrorKind::Other, error);
+        }
+        // A certificate that is not trusted now is not trusted later, either.
+        if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls_error(&error) {
+            let text = format!(
+                "{server} is not believed to be that ({error}): let ca_file name who has signed its certificate, or \
+                 use a name that the certificate is for"
+            );
+            return Failure::unusable(ErrorKind::InvalidData, text);
+        }
+        // What is around it says only that there was a request.
+        let cause = match error.source() {
+            Some(cause) => Causes(cause).to_string(),
+            None => error.to_string(),
+        };
+        let through = self.through;
+        let no_connection = || format!("no connection to {server}{through} ({cause}): {IS_IT_UP}");
+        let (kind, text) = match (error.is_timeout(), error.is_connect()) {
+            (true, _) => (ErrorKind::TimedOut, no_connection()),
+            (false, true) => (ErrorKind::ConnectionRefused, no_connection()),
+            (false, false) => {
+                let text =
+                    format!("the connection to {server}{through} broke ({cause}): its log may say why");
+                (ErrorKind::ConnectionReset, text)
+            }
+        };
+        Failure::passing(io::Error::new(kind, text))
+    }
+}
+
+/// Whom a URL is of: scheme, host and port. What else is in it may be secret.
+pub(super) fn server_of(url: &Url) -> String {
+    url.origin().ascii_serialization()
 }
 
 impl From<Bytes> for Payload {
@@ -280,8 +357,19 @@ impl Failure {
         }
         // The other form, a date, is of no use to a clock that may be wrong.
         let seconds = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
-        let error = Arc::new(io::Error::other(refusal));
+        let text = format!(
+            "{refusal}: its log may say why; if it has too much to do, a smaller connections_max asks less of it"
+        );
+        let error = Arc::new(io::Error::other(text));
         Self::Passing { error, pause: seconds.map(Duration::from_secs) }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} answered {}", self.server, self.status)?;
+        let mut said = [&self.code, &self.message].into_iter().filter(|said| !said.is_empty());
+        said.try_for_each(|said| write!(f, " {said}"))
     }
 }
 
@@ -324,24 +412,6 @@ impl Tries {
     }
 }
 
-/// Why there was no answer. The URL is left out, since a signature is in it.
-fn lost(error: reqwest::Error) -> Failure {
-    let error = error.without_url();
-    if error.is_builder() {
-        return Failure::unusable(ErrorKind::Other, error);
-    }
-    // A certificate that is not trusted now is not trusted later, either.
-    if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls_error(&error) {
-        return Failure::unusable(ErrorKind::InvalidData, error.clone());
-    }
-    let kind = match (error.is_timeout(), error.is_connect()) {
-        (true, _) => ErrorKind::TimedOut,
-        (false, true) => ErrorKind::ConnectionRefused,
-        (false, false) => ErrorKind::ConnectionReset,
-    };
-    Failure::passing(io::Error::new(kind, Causes(&error).to_string()))
-}
-
 /// What TLS has to say about an error, which may lie deep in it.
 fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
     let mut cause = Some(error);
@@ -362,7 +432,10 @@ impl From<Failure> for Reason {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Passing { error, .. } => Self::Passing(error),
-            Failure::Refused(refusal) => Self::Other(Arc::new(io::Error::other(refusal))),
+            Failure::Refused(refusal) => {
+                let text = format!("{refusal}: is that the URL of such a server? Its log may say more");
+                Self::Other(Arc::new(io::Error::other(text)))
+            }
             Failure::Unusable(error) => Self::Other(error),
         }
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use jiff::Timestamp;
 
 use super::{
     Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Reason, Result,
@@ -13,11 +14,24 @@ use super::{
 /// Objects in memory. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
-    objects: Arc<Mutex<BTreeMap<ObjectName, Bytes>>>,
+    objects: Arc<Mutex<BTreeMap<ObjectName, Object>>>,
+}
+
+#[derive(Debug)]
+struct Object {
+    bytes: Bytes,
+    modified: Timestamp,
+}
+
+impl Object {
+    /// A copy of `bytes`, because they may be a part of something larger, or hold a reservation of memory.
+    fn new(bytes: &[u8]) -> Self {
+        Self { bytes: Bytes::copy_from_slice(bytes), modified: Timestamp::now() }
+    }
 }
 
 impl Memory {
-    fn objects(&self) -> MutexGuard<'_, BTreeMap<ObjectName, Bytes>> {
+    fn objects(&self) -> MutexGuard<'_, BTreeMap<ObjectName, Object>> {
         // Nothing panics while it holds the lock, and a map is whole between two calls.
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -30,20 +44,19 @@ impl ObjectStore for Memory {
         if objects.contains_key(object) {
             return Err(Error::new("write", object, Reason::Exists));
         }
-        // A copy, because the bytes may be a part of something larger, or hold a reservation of memory.
-        objects.insert(object.clone(), Bytes::copy_from_slice(&bytes));
+        objects.insert(object.clone(), Object::new(&bytes));
         Ok(())
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.objects().insert(object.clone(), Bytes::copy_from_slice(&bytes));
+        self.objects().insert(object.clone(), Object::new(&bytes));
         Ok(())
     }
 
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
         match self.objects().get_mut(object) {
-            Some(there) if *there == was => {
-                *there = Bytes::copy_from_slice(&bytes);
+            Some(there) if there.bytes == was => {
+                *there = Object::new(&bytes);
                 Ok(true)
             }
             _ => Ok(false),
@@ -55,8 +68,8 @@ impl ObjectStore for Memory {
     }
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
-        let mut bytes =
-            self.objects().get(object).cloned().ok_or_else(|| Error::new("read", object, Reason::Missing))?;
+        let found = self.objects().get(object).map(|found| found.bytes.clone());
+        let mut bytes = found.ok_or_else(|| Error::new("read", object, Reason::Missing))?;
         let (sender, pieces) = Pieces::channel();
         tokio::spawn(async move {
             while !bytes.is_empty() {
@@ -72,7 +85,12 @@ impl ObjectStore for Memory {
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let objects = self.objects();
         let found = objects.iter().filter(|(o, _)| o.folder == *folder && o.name.starts_with(prefix));
-        Ok(found.map(|(o, bytes)| Listed { name: o.name.clone(), bytes: bytes.len() as u64 }).collect())
+        let listed = found.map(|(o, Object { bytes, modified })| Listed {
+            name: o.name.clone(),
+            bytes: bytes.len() as u64,
+            modified: Some(*modified),
+        });
+        Ok(listed.collect())
     }
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {

@@ -20,7 +20,7 @@ pub use gcs::{Gcs, GcsSettings};
 pub use http::HttpSettings;
 pub use memory::Memory;
 pub use name::{Folder, InvalidObjectName, ObjectName};
-pub use nfs::Share;
+pub use nfs::{Mount, Share};
 pub use posix::Posix;
 #[cfg(feature = "ceph")]
 pub use rados::Rados;
@@ -34,6 +34,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, TryStreamExt};
+use jiff::Timestamp;
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
@@ -89,6 +90,17 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Removes what writers that never finished left in `folder` under names that begin with `prefix`, and the
     /// folder itself where it is empty then and the kind of store has folders.
     async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()>;
+
+    /// Lists what writers that have not finished yet, or never will, have in `folder` under names that begin with
+    /// `prefix`, as far as the kind of store can tell.
+    async fn partials(&self, _folder: &Folder, _prefix: &str) -> Result<Vec<Partial>> {
+        Ok(Vec::new())
+    }
+
+    /// Removes what [`ObjectStore::partials`] has listed, if it is still there; its writer fails then, if it lives.
+    async fn discard(&self, _partial: &Partial) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Writes one object, piece by piece.
@@ -108,6 +120,21 @@ pub struct Listed {
     pub name: String,
     /// Its size.
     pub bytes: u64,
+    /// When it was written, by the store's clock; none where the kind of store does not keep that.
+    pub modified: Option<Timestamp>,
+}
+
+/// What a writer has written of an object that is not finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partial {
+    /// The object that it was to become.
+    pub object: ObjectName,
+    /// What tells it from others of the same name; the store's own.
+    pub id: String,
+    /// What is there of it, where the store says that.
+    pub bytes: u64,
+    /// When it was last written to, or begun, by the store's clock; none where the kind of store does not keep that.
+    pub modified: Option<Timestamp>,
 }
 
 /// The bytes of an object, in order, read ahead of whoever takes them.
@@ -217,11 +244,19 @@ impl Error {
             _ => match error.raw_os_error().map(Errno::from_raw_os_error) {
                 // A disk that fails once may do so no more; a broken one fails the later tries as well. A Ceph cluster
                 // that has shut this client out does so for an hour.
-                Some(Errno::IO | Errno::SHUTDOWN) => Reason::Passing(Arc::new(error)),
+                // Handles come back when other jobs end.
+                Some(Errno::IO | Errno::SHUTDOWN | Errno::MFILE | Errno::NFILE) => {
+                    Reason::Passing(Arc::new(error))
+                }
                 _ => Reason::Other(Arc::new(error)),
             },
         };
         Self::new(action, object, reason)
+    }
+
+    /// That nothing more can be written to an object, since a write that failed leaves unknown what there is of it.
+    fn after_failure(object: &ObjectName) -> Self {
+        Self::io("write", object, io::Error::other("an earlier write to it failed"))
     }
 
     /// Why it failed.

@@ -1,6 +1,8 @@
 //! Shares of NFS servers: folders of a [`Posix`](super::Posix) store, once they are mounted, which is done here if nobody else
 //! does it.
 
+use std::ffi::OsStr;
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
@@ -14,6 +16,9 @@ use super::{Error, Reason, Result};
 
 /// What the kernel says of what is mounted where.
 const MOUNTS: &str = "/proc/self/mounts";
+
+/// Where `mount` looks for the program that mounts shares.
+const HELPERS: [&str; 3] = ["/sbin/mount.nfs", "/sbin/fs.d/mount.nfs", "/sbin/fs/mount.nfs"];
 
 /// Where a share is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +59,9 @@ impl Share {
         let mut command = Command::new("mount");
         command.args(["-t", "nfs"]).args(options.iter().flat_map(|options| ["-o", options]));
         command.arg("--").arg(share).arg(&folder).stdin(Stdio::null());
-        let output =
-            command.output().map_err(|error| failed(share, &folder, &format!("run mount: {error}")))?;
+        let output = command
+            .output()
+            .map_err(|error| failed(share, &folder, &format!("run mount: {error}{}", missing_helper())))?;
         // Another process may have mounted it in between.
         match is_there(share, &folder)? {
             true => Ok(folder),
@@ -64,9 +70,60 @@ impl Share {
             }
             false => {
                 let said = String::from_utf8_lossy(&output.stderr);
-                Err(failed(share, &folder, said.trim()))
+                Err(failed(share, &folder, &format!("{}{}", said.trim(), missing_helper())))
             }
         }
+    }
+}
+
+/// What to do about a mount that failed, if it must have for want of a program.
+fn missing_helper() -> &'static str {
+    match HELPERS.iter().any(|helper| Path::new(helper).exists()) {
+        true => "",
+        false => {
+            ": the program mount.nfs is not there; install the package that has it, nfs-common on Debian and Ubuntu, nfs-utils \
+             elsewhere"
+        }
+    }
+}
+
+/// What is mounted where a folder is, as the kernel tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// A device, or a share.
+    source: String,
+    /// The kind of its file system.
+    kind: String,
+}
+
+impl Mount {
+    /// Looks up what a folder, which must be there, lies on.
+    pub fn of(folder: &Path) -> Result<Self> {
+        let at = |error| Error::io("look up what is mounted at", folder.display(), error);
+        let mounts = fs::read(MOUNTS).map_err(at)?;
+        let folder = folder.canonicalize().map_err(at)?;
+        Self::among(&mounts, &folder).ok_or_else(|| at(ErrorKind::NotFound.into()))
+    }
+
+    /// Of those that the folder is below it is the nearest one, and the last of several on one folder.
+    fn among(mounts: &[u8], folder: &Path) -> Option<Self> {
+        let lines = mounts.split(|byte| *byte == b'\n').filter_map(fields);
+        let (source, _, kind) = lines
+            .filter(|(_, on, _)| folder.starts_with(OsStr::from_bytes(on)))
+            .max_by_key(|(_, on, _)| on.len())?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Some(Self { source: text(source), kind: text(kind) })
+    }
+
+    /// Whether it is a share of an NFS server.
+    pub fn is_nfs(&self) -> bool {
+        matches!(self.kind.as_str(), "nfs" | "nfs4")
+    }
+}
+
+impl fmt::Display for Mount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.source, self.kind)
     }
 }
 
@@ -90,13 +147,14 @@ fn failed(share: &str, folder: &Path, why: &str) -> Error {
 
 /// What is mounted on a folder, by the lines of the kernel; the last one is what one sees.
 fn source_on(mounts: &[u8], folder: &Path) -> Option<Vec<u8>> {
-    let lines = mounts.split(|byte| *byte == b'\n');
-    let mut mounted = lines.filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let (source, on) = (plain(fields.next()?), plain(fields.next()?));
-        (on == folder.as_os_str().as_bytes()).then_some(source)
-    });
-    mounted.next_back()
+    let mut lines = mounts.split(|byte| *byte == b'\n').filter_map(fields);
+    lines.rfind(|(_, on, _)| on == folder.as_os_str().as_bytes()).map(|(source, _, _)| source)
+}
+
+/// What is mounted, on which folder, and its kind, of a line of the kernel's.
+fn fields(line: &[u8]) -> Option<(Vec<u8>, Vec<u8>, Vec<u8>)> {
+    let mut fields = line.split(|byte| *byte == b' ').map(plain);
+    Some((fields.next()?, fields.next()?, fields.next()?))
 }
 
 /// A field without the octal numbers that stand for blanks and the like.
@@ -126,6 +184,13 @@ mod tests {
         assert_eq!(on("/mnt/with blank").unwrap(), "nfs.example.org:/backups all");
         assert_eq!(on("/").unwrap(), "/dev/vda");
         assert_eq!(on("/mnt"), None);
+
+        let below = |folder: &str| Mount::among(mounts, Path::new(folder)).unwrap().to_string();
+        assert_eq!(below("/mnt/with blank/a/b"), "nfs.example.org:/backups all (nfs4)");
+        assert_eq!(below("/mnt/with blankets"), "/dev/vda (ext4)");
+        assert!(Mount::among(mounts, Path::new("/mnt/with blank")).unwrap().is_nfs());
+        assert!(!Mount::of(Path::new("/proc")).unwrap().is_nfs());
+        Mount::of(Path::new("/no/such/folder")).unwrap_err();
     }
 
     #[test]
@@ -145,6 +210,7 @@ mod tests {
         let told = crate::error::Causes(&error).to_string();
         assert!(told.starts_with("mount 127.0.0.1:/no-such-share on "), "{told}");
         assert!(told.contains("mount: ") || told.contains("mount.nfs"), "{told}");
+        assert_eq!(told.contains("nfs-common"), !Path::new("/sbin/mount.nfs").exists(), "{told}");
         assert!(share.folder().is_dir());
     }
 }

@@ -13,11 +13,14 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use jiff::Timestamp;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use super::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Result};
+use super::{
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Partial, Pieces, Result,
+};
 
 const FOLDER_MODE: u32 = 0o770;
 const FILE_MODE: u32 = 0o660;
@@ -142,7 +145,9 @@ impl ObjectStore for Posix {
                 }
                 // It may have been deleted since its name was read.
                 match fs::symlink_metadata(path.join(&name)) {
-                    Ok(metadata) if metadata.is_file() => listed.push(Listed { name, bytes: metadata.len() }),
+                    Ok(metadata) if metadata.is_file() => {
+                        listed.push(Listed { name, bytes: metadata.len(), modified: modified(&metadata) });
+                    }
                     Ok(_) => {}
                     Err(error) if error.kind() == ErrorKind::NotFound => {}
                     Err(error) => return Err(error),
@@ -156,10 +161,9 @@ impl ObjectStore for Posix {
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {
         let path = self.path(object);
-        blocking("delete", object, move || match fs::remove_file(&path) {
-            Ok(()) => sync_folder(&path),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
+        blocking("delete", object, move || match remove(&path)? {
+            true => sync_folder(&path),
+            false => Ok(()),
         })
         .await
     }
@@ -169,7 +173,7 @@ impl ObjectStore for Posix {
         blocking("tidy", folder.as_str(), move || {
             for name in names(&path)? {
                 if name.starts_with(&prefix) {
-                    fs::remove_file(path.join(name))?;
+                    remove(&path.join(name))?;
                 }
             }
             // Only empty folders go, from the innermost outwards.
@@ -181,6 +185,37 @@ impl ObjectStore for Posix {
             Ok(())
         })
         .await
+    }
+
+    async fn partials(&self, folder: &Folder, prefix: &str) -> Result<Vec<Partial>> {
+        let (path, folder, prefix) = (self.folder_path(folder), folder.clone(), prefix.to_owned());
+        let listed = folder.clone();
+        blocking("list", listed.as_str(), move || {
+            let mut found = Vec::new();
+            for id in names(&path)? {
+                // What is not named as ours are is none of ours.
+                let Some(object) = finished_name(&id).filter(|name| name.starts_with(&prefix)) else {
+                    continue;
+                };
+                let Ok(object) = folder.object(object) else { continue };
+                match fs::symlink_metadata(path.join(&id)) {
+                    Ok(metadata) if metadata.is_file() => {
+                        let (bytes, modified) = (metadata.len(), modified(&metadata));
+                        found.push(Partial { object, id, bytes, modified });
+                    }
+                    Ok(_) => {}
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    async fn discard(&self, partial: &Partial) -> Result<()> {
+        let path = self.folder_path(&partial.object.folder).join(&partial.id);
+        blocking("discard", &partial.object, move || remove(&path).map(drop)).await
     }
 }
 
@@ -215,11 +250,35 @@ fn unfinished_prefix(name: &str) -> String {
     format!(".tmp.{name}")
 }
 
-fn sync_folder(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
+/// What a file is to be called that is not finished; none if it is something else.
+fn finished_name(temporary: &str) -> Option<&str> {
+    let (name, id) = temporary.strip_prefix(".tmp.")?.rsplit_once('.')?;
+    (id.len() == 32 && Uuid::try_parse(id).is_ok()).then_some(name)
+}
+
+fn modified(metadata: &fs::Metadata) -> Option<Timestamp> {
+    metadata.modified().ok()?.try_into().ok()
+}
+
+/// Removes a file; false if it is not there, or not any more.
+fn remove(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
+}
+
+/// Makes durable what became of this name. If another writer has tidied its folder away since, the name went with that, and
+/// the folder above it tells.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    for folder in path.ancestors().skip(1) {
+        match File::open(folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            folder => return folder?.sync_all(),
+        }
+    }
+    Ok(())
 }
 
 /// Makes the folders below `root` that are missing, durably.
@@ -295,13 +354,16 @@ impl Unfinished {
         };
         let temporary = folder.join(format!("{}.{}", unfinished_prefix(name), Uuid::new_v4().simple()));
         let open = || File::options().write(true).create_new(true).open(&temporary);
-        // The folder is nearly always there. It may be tidied away by another writer even after it was made.
+        // The folder is nearly always there. It may be tidied away by another writer even while and after it is made.
         let mut tries_left = 10;
         let file = loop {
             match open() {
                 Err(error) if error.kind() == ErrorKind::NotFound && tries_left > 0 => {
-                    make_folders(root, folder)?;
                     tries_left -= 1;
+                    match make_folders(root, folder) {
+                        Err(error) if error.kind() == ErrorKind::NotFound => {}
+                        made => made?,
+                    }
                 }
                 file => break file?,
             }

@@ -19,10 +19,13 @@ use std::io::{self, ErrorKind};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use jiff::Timestamp;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use super::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Result};
+use super::{
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Partial, Pieces, Result,
+};
 use crate::ceph::{MapChange, Pool};
 
 /// What a part has, but for the last one. RBD and the gateway for S3 cut what they store into pieces of this size, too.
@@ -127,7 +130,12 @@ impl ObjectStore for Rados {
         blocking("list", folder.as_str(), move || {
             let entries = pool.map_entries(&index, &prefix)?;
             let objects = entries.into_iter().filter(|(key, _)| !key.starts_with('.'));
-            objects.map(|(name, entry)| Ok(Listed { name, bytes: Contents::parse(&entry)?.bytes })).collect()
+            objects
+                .map(|(name, entry)| {
+                    let contents = Contents::parse(&entry)?;
+                    Ok(Listed { name, bytes: contents.bytes, modified: contents.modified() })
+                })
+                .collect()
         })
         .await
     }
@@ -141,6 +149,33 @@ impl ObjectStore for Rados {
         blocking("tidy", folder.as_str(), move || {
             remove_leftovers(&pool, &owned, &key_prefix, Writers::Stop)?;
             remove_empty_index(&pool, &owned)
+        })
+        .await
+    }
+
+    async fn partials(&self, folder: &Folder, prefix: &str) -> Result<Vec<Partial>> {
+        let (pool, owned, key_prefix) = (self.pool.clone(), folder.clone(), format!(".{prefix}"));
+        blocking("list", folder.as_str(), move || {
+            let mut partials = Vec::new();
+            for (key, _) in pool.map_entries(&index(&owned), &key_prefix)? {
+                let Some((object, id)) = leftover(&owned, &key) else { continue };
+                let place = Place { pool: pool.clone(), object };
+                // One that has no part yet has no time, either.
+                let modified = pool.object_modified(&place.part(id, 0))?.and_then(|at| at.try_into().ok());
+                partials.push(Partial { object: place.object, id: id.to_string(), bytes: 0, modified });
+            }
+            Ok(partials)
+        })
+        .await
+    }
+
+    async fn discard(&self, partial: &Partial) -> Result<()> {
+        let key_prefix = format!(".{}/.", partial.object.name);
+        let id: std::result::Result<Uuid, _> = partial.id.parse();
+        self.at("discard", &partial.object, move |place| {
+            let id = id.map_err(|_| ErrorKind::InvalidInput)?;
+            let key = format!("{key_prefix}{}", id.simple());
+            remove_leftovers(&place.pool, &place.object.folder, &key, Writers::Stop)
         })
         .await
     }
@@ -166,11 +201,14 @@ struct Contents {
     bytes: u64,
     part_bytes: u64,
     id: Uuid,
+    /// When it was written, by the clock of who did so; older entries do not say it.
+    written_seconds: Option<i64>,
 }
 
 impl Contents {
     fn encode(&self) -> Vec<u8> {
-        format!("{} {} {}", self.bytes, self.part_bytes, self.id.simple()).into_bytes()
+        let written = self.written_seconds.map_or(String::new(), |seconds| format!(" {seconds}"));
+        format!("{} {} {}{written}", self.bytes, self.part_bytes, self.id.simple()).into_bytes()
     }
 
     fn parse(entry: &[u8]) -> io::Result<Self> {
@@ -178,10 +216,16 @@ impl Contents {
             let mut fields = std::str::from_utf8(entry).ok()?.split(' ');
             let bytes = fields.next()?.parse().ok()?;
             let part_bytes = fields.next()?.parse().ok().filter(|bytes| *bytes > 0)?;
-            Some(Self { bytes, part_bytes, id: fields.next()?.parse().ok()? })
+            let id = fields.next()?.parse().ok()?;
+            let written_seconds = fields.next().and_then(|seconds| seconds.parse().ok());
+            Some(Self { bytes, part_bytes, id, written_seconds })
         };
         fields()
             .ok_or_else(|| damaged(format!("its entry in the index is {:?}", String::from_utf8_lossy(entry))))
+    }
+
+    fn modified(&self) -> Option<Timestamp> {
+        Timestamp::from_second(self.written_seconds?).ok()
     }
 
     fn part_count(&self) -> u64 {
@@ -323,6 +367,12 @@ fn overtaken() -> io::Error {
     io::Error::new(ErrorKind::ResourceBusy, "others change it all the time")
 }
 
+/// What parts a key of an index remembers that are to be removed; none if it is another key.
+fn leftover(folder: &Folder, key: &str) -> Option<(ObjectName, Uuid)> {
+    let (name, id) = key.strip_prefix('.')?.rsplit_once("/.")?;
+    Some((folder.object(name).ok()?, id.parse().ok()?))
+}
+
 /// What is done about parts that may still be finished.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Writers {
@@ -333,10 +383,7 @@ enum Writers {
 /// Removes the parts that the index of `folder` remembers under keys that begin with `key_prefix`.
 fn remove_leftovers(pool: &Pool, folder: &Folder, key_prefix: &str, writers: Writers) -> io::Result<()> {
     for (key, entry) in pool.map_entries(&index(folder), key_prefix)? {
-        let names = key.strip_prefix('.').and_then(|key| key.rsplit_once("/."));
-        let Some((Ok(object), Ok(id))) = names.map(|(name, id)| (folder.object(name), id.parse())) else {
-            continue;
-        };
+        let Some((object, id)) = leftover(folder, &key) else { continue };
         let place = Place { pool: pool.clone(), object };
         // It may be finished just now.
         if entry == WRITING && (writers == Writers::Leave || !place.abandon(id)?) {
@@ -430,7 +477,13 @@ impl Unfinished {
     /// Makes the object visible, and says whether it could: whether there was nothing else of its name than there may be.
     fn publish(mut self, publish: Publish) -> io::Result<bool> {
         let leftover = self.place.leftover_key(self.id);
-        let contents = Contents { bytes: self.bytes, part_bytes: PART_BYTES as u64, id: self.id }.encode();
+        let contents = Contents {
+            bytes: self.bytes,
+            part_bytes: PART_BYTES as u64,
+            id: self.id,
+            written_seconds: Some(Timestamp::now().as_second()),
+        };
+        let contents = contents.encode();
         for _ in 0..TRIES_MAX {
             let old = self.place.entry()?;
             if !publish.may_replace(old.as_deref()) {

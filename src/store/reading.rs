@@ -8,7 +8,7 @@ use reqwest::header::HeaderName;
 use reqwest::{Response, StatusCode};
 use tokio::sync::mpsc::Sender;
 
-use super::http::{Failure, Http, Refusal, Tries};
+use super::http::{Failure, Http, Refusal, Tries, server_of};
 use super::{Error, ObjectName, PIECE_BYTES, Pieces, Result};
 
 /// Asks for the object, or for what is left of it.
@@ -82,8 +82,9 @@ impl Reader {
                     return Ok(());
                 }
                 Ok(None) => {
-                    let error = io::Error::new(ErrorKind::ConnectionReset, "the answer ended too early");
-                    answer = self.go_on(offset, &version, &mut tries, Failure::passing(error)).await?;
+                    let text = format!("{} has ended its answer too early", server_of(answer.url()));
+                    let failure = Failure::passing(io::Error::new(ErrorKind::ConnectionReset, text));
+                    answer = self.go_on(offset, &version, &mut tries, failure).await?;
                 }
                 Err(failure) => answer = self.go_on(offset, &version, &mut tries, failure).await?,
             }

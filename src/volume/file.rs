@@ -182,13 +182,25 @@ impl FileTarget {
         else {
             return Err(Error::NotAVolume { path: path.display().to_string() });
         };
-        let folder = roots.find(folder)?;
+        let folder = roots.find(folder).map_err(|error| match error {
+            Error::OutsideRoots { roots, .. } => {
+                Error::OutsideRoots { path: path.display().to_string(), roots }
+            }
+            error => error,
+        })?;
         // One that is there is left of a restore that was killed, or belongs to one that runs: that one holds a lock.
+        // Somebody may have put a pipe there, which must not be waited for.
         let hidden = folder.path().join(partial(name));
         let mut options = File::options();
-        options.write(true).create(true).truncate(false).custom_flags(OFlags::NOFOLLOW.bits() as i32);
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        options.write(true).create(true).truncate(false).custom_flags(flags.bits() as i32);
         let file = loop {
             let file = options.open(&hidden).map_err(|e| io_error("create", path, e))?;
+            if !file.metadata().map_err(|e| io_error("look at", path, e))?.is_file() {
+                return Err(Error::NotAVolume {
+                    path: path.with_file_name(partial(name)).display().to_string(),
+                });
+            }
             lock(&file, path)?;
             // The one that ran may have given it its name, or removed it, just before it let go of the lock.
             let same = |named: fs::Metadata| file.metadata().map(|ours| ours.ino() == named.ino());
@@ -278,6 +290,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::error::Class;
 
     fn rooted() -> (tempfile::TempDir, PathBuf, FileRoots) {
         let folder = tempfile::tempdir().unwrap();
@@ -306,8 +319,10 @@ mod tests {
             let error = FileTarget::open(&path, 1, &roots).unwrap_err();
             assert!(matches!(error, Error::OutsideRoots { .. }), "{path:?}: {error}");
         }
-        let error = FileTarget::open(&root.join("folder-link/new"), 1, &roots).unwrap_err();
-        assert!(matches!(error, Error::OutsideRoots { .. }), "{error}");
+        let new = root.join("folder-link/new");
+        let error = FileTarget::open(&new, 1, &roots).unwrap_err();
+        let told = format!("{} is not below one of worker.file_roots ({})", new.display(), root.display());
+        assert!(error.to_string().starts_with(&told), "{error}");
         assert_eq!(FileSource::open(&root.join("inside"), &roots).unwrap().bytes(), 6);
     }
 
@@ -322,6 +337,20 @@ mod tests {
         assert!(matches!(FileSource::open(&root, &roots), Err(Error::NotAVolume { .. })));
         assert!(matches!(FileSource::open(&root.join("pipe"), &roots), Err(Error::NotAVolume { .. })));
         assert!(matches!(FileSource::open(&root.join("missing"), &roots), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn a_pipe_in_the_place_of_what_a_killed_restore_left_is_not_waited_for() {
+        let (_folder, root, roots) = rooted();
+        let pipe = root.join(".new.backhaul-partial");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
+        // Nobody reads it.
+        assert!(matches!(FileTarget::open(&root.join("new"), 1, &roots), Err(Error::Io { .. })));
+        let _reader =
+            File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(&pipe).unwrap();
+        let error = FileTarget::open(&root.join("new"), 1, &roots).unwrap_err();
+        assert!(matches!(&error, Error::NotAVolume { path } if path.ends_with("partial")), "{error}");
+        assert!(!root.join("new").exists());
     }
 
     #[test]
@@ -386,6 +415,7 @@ mod tests {
             let error = FileTarget::open(&root.join(name), 3, &roots).unwrap_err();
 
             assert!(matches!(error, Error::InUse { .. }), "{name}: {error}");
+            assert_eq!(error.class(), Class::Transient, "{name}");
             first.finish().unwrap();
             assert_eq!(fs::read(root.join(name)).unwrap()[..5], *b"first", "{name}");
         }

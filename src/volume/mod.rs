@@ -13,6 +13,8 @@ pub use rbd::{RbdSource, RbdTarget};
 use std::io;
 use std::ops::Range;
 
+use rustix::io::Errno;
+
 use crate::error::Class;
 
 /// A volume to read.
@@ -79,7 +81,7 @@ pub enum Before {
 pub enum Error {
     /// The path leads, perhaps through a link, out of where volumes may be.
     #[error(
-        "{path} is not below one of worker.file_roots ({roots}): move it there, or add its folder to that setting"
+        "{path} is not below one of worker.file_roots ({roots}): name one that is, or add its folder to that setting"
     )]
     OutsideRoots {
         /// The path as it was asked for.
@@ -102,7 +104,7 @@ pub enum Error {
     /// The backup does not fit.
     #[error(
         "{path} has {target_bytes} bytes and is smaller than the backup, which has {backup_bytes}: give a target of at \
-         least that size, or the path of a file that does not exist yet"
+         least that size, or one that does not exist yet"
     )]
     TooSmall {
         /// The path as it was asked for.
@@ -158,6 +160,8 @@ impl Error {
             Self::Ceph(error) => class_of(error.kind()),
             #[cfg(feature = "ceph")]
             Self::ImageInUse { .. } | Self::RemovedMeanwhile { .. } => Class::Transient,
+            // Whoever has it may be the same job, on a worker that the broker took for dead.
+            Self::InUse { .. } => Class::Transient,
             _ => Class::Permanent,
         }
     }
@@ -165,7 +169,11 @@ impl Error {
 
 /// What an error of a volume's reads and writes means for the job.
 pub fn class(error: &io::Error) -> Class {
-    class_of(error.kind())
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        // Handles come back when other jobs end.
+        Some(Errno::MFILE | Errno::NFILE) => Class::Transient,
+        _ => class_of(error.kind()),
+    }
 }
 
 /// The same by the kind of the error.

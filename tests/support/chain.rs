@@ -1,15 +1,19 @@
 //! Whole chains of backups in a store, and what may happen to a server meanwhile.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backhaul::engine::Engine;
 use backhaul::engine::chunked::{Compression, Settings};
-use backhaul::job::{Parent, Record, VolumeId};
+use backhaul::job::{Container, Parent, Record, VolumeId};
+use backhaul::store::{Folder, ObjectStore};
 
-use super::engine::{Bench, backup, delete, restore, verify};
+use super::engine::{Bench, Kind, MEMORY_BYTES, backup, delete, paths_of, restore, verify};
 use super::link::Link;
-use super::volume::{Fill, Volume};
+use super::volume::{Fill, Volume, junk};
 
 pub(crate) const MIB: usize = 1 << 20;
 
@@ -73,6 +77,31 @@ impl Chain {
     }
 }
 
+/// Makes a chain in a bucket or container, looks whether it lies there as Cinder's driver, a `service`, has it, and deletes it
+/// without a trace.
+pub(crate) async fn lies_as_cinder_has_it(kind: Kind, service: &str) -> Bench {
+    let bench = Bench::new(kind);
+    let engine = bench.engine(settings(Compression::Zstd));
+    let chain = Chain::make(&engine, &mut volume(&bench)).await;
+
+    let mut expected = BTreeSet::new();
+    for (record, _) in &chain.0 {
+        let time = record.created_at.strftime("%Y%m%d%H%M%S");
+        let (volume_id, backup_id) = (record.volume_id, record.backup_id);
+        assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
+        assert_eq!(record.service, service);
+        expected.extend(paths_of(record, record.counts.object_count));
+    }
+    let container: Container = chain.0[0].0.container.clone();
+    assert_eq!(container.as_str(), bench.bucket());
+    assert_eq!(bench.everything([&container]).await, expected);
+    chain.check(&bench, &engine).await;
+
+    chain.delete(&engine).await;
+    assert_eq!(bench.everything([&container]).await, BTreeSet::new());
+    bench
+}
+
 /// What happens on the way to a server, several times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Trouble {
@@ -116,8 +145,36 @@ impl Trouble {
     }
 }
 
+/// Backs a volume up to a store with the bucket of the bench and restores it, while its server is stopped in the middle of each,
+/// and started again.
+pub(crate) async fn restarts_cost_nothing_but_time(
+    bench: &Bench,
+    store: Arc<dyn ObjectStore>,
+    stop: impl FnOnce() + Clone + Send + 'static,
+    start: impl FnOnce() + Clone + Send + 'static,
+) {
+    let engine = bench.engine_on(store.clone(), settings(Compression::None), MEMORY_BYTES);
+    let path = bench.volumes().join("volume");
+    let bytes = junk(&path, 96 * MIB, 5);
+
+    let container = Folder::from(&bench.bucket().parse::<Container>().unwrap());
+    let begun = async || !store.list(&container, "").await.unwrap_or_default().is_empty();
+    let backup = backup(&engine, VolumeId::random(), &path, Parent::None);
+    let record = restarting(stop.clone(), start.clone(), begun, backup).await.unwrap();
+
+    let target = bench.volumes().join("target");
+    // It gets its name when it is whole.
+    let has_data = |name: &String| {
+        let data = fs::metadata(bench.volumes().join(name)).map_or(0, |file| file.blocks());
+        name != "volume" && data > 0
+    };
+    let begun = async || bench.volume_names().iter().any(has_data);
+    restarting(stop, start, begun, restore(&engine, record.backup_id, &target)).await.unwrap();
+    assert!(fs::read(&target).unwrap() == bytes);
+}
+
 /// Does `work`, while a server is stopped as soon as that has `begun`, and started again.
-pub(crate) async fn restarting<T>(
+async fn restarting<T>(
     stop: impl FnOnce() + Send + 'static,
     start: impl FnOnce() + Send + 'static,
     begun: impl AsyncFn() -> bool,

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Naming, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Updated, Volumes};
 use backhaul::job::{
-    Account, BackupId, BackupWork, Completion, Container, Context, Job, JobId, Location, Outcome, Parent,
-    Record, RestoreWork, VolumeId, Work,
+    Account, BackupId, BackupWork, Completion, Container, Context, Hold, Job, JobId, Location, Outcome,
+    Parent, Record, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::plan;
 use backhaul::store::{Folder, Gcs, Memory, ObjectName, ObjectStore, Posix, S3, Swift};
@@ -85,6 +85,11 @@ impl Bench {
 
     pub(crate) fn store(&self) -> Arc<dyn ObjectStore> {
         self.store.clone()
+    }
+
+    /// Whether objects are files.
+    pub(crate) fn is_files(&self) -> bool {
+        self.root.is_some()
     }
 
     /// The folder of a Posix store.
@@ -274,15 +279,25 @@ pub(crate) async fn delete(engine: &Engine, id: BackupId) -> Result<Receipt, Err
 
 /// What the runner does when the data of a backup is deleted.
 pub(crate) async fn conclude_delete(engine: &Engine, job: &Job) {
+    conclude(engine, job, Outcome::Succeeded).await;
+}
+
+/// What the runner does when a backup is cancelled.
+pub(crate) async fn cancel(engine: &Engine, job: &Job) {
+    engine.abandon(job, None).await.unwrap();
+    conclude(engine, job, Outcome::Cancelled).await;
+}
+
+async fn conclude(engine: &Engine, job: &Job, outcome: Outcome) {
     let completion = Completion {
         job_id: job.id,
         operation: job.operation(),
         backup_id: job.backup_id(),
         volume_id: job.volume_id(),
         store: None,
-        outcome: Outcome::Succeeded,
+        outcome,
         account: Account::default(),
     };
-    engine.catalog().conclude(&completion).await.unwrap();
+    engine.catalog().conclude(&completion, &Hold::default()).await.unwrap();
     engine.catalog().settle(job.id).await.unwrap();
 }

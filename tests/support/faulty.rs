@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use backhaul::store::{Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Result};
+use backhaul::store::{
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Result,
+};
 use bytes::Bytes;
 use rustix::io::Errno;
 use tokio::sync::Notify;
@@ -180,6 +182,18 @@ impl ObjectStore for Faulty {
         let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
         let path = folder.as_str().to_owned();
         self.state.pass("tidy", path, async move { inner.tidy(&folder, &prefix).await }).await
+    }
+
+    async fn partials(&self, folder: &Folder, prefix: &str) -> Result<Vec<Partial>> {
+        let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
+        let path = folder.as_str().to_owned();
+        self.state.pass("partials", path, async move { inner.partials(&folder, &prefix).await }).await
+    }
+
+    async fn discard(&self, partial: &Partial) -> Result<()> {
+        let (inner, partial) = (self.inner.clone(), partial.clone());
+        let path = partial.object.to_string();
+        self.state.pass("discard", path, async move { inner.discard(&partial).await }).await
     }
 }
 

@@ -9,10 +9,12 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use backhaul::store::{GcsSettings, HttpSettings};
+use backhaul::store::GcsSettings;
 use serde_json::json;
 use tempfile::TempDir;
 use uuid::Uuid;
+
+use super::link::usual_http;
 
 /// The bucket of tests that need none of their own; every test needs names of its own in it.
 pub(crate) const BUCKET: &str = "tests";
@@ -49,14 +51,7 @@ pub(crate) fn settings(url: &str, bucket: &str) -> GcsSettings {
         project: Some("backups".into()),
         location: "US".into(),
         storage_class: "NEARLINE".into(),
-        http: HttpSettings {
-            ca_file: None,
-            proxy: None,
-            connect_seconds_max: 10,
-            idle_seconds_max: 60,
-            connections_max: 32,
-            retries_max: 8,
-        },
+        http: usual_http(),
     }
 }
 

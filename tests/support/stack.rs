@@ -38,6 +38,11 @@ impl Stack {
         Self { folder, prefix }
     }
 
+    /// Leaves the folder where it is, for people to look into.
+    pub(crate) fn keep(self) -> PathBuf {
+        self.folder.keep()
+    }
+
     /// The first part of the names of its exchanges and queues.
     pub(crate) fn prefix(&self) -> &str {
         &self.prefix
@@ -88,12 +93,18 @@ impl Stack {
 
     /// Starts a worker and waits until it takes jobs.
     pub(crate) fn worker(&self) -> Worker {
+        let worker = self.start_worker();
+        let takes_jobs = |log: String| log.contains("worker started") && log.contains("broker connected");
+        until("the worker takes jobs", || takes_jobs(worker.log()));
+        worker
+    }
+
+    /// Starts a worker.
+    pub(crate) fn start_worker(&self) -> Worker {
         let log = self.path(&format!("worker-{}.log", uuid::Uuid::new_v4().simple()));
         let mut command = self.command(&["worker"]);
         let child = command.stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
-        let worker = Worker { child, log };
-        until("the worker is connected", || worker.log().contains("connected"));
-        worker
+        Worker { child, log }
     }
 
     /// The objects of the store, with the records and lists of our own, by path below the root.
@@ -127,6 +138,11 @@ impl Worker {
         fs::read_to_string(&self.log).unwrap()
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends SIGKILL, and waits until it is gone.
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
@@ -135,7 +151,7 @@ impl Worker {
 
     /// Sends SIGTERM.
     pub(crate) fn terminate(&self) {
-        let pid = self.child.id().to_string();
+        let pid = self.pid().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     }
 

@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use backhaul::store::{Credentials, Endpoint, HttpSettings, Secret, SecretFrom, SwiftSettings};
+use backhaul::store::{Credentials, Endpoint, Secret, SecretFrom, SwiftSettings};
+use tempfile::TempDir;
 use url::Url;
 use uuid::Uuid;
+
+use super::link::usual_http;
 
 /// The container of tests that need none of their own; every test needs names of its own in it.
 pub(crate) const CONTAINER: &str = "tests";
@@ -114,14 +118,7 @@ fn settings_with(url: &str, credentials: Credentials, endpoint: Endpoint, contai
         container: container.into(),
         create_containers: true,
         storage_policy: None,
-        http: HttpSettings {
-            ca_file: None,
-            proxy: None,
-            connect_seconds_max: 10,
-            idle_seconds_max: 60,
-            connections_max: 32,
-            retries_max: 8,
-        },
+        http: usual_http(),
     }
 }
 
@@ -140,5 +137,37 @@ pub(crate) async fn until_a_token_has_expired(url: &str) {
     while client.head(&account).header("x-auth-token", &token).send().await.unwrap().status() != 401 {
         assert!(std::time::Instant::now() < deadline, "the token does not expire");
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+/// An OpenStack Swift of one's own, which may be stopped.
+pub(crate) struct Own(TempDir);
+
+impl Own {
+    pub(crate) fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    /// Starts what of it does not run, with what it had. Gives where to log in, which stays the same.
+    pub(crate) fn up(&self) -> String {
+        self.run("up", &[]).trim_end().into()
+    }
+
+    /// Stops who speaks to clients. Those behind it stay, so that listings have what was written when it died.
+    pub(crate) fn down_in_front(&self) {
+        self.run("down", &["proxy"]);
+    }
+
+    fn run(&self, command: &str, servers: &[&str]) -> String {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/dev/swift.sh");
+        let output = Command::new(script).arg(command).arg(self.0.path()).args(servers).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        self.run("down", &[]);
     }
 }

@@ -400,7 +400,8 @@ impl Digested {
             }
             digests.push(digest);
             match segments.last_mut() {
-                _ if unchanged => counts.bytes_unchanged += block.len() as u64,
+                // What is a hole is counted as one already.
+                _ if unchanged => counts.bytes_unchanged += read,
                 Some(segment) if in_segment => {
                     segment.range.end = block.end;
                     segment.zero &= zero;
@@ -546,5 +547,45 @@ impl List {
     async fn close(mut self) -> store::Result<(Box<dyn ObjectWriter>, String)> {
         self.flush().await?;
         Ok((self.writer, hex::encode(self.sha256.finalize())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::chunked::Budget;
+
+    #[tokio::test]
+    async fn no_byte_is_counted_in_two_ways_of_not_being_read() {
+        const BLOCK: usize = 512;
+        let digester = BlockDigester::new(BLOCK);
+        let zeros = digester.digest_of_zeros(BLOCK);
+        let (data, _) = digester.digest(&[7; BLOCK]);
+        // Data that nobody read, data as before, zeros as before, a hole as before, half a hole as before, a new hole, new data.
+        let mut half = [0; BLOCK];
+        half[BLOCK / 2..].fill(7);
+        let (half_digest, _) = digester.digest(&half);
+        let bytes = [[0; BLOCK], [7; BLOCK], [0; BLOCK], [0; BLOCK], half, [0; BLOCK], [9; BLOCK]].concat();
+        let before = vec![data, data, zeros, zeros, half_digest, data, data];
+        let known = [&[Known::Unchanged][..], &[Known::Nothing; 6]].concat();
+        let ranges = vec![BLOCK..3 * BLOCK, 4 * BLOCK + BLOCK / 2..5 * BLOCK, 6 * BLOCK..7 * BLOCK];
+        let memory = Budget::new(1 << 20);
+        let (length, packed) = (bytes.len(), memory.reserve(0).await);
+        let content = Content::Data { bytes: bytes.into(), ranges, packed };
+        let chunk = Chunk { offset: 0, length, known, content };
+
+        let counts = Digested::of(chunk, Some(before), &digester).unwrap().counts;
+
+        let block = BLOCK as u64;
+        let expected = Counts {
+            bytes_read: 3 * block + block / 2,
+            bytes_hole: 2 * block + block / 2,
+            bytes_zero: block,
+            // Not read, and read.
+            bytes_unchanged: block + 2 * block + block / 2,
+            ..Counts::default()
+        };
+        assert_eq!(counts, expected);
+        assert_eq!(counts.bytes_read + counts.bytes_hole + block, length as u64);
     }
 }

@@ -10,6 +10,7 @@ mod changes;
 mod checksums;
 mod compression;
 pub mod digest;
+mod gc;
 mod layers;
 mod lists;
 mod memory;
@@ -20,6 +21,7 @@ pub(super) mod stored;
 
 pub use backup::Unfinished;
 pub use compression::{Compression, UnknownCompression};
+pub use gc::Attempt;
 pub use layers::Broken;
 pub use memory::Budget;
 
@@ -179,6 +181,7 @@ impl Chunked {
             job_id: Some(job_id),
             writer: Uuid::new_v4().to_string(),
             displaced_writer: None,
+            revival_count: 0,
             checkpoint: None,
             // Cinder gives a backup to the driver that it names, with the whole chain.
             service: parent.map_or(self.naming.service(), |parent| &parent.service).into(),
@@ -207,16 +210,22 @@ impl Chunked {
 
     /// Whether the object that makes the backup visible is there; it is the first one that a delete removes.
     pub async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
-        let metadata = Names::of(record)?.metadata;
-        Ok(self.store.list(&metadata.folder, &metadata.name).await?.iter().any(|o| o.name == metadata.name))
+        self.has(&Names::of(record)?.metadata).await
+    }
+
+    async fn has(&self, object: &ObjectName) -> Result<bool, Error> {
+        let listed = self.store.list(&object.folder, &object.name).await?;
+        Ok(listed.iter().any(|listed| listed.name == object.name))
     }
 
     /// Removes all objects of a backup, the one that makes it visible first, and counts what that frees.
     pub async fn remove(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
-        let names = Names::of(record)?;
+        self.remove_objects(&Names::of(record)?, ctx).await
+    }
+
+    async fn remove_objects(&self, names: &Names, ctx: &Context) -> Result<(), Error> {
         self.store.delete(&names.metadata).await?;
         self.store.delete(&names.sha256_file).await?;
-        self.store.delete(&names.checksums).await?;
         let listed = self.store.list(&names.folder, names.prefix()).await?;
         // Something else may have a name that begins alike; it is not ours to remove.
         let own = |object: &&Listed| object_number(names.prefix(), &object.name).is_some();
@@ -238,8 +247,10 @@ impl Chunked {
                 }
             })
             .await?;
-        self.store.tidy(&names.checksums.folder, names.prefix()).await?;
-        Ok(self.store.tidy(&names.folder, names.prefix()).await?)
+        self.store.tidy(&names.folder, names.prefix()).await?;
+        // It shows that the others are ours, so it goes last.
+        self.store.delete(&names.checksums).await?;
+        Ok(self.store.tidy(&names.checksums.folder, names.prefix()).await?)
     }
 
     /// Reads the lists of a backup that Cinder wrote, and checks them against its record and its parent. Completes the
@@ -318,15 +329,18 @@ struct Names {
 
 impl Names {
     fn of(record: &Record) -> Result<Self, Error> {
-        let folder = Folder::from(&record.container);
-        let prefix = &record.service_metadata;
+        Self::new(&record.container, &record.service_metadata)
+    }
+
+    fn new(container: &Container, prefix: &str) -> Result<Self, Error> {
+        let folder = Folder::from(container);
         Ok(Self {
             metadata: folder.object(&format!("{prefix}_metadata"))?,
             sha256_file: folder.object(&format!("{prefix}_sha256file"))?,
             // An attempt that died has a list of its own, as it has a prefix of its own.
             checksums: Folder::own("checksums").object(prefix)?,
             folder,
-            prefix: prefix.clone(),
+            prefix: prefix.to_owned(),
         })
     }
 

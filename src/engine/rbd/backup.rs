@@ -24,7 +24,7 @@ use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{RbdSource, VolumeSource};
 
 /// The key under which an image says which job writes it.
-const JOB_KEY: &str = "backhaul.job";
+pub(super) const JOB_KEY: &str = "backhaul.job";
 /// The key under which it says which attempt of that job does.
 pub(super) const WRITER_KEY: &str = "backhaul.writer";
 

@@ -7,6 +7,7 @@
 
 mod backup;
 mod digests;
+mod gc;
 mod names;
 mod pieces;
 mod read_back;
@@ -28,6 +29,7 @@ use crate::job::{BackupId, BackupWork, Counts, JobId, Method, Mode as Share, Rec
 use crate::store::ObjectStore;
 
 pub use backup::{Unfinished, trim};
+pub use gc::{Known, Leftover, List, source_leftovers, why_list_orphaned};
 pub use names::{SERVICE, backup_of, source_image};
 pub use transfer::To;
 
@@ -113,6 +115,7 @@ impl Rbd {
             job_id: Some(job_id),
             writer: Uuid::new_v4().to_string(),
             displaced_writer: None,
+            revival_count: 0,
             checkpoint: None,
             service: SERVICE.into(),
             service_metadata: names::service_metadata(&base),
@@ -164,7 +167,7 @@ impl Rbd {
     pub async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
         let (engine, record) = (self.clone(), record.clone());
         blocking(move || {
-            let pool = engine.pool(&engine.connect()?, &record)?;
+            let Some(pool) = engine.pool_if_there(&record)? else { return Ok(false) };
             let image = open(&pool, &names::image(&record), None)?;
             Ok(match image {
                 Some(image) => snapshot_of(&image, &record)?.is_some(),
@@ -182,6 +185,15 @@ impl Rbd {
     /// The pool that a backup lies in.
     fn pool(&self, cluster: &Cluster, record: &Record) -> Result<Pool, Error> {
         Ok(cluster.pool(record.container.as_str())?)
+    }
+
+    /// The same of a backup that is to be removed. Its record was read from this cluster, so that a pool which is not there
+    /// is gone, or never was.
+    fn pool_if_there(&self, record: &Record) -> Result<Option<Pool>, Error> {
+        match self.pool(&self.connect()?, record) {
+            Err(Error::Ceph(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            pool => pool.map(Some),
+        }
     }
 }
 

@@ -18,6 +18,13 @@ pub fn base(volume_id: VolumeId, backup_id: BackupId) -> String {
     format!("volume-{volume_id}.backup.{backup_id}")
 }
 
+/// The backup that begins the chain in this image, if it is one of backups.
+pub fn first_backup(image: &str) -> Option<BackupId> {
+    let (volume_id, backup_id) = image.strip_prefix("volume-")?.split_once(".backup.")?;
+    volume_id.parse::<VolumeId>().ok()?;
+    backup_id.parse().ok()
+}
+
 /// The image of a volume, as Cinder calls it if it is not set to another name.
 pub fn source_image(volume_id: VolumeId) -> String {
     format!("volume-{volume_id}")
@@ -84,6 +91,8 @@ mod tests {
     fn names_are_those_of_cinder() {
         let (volume_id, backup_id) = (ID.parse().unwrap(), ID.parse().unwrap());
         assert_eq!(base(volume_id, backup_id), format!("volume-{ID}.backup.{ID}"));
+        assert_eq!(first_backup(&base(volume_id, backup_id)), Some(backup_id));
+        assert_eq!(first_backup(&legacy_base(volume_id)), None);
         assert_eq!(service_metadata("a"), r#"{"base": "a"}"#);
         assert_eq!(metadata_object(backup_id), format!("backup.{ID}.meta"));
     }

@@ -46,7 +46,7 @@ impl Rbd {
     }
 
     fn remove_attempt_from_image(&self, record: &Record) -> Result<(), Error> {
-        let pool = self.pool(&self.connect()?, record)?;
+        let Some(pool) = self.pool_if_there(record)? else { return Ok(()) };
         let name = names::image(record);
         let Some(image) = open_to_remove(&pool, &name, record)? else { return Ok(()) };
         match image.metadata(WRITER_KEY)? {
@@ -101,7 +101,7 @@ impl Rbd {
     }
 
     fn remove_images(&self, record: &Record, shared: bool) -> Result<(), Error> {
-        let pool = self.pool(&self.connect()?, record)?;
+        let Some(pool) = self.pool_if_there(record)? else { return Ok(()) };
         self.remove_from_backup_image(&pool, record, shared)?;
         pool.remove_object(&names::metadata_object(record.backup_id))?;
         Ok(())

@@ -13,7 +13,7 @@ use url::Url;
 
 use super::login::{self, Token};
 use super::{GcsSettings, Place};
-use crate::store::http::{Failure, Http, Payload, Refusal};
+use crate::store::http::{Failure, Http, Payload, Refusal, server_of};
 use crate::store::logins::Logins;
 use crate::store::{Error, Reason, Result};
 
@@ -183,12 +183,12 @@ pub(super) fn explain(action: &'static str, object: impl ToString, bucket: &str,
         Failure::Refused(refusal) => match refusal.status {
             StatusCode::NOT_FOUND => Reason::Missing,
             StatusCode::PRECONDITION_FAILED => Reason::Exists,
-            StatusCode::UNAUTHORIZED => {
-                told(format!("the server wants to know who we are, or does not believe it: {refusal}"))
-            }
-            StatusCode::FORBIDDEN => {
-                told(format!("the service account may not do that in bucket {bucket}: {refusal}"))
-            }
+            StatusCode::UNAUTHORIZED => told(format!(
+                "the server wants to know who we are, or does not believe it, see credentials_file: {refusal}"
+            )),
+            StatusCode::FORBIDDEN => told(format!(
+                "the service account may not do that in bucket {bucket}, give it the right to: {refusal}"
+            )),
             StatusCode::INSUFFICIENT_STORAGE => Reason::Full,
             _ => Failure::Refused(refusal).into(),
         },
@@ -200,7 +200,9 @@ pub(super) fn explain(action: &'static str, object: impl ToString, bucket: &str,
 /// Reads the document that an answer is.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Failure> {
     serde_json::from_slice(body).map_err(|error| {
-        let error = format!("the server's answer is not what is answered to such a request: {error}");
+        let error = format!(
+            "the answer is not what is answered to such a request ({error}): is the URL of the server right?"
+        );
         Failure::unusable(ErrorKind::InvalidData, error)
     })
 }
@@ -230,7 +232,7 @@ pub(super) async fn refused(http: &Http, answer: Response) -> Failure {
         reason: String,
     }
 
-    let (status, headers) = (answer.status(), answer.headers().clone());
+    let (server, status, headers) = (server_of(answer.url()), answer.status(), answer.headers().clone());
     let body = match http.whole(answer).await {
         Ok(body) => body,
         Err(failure) => return failure,
@@ -250,7 +252,7 @@ pub(super) async fn refused(http: &Http, answer: Response) -> Failure {
         }
     };
     let message = message.chars().take(TOLD_CHARS_MAX).collect();
-    Failure::answer(Refusal { status, code: code.unwrap_or_default(), message }, &headers)
+    Failure::answer(Refusal { server, status, code: code.unwrap_or_default(), message }, &headers)
 }
 
 /// What is said of an object.
@@ -287,4 +289,6 @@ pub(super) struct Entry {
     pub(super) name: String,
     /// Numbers of 64 bits are texts, and that of nothing need not be there.
     pub(super) size: Option<String>,
+    /// When it was written.
+    pub(super) updated: Option<String>,
 }

@@ -11,10 +11,10 @@ mod api;
 mod login;
 mod upload;
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -25,21 +25,18 @@ use md5::{Digest, Md5};
 use reqwest::header::HeaderName;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
-use tokio::time::timeout;
 use url::Url;
 use uuid::Uuid;
 
 use self::api::{Api, Object, Page, Request, explain, parse};
 use self::upload::Writer;
-use super::http::{Failure, HttpSettings, Payload};
+use super::http::{Failure, HttpSettings, Payload, server_of};
 use super::reading::{Reader, Rest};
 use super::{
     DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result,
     is_bucket_name,
 };
 
-/// How long a server may take that shall say whether it is there.
-const REACH_MAX: Duration = Duration::from_secs(10);
 /// Writes only over an object of this generation.
 const IF_GENERATION: &str = "ifGenerationMatch";
 /// Writes only where there is no object of that name.
@@ -88,6 +85,15 @@ struct Place {
     key: String,
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key.as_str() {
+            "" => write!(f, "bucket {}", self.bucket),
+            key => write!(f, "{key} in bucket {}", self.bucket),
+        }
+    }
+}
+
 impl Gcs {
     /// Prepares to talk to the server, which may be away. Fails where the settings cannot be used.
     pub fn new(settings: GcsSettings) -> Result<Self> {
@@ -99,13 +105,12 @@ impl Gcs {
     pub async fn reach(&self) -> Result<()> {
         let bucket = &self.api.settings.bucket;
         let request = Request::objects(Method::GET, bucket).query("maxResults", "1");
-        let answer = timeout(REACH_MAX, self.api.call_once(&request)).await;
-        match answer.unwrap_or_else(|elapsed| Err(Failure::passing(elapsed.into()))) {
+        match self.api.http.soon(server_of(&self.api.settings.endpoint), self.api.call_once(&request)).await {
             Err(failure) if is_missing(&failure) && self.api.settings.create_buckets => Ok(()),
-            Err(failure) if is_missing(&failure) => Err(no_bucket(bucket)),
+            Err(failure) if is_missing(&failure) => Err(self.no_bucket(bucket)),
             answer => answer.map(drop),
         }
-        .map_err(|failure| explain("reach", "the store", bucket, failure))
+        .map_err(|failure| explain("reach", format!("bucket {bucket}"), bucket, failure))
     }
 
     fn place(&self, action: &'static str, folder: &Folder, name: &str) -> Result<Place> {
@@ -138,14 +143,23 @@ impl Gcs {
                 self.make_bucket(bucket).await?;
                 request().await
             }
-            Err(failure) if is_missing(&failure) => Err(no_bucket(bucket)),
+            Err(failure) if is_missing(&failure) => Err(self.no_bucket(bucket)),
             answer => answer,
         }
     }
 
+    fn no_bucket(&self, bucket: &str) -> Failure {
+        let server = server_of(&self.api.settings.endpoint);
+        let text = format!("{server} has no bucket {bucket}: make it, or let create_containers do so");
+        Failure::unusable(ErrorKind::NotFound, text)
+    }
+
     async fn make_bucket(&self, bucket: &str) -> std::result::Result<(), Failure> {
         let Some(project) = &self.api.project else {
-            let text = format!("there is no bucket {bucket}, and no project to make it in: write project");
+            let server = server_of(&self.api.settings.endpoint);
+            let text = format!(
+                "{server} has no bucket {bucket}, and there is no project to make it in: write project"
+            );
             return Err(Failure::unusable(ErrorKind::NotFound, text));
         };
         let GcsSettings { location, storage_class, .. } = &self.api.settings;
@@ -163,7 +177,7 @@ impl Gcs {
     /// Writes an object with one request, if what is there is of this generation. [`Reason::Exists`] says that it is not.
     async fn put_whole(&self, object: &ObjectName, bytes: Bytes, generation: Option<&str>) -> Result<()> {
         let place = self.object("write", object)?;
-        let failed = |failure| explain("write", object, &place.bucket, failure);
+        let failed = |failure| explain("write", &place, &place.bucket, failure);
         let digested = bytes.clone();
         let md5 = tokio::task::spawn_blocking(move || BASE64_STANDARD.encode(Md5::digest(&digested))).await;
         let md5 = md5.map_err(|error| Error::io("write", object, error.into()))?;
@@ -238,11 +252,6 @@ fn is_missing(failure: &Failure) -> bool {
     matches!(failure, Failure::Refused(refusal) if refusal.status == StatusCode::NOT_FOUND)
 }
 
-fn no_bucket(bucket: &str) -> Failure {
-    let text = format!("there is no bucket {bucket}: make it, or let create_containers do so");
-    Failure::unusable(ErrorKind::NotFound, text)
-}
-
 /// What is said of an object that is written.
 fn described(write_id: &str, md5: Option<&str>) -> Bytes {
     let mut description = json!({ "contentType": OCTETS, "metadata": { "backhaul-write-id": write_id } });
@@ -271,7 +280,7 @@ impl ObjectStore for Gcs {
 
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
         let place = self.object("read", object)?;
-        let failed = |failure| explain("read", object, &place.bucket, failure);
+        let failed = |failure| explain("read", &place, &place.bucket, failure);
         let request = Request::object(Method::GET, &place).query("alt", "media");
         let (_, headers, there) = match self.api.http.until_answered(|| self.api.call_once(&request)).await {
             Err(failure) if is_missing(&failure) => return Ok(false),
@@ -296,11 +305,11 @@ impl ObjectStore for Gcs {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let place = self.object("read", object)?;
-        let (api, of, bucket) = (self.api.clone(), object.clone(), place.bucket.clone());
+        let (api, of) = (self.api.clone(), place.clone());
         let reader = Reader {
             http: api.http.clone(),
             object: object.clone(),
-            explain: Box::new(move |failure| explain("read", &of, &bucket, failure)),
+            explain: Box::new(move |failure| explain("read", &of, &of.bucket, failure)),
             open: Box::new(move |rest| {
                 let (api, place) = (api.clone(), place.clone());
                 Box::pin(async move {
@@ -320,14 +329,14 @@ impl ObjectStore for Gcs {
 
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let place = self.place("list", folder, "")?;
-        let failed = |failure| explain("list", folder.as_str(), &place.bucket, failure);
+        let failed = |failure| explain("list", &place, &place.bucket, failure);
         let key_prefix = format!("{}{prefix}", place.key);
         let mut listed = Vec::new();
         let mut token: Option<String> = None;
         loop {
             let mut request = Request::objects(Method::GET, &place.bucket)
                 .query("prefix", &key_prefix)
-                .query("fields", "items(name,size),nextPageToken");
+                .query("fields", "items(name,size,updated),nextPageToken");
             if let Some(token) = &token {
                 request = request.query("pageToken", token);
             }
@@ -343,7 +352,8 @@ impl ObjectStore for Gcs {
                         let unusable = |error| Failure::unusable(ErrorKind::InvalidData, error);
                         let bytes =
                             entry.size.as_deref().unwrap_or("0").parse().map_err(unusable).map_err(failed)?;
-                        listed.push(Listed { name: name.to_owned(), bytes });
+                        let modified = entry.updated.as_deref().and_then(|at| at.parse().ok());
+                        listed.push(Listed { name: name.to_owned(), bytes, modified });
                     }
                     _ => {}
                 }
@@ -359,14 +369,14 @@ impl ObjectStore for Gcs {
         let place = self.object("delete", object)?;
         match self.api.call(&Request::object(Method::DELETE, &place)).await {
             Err(failure) if is_missing(&failure) => Ok(()),
-            answer => answer.map(drop).map_err(|failure| explain("delete", object, &place.bucket, failure)),
+            answer => answer.map(drop).map_err(|failure| explain("delete", &place, &place.bucket, failure)),
         }
     }
 
     async fn delete_all(&self, objects: &[ObjectName]) -> Result<()> {
         let Some(first) = objects.first() else { return Ok(()) };
         let bucket = self.place("delete", &first.folder, "")?.bucket;
-        let failed = |failure| explain("delete", "many objects", &bucket, failure);
+        let failed = |failure| explain("delete", format!("objects in bucket {bucket}"), &bucket, failure);
         stream::iter(objects.chunks(DELETES_AT_ONCE).map(Ok))
             .try_for_each_concurrent(DELETES_MAX, |objects| async move {
                 let places: Result<Vec<_>> =

@@ -74,14 +74,14 @@ impl Writer {
                 let error = "the server has forgotten what was written of it";
                 Error::io("write", &self.object, io::Error::new(ErrorKind::ResourceBusy, error))
             }
-            failure => explain("write", &self.object, &self.place.bucket, failure),
+            failure => explain("write", &self.place, &self.place.bucket, failure),
         }
     }
 
     /// Sends the next bytes; with the last ones the upload becomes an object.
     async fn write_chunk(&mut self, bytes: Bytes, last: bool) -> Result<()> {
         if self.failed {
-            return Err(Error::io("write", &self.object, io::Error::other("an earlier write to it failed")));
+            return Err(Error::after_failure(&self.object));
         }
         self.failed = true;
         let upload = match &self.upload {

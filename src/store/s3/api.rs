@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::S3Settings;
-use crate::store::http::{Failure, Http, Refusal};
+use crate::store::http::{Failure, Http, Refusal, server_of};
 use crate::store::{Error, Reason, Result, Secret};
 
 /// How long a signature is good for: from the time at which a request is made until the server has looked at its head.
@@ -27,7 +27,7 @@ const SIGNED_SECONDS: u64 = 900;
 /// A server with an access key.
 pub(super) struct Api {
     pub(super) http: Http,
-    settings: S3Settings,
+    pub(super) settings: S3Settings,
     secret_key: Secret,
     /// What goes with every request about an object's bytes, if they are encrypted by a key of ours.
     sse_c: Vec<(&'static str, String)>,
@@ -127,11 +127,12 @@ impl Api {
         request: &Request<'_>,
     ) -> std::result::Result<(HeaderMap, Bytes), Failure> {
         let mut answer = self.send(request).await?;
-        let (status, headers) = (answer.status(), std::mem::take(answer.headers_mut()));
+        let (server, status) = (server_of(answer.url()), answer.status());
+        let headers = std::mem::take(answer.headers_mut());
         let body = self.http.whole(answer).await?;
         // What takes long is answered before it is known whether it can be done.
         match String::from_utf8_lossy(&body) {
-            text if is_error(&text) => Err(refused(status, &headers, &text)),
+            text if is_error(&text) => Err(refused(server, status, &headers, &text)),
             _ => Ok((headers, body)),
         }
     }
@@ -186,9 +187,9 @@ impl Api {
         if answer.status().is_success() {
             return Ok(answer);
         }
-        let (status, headers) = (answer.status(), answer.headers().clone());
+        let (server, status, headers) = (server_of(answer.url()), answer.status(), answer.headers().clone());
         let body = self.http.whole(answer).await?;
-        Err(refused(status, &headers, &String::from_utf8_lossy(&body)))
+        Err(refused(server, status, &headers, &String::from_utf8_lossy(&body)))
     }
 }
 
@@ -200,20 +201,26 @@ pub(super) fn explain(action: &'static str, object: impl ToString, bucket: &str,
             ("NoSuchKey", _) => Reason::Missing,
             ("PreconditionFailed", _) | (_, StatusCode::PRECONDITION_FAILED) => Reason::Exists,
             ("NoSuchBucket", _) => {
-                let text = format!("there is no bucket {bucket}: make it, or let create_containers do so");
+                let server = refusal.server;
+                let text =
+                    format!("{server} has no bucket {bucket}: make it, or let create_containers do so");
                 told(io::ErrorKind::NotFound, text)
             }
             ("InvalidAccessKeyId" | "SignatureDoesNotMatch", _) => {
-                let text = format!("the server does not accept access_key and secret_key: {refusal}");
+                let text =
+                    format!("the server does not accept access_key and secret_key, correct them: {refusal}");
                 told(io::ErrorKind::PermissionDenied, text)
             }
             ("RequestTimeTooSkewed", _) => {
-                let text = format!("the clocks of this machine and the server are too far apart: {refusal}");
+                let text = format!(
+                    "the clocks of this machine and the server are too far apart, set them: {refusal}"
+                );
                 told(io::ErrorKind::PermissionDenied, text)
             }
             ("QuotaExceeded", _) | (_, StatusCode::INSUFFICIENT_STORAGE) => Reason::Full,
             (_, StatusCode::FORBIDDEN) => {
-                let text = format!("access_key may not do that in bucket {bucket}: {refusal}");
+                let text =
+                    format!("access_key may not do that in bucket {bucket}, give it the right to: {refusal}");
                 told(io::ErrorKind::PermissionDenied, text)
             }
             // An answer to HEAD has no body, so no code.
@@ -228,7 +235,9 @@ pub(super) fn explain(action: &'static str, object: impl ToString, bucket: &str,
 /// Reads the document that an answer is.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Failure> {
     from_str(&String::from_utf8_lossy(body)).map_err(|error| {
-        let error = format!("the server's answer is not what S3's is: {error}");
+        let error = format!(
+            "the answer is not what S3's is ({error}): is endpoint the URL of a server that speaks S3?"
+        );
         Failure::unusable(io::ErrorKind::InvalidData, error)
     })
 }
@@ -244,7 +253,7 @@ fn is_error(document: &str) -> bool {
 }
 
 /// Reads an answer that says no, which need not say why.
-fn refused(status: StatusCode, headers: &HeaderMap, body: &str) -> Failure {
+fn refused(server: String, status: StatusCode, headers: &HeaderMap, body: &str) -> Failure {
     #[derive(Default, Deserialize)]
     #[serde(rename_all = "PascalCase", default)]
     struct Answer {
@@ -253,7 +262,7 @@ fn refused(status: StatusCode, headers: &HeaderMap, body: &str) -> Failure {
     }
 
     let Answer { code, message } = from_str(body).unwrap_or_default();
-    Failure::answer(Refusal { status, code, message }, headers)
+    Failure::answer(Refusal { server, status, code, message }, headers)
 }
 
 /// A page of the objects of a bucket.
@@ -270,6 +279,7 @@ pub(super) struct ObjectsPage {
 pub(super) struct ObjectEntry {
     pub(super) key: String,
     pub(super) size: u64,
+    pub(super) last_modified: Option<String>,
 }
 
 /// A page of the uploads of a bucket that nobody has completed.
@@ -292,6 +302,8 @@ pub(super) struct UploadsPage {
 pub(super) struct Upload {
     pub(super) key: String,
     pub(super) upload_id: String,
+    /// A listing says when it was begun.
+    pub(super) initiated: Option<String>,
 }
 
 /// What became of many objects that were to be deleted at once: those that were not.

@@ -14,10 +14,10 @@
 mod api;
 mod upload;
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -25,20 +25,18 @@ use quick_xml::escape::escape;
 use reqwest::StatusCode;
 use reqwest::header::{ETAG, IF_MATCH};
 use rusty_s3::Method;
-use tokio::time::timeout;
 use url::Url;
 use uuid::Uuid;
 
-use self::api::{Api, Deleted, ObjectsPage, Request, UploadsPage, explain, parse};
+use self::api::{Api, Deleted, ObjectsPage, Request, Upload, UploadsPage, explain, parse};
 use self::upload::Writer;
-use super::http::{Failure, HttpSettings, Refusal};
+use super::http::{Failure, HttpSettings, Refusal, server_of};
 use super::reading::{Reader, Rest};
 use super::{
-    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result, Secret, SecretFrom,
+    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Reason, Result, Secret,
+    SecretFrom,
 };
 
-/// How long a server may take that shall say whether it is there.
-const REACH_MAX: Duration = Duration::from_secs(10);
 /// Says which write an object is of.
 const WRITE_ID: &str = "x-amz-meta-backhaul-write-id";
 /// What a request to a bucket that is not there is answered.
@@ -90,6 +88,15 @@ struct Place {
     key: String,
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key.as_str() {
+            "" => write!(f, "bucket {}", self.bucket),
+            key => write!(f, "{key} in bucket {}", self.bucket),
+        }
+    }
+}
+
 impl S3 {
     /// Prepares to talk to the server, which may be away. Fails where the settings cannot be used.
     pub fn new(settings: S3Settings) -> Result<Self> {
@@ -103,13 +110,13 @@ impl S3 {
     /// again.
     pub async fn reach(&self) -> Result<()> {
         let query = [("list-type", "2"), ("max-keys", "1")];
-        let request = Request::new(Method::Get, &self.bucket, "").query(&query);
-        let answer = timeout(REACH_MAX, self.api.call_once(&request)).await;
-        match answer.unwrap_or_else(|elapsed| Err(Failure::passing(elapsed.into()))) {
+        let bucket = &self.bucket;
+        let request = Request::new(Method::Get, bucket, "").query(&query);
+        match self.api.http.soon(server_of(&self.api.settings.endpoint), self.api.call_once(&request)).await {
             Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET && self.create_buckets => Ok(()),
-            answer => {
-                answer.map(drop).map_err(|failure| explain("reach", "the store", &self.bucket, failure))
-            }
+            answer => answer
+                .map(drop)
+                .map_err(|failure| explain("reach", format!("bucket {bucket}"), bucket, failure)),
         }
     }
 
@@ -182,7 +189,7 @@ impl S3 {
         match self.write(&request.body(bytes).await).await {
             Ok(_) => Ok(()),
             Err(failure) => {
-                let error = explain("write", object, &place.bucket, failure);
+                let error = explain("write", &place, &place.bucket, failure);
                 match error.reason() {
                     Reason::Exists if self.is_of_write(&place, &id).await.unwrap_or(false) => Ok(()),
                     _ => Err(error),
@@ -247,7 +254,7 @@ impl ObjectStore for S3 {
                 Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => {
                     return Ok(false);
                 }
-                answer => answer.map_err(|failure| explain("read", object, &place.bucket, failure))?,
+                answer => answer.map_err(|failure| explain("read", &place, &place.bucket, failure))?,
             };
         let Some(etag) = headers.get(ETAG).and_then(|etag| etag.to_str().ok()) else {
             let error = io::Error::new(ErrorKind::InvalidData, "the server does not say its ETag");
@@ -269,7 +276,7 @@ impl ObjectStore for S3 {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let place = self.object("read", object)?;
-        let (api, of, bucket) = (self.api.clone(), object.clone(), place.bucket.clone());
+        let (api, of) = (self.api.clone(), place.clone());
         let reader = Reader {
             http: api.http.clone(),
             object: object.clone(),
@@ -277,7 +284,7 @@ impl ObjectStore for S3 {
                 Failure::Refused(refusal) if refusal.code == NO_BUCKET => {
                     Error::new("read", &of, Reason::Missing)
                 }
-                failure => explain("read", &of, &bucket, failure),
+                failure => explain("read", &of, &of.bucket, failure),
             }),
             open: Box::new(move |rest| {
                 let (api, place) = (api.clone(), place.clone());
@@ -301,7 +308,7 @@ impl ObjectStore for S3 {
             let mut query = vec![("list-type", "2"), ("prefix", key_prefix.as_str())];
             query.extend(token.as_deref().map(|token| ("continuation-token", token)));
             let request = Request::new(Method::Get, &place.bucket, "").query(&query);
-            let failed = |failure| explain("list", folder.as_str(), &place.bucket, failure);
+            let failed = |failure| explain("list", &place, &place.bucket, failure);
             let (_, page) = match self.api.call(&request).await {
                 Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(Vec::new()),
                 page => page.map_err(failed)?,
@@ -311,7 +318,9 @@ impl ObjectStore for S3 {
                 match entry.key.strip_prefix(&place.key) {
                     // Our own folders are in no container.
                     Some(name) if !name.starts_with('.') => {
-                        listed.push(Listed { name: name.to_owned(), bytes: entry.size });
+                        let (name, modified) =
+                            (name.to_owned(), entry.last_modified.and_then(|at| at.parse().ok()));
+                        listed.push(Listed { name, bytes: entry.size, modified });
                     }
                     _ => {}
                 }
@@ -327,7 +336,7 @@ impl ObjectStore for S3 {
         let place = self.object("delete", object)?;
         match self.api.call(&Request::new(Method::Delete, &place.bucket, &place.key)).await {
             Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(()),
-            answer => answer.map(drop).map_err(|failure| explain("delete", object, &place.bucket, failure)),
+            answer => answer.map(drop).map_err(|failure| explain("delete", &place, &place.bucket, failure)),
         }
     }
 
@@ -346,7 +355,7 @@ impl ObjectStore for S3 {
                 .query(&[("delete", "")])
                 .body(format!("<Delete>{keys}<Quiet>true</Quiet></Delete>").into())
                 .await;
-            let failed = |failure| explain("delete", format!("objects of bucket {bucket}"), bucket, failure);
+            let failed = |failure| explain("delete", format!("objects in bucket {bucket}"), bucket, failure);
             let (_, answer) = match self.api.call(&request).await {
                 Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => continue,
                 answer => answer.map_err(failed)?,
@@ -363,31 +372,47 @@ impl ObjectStore for S3 {
     }
 
     async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
-        let place = self.place("tidy", folder, prefix)?;
-        let failed = |failure| explain("tidy", folder.as_str(), &place.bucket, failure);
+        for upload in self.partials(folder, prefix).await? {
+            self.discard(&upload).await?;
+        }
+        Ok(())
+    }
+
+    async fn partials(&self, folder: &Folder, prefix: &str) -> Result<Vec<Partial>> {
+        let place = self.place("tidy", folder, "")?;
+        let failed = |failure| explain("tidy", &place, &place.bucket, failure);
+        let key_prefix = format!("{}{prefix}", place.key);
         let (mut key_marker, mut id_marker) = (String::new(), String::new());
+        let mut found = Vec::new();
         loop {
-            let mut query = vec![("uploads", ""), ("prefix", place.key.as_str())];
+            let mut query = vec![("uploads", ""), ("prefix", key_prefix.as_str())];
             if !key_marker.is_empty() {
                 query.extend([("key-marker", key_marker.as_str()), ("upload-id-marker", id_marker.as_str())]);
             }
             let request = Request::new(Method::Get, &place.bucket, "").query(&query);
             let (_, page) = match self.api.call(&request).await {
-                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(()),
+                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(found),
                 page => page.map_err(failed)?,
             };
             let page: UploadsPage = parse(&page).map_err(failed)?;
-            for upload in page.upload {
-                // Some servers take the prefix for the whole name of an object.
-                if upload.key.starts_with(&place.key) {
-                    let place = Place { bucket: place.bucket.clone(), key: upload.key };
-                    self.abort(&place, &upload.upload_id).await.map_err(failed)?;
+            for Upload { key, upload_id, initiated } in page.upload {
+                // Some servers take the prefix for the whole name of an object. What is named as nothing of ours is not ours.
+                let name = key.strip_prefix(&place.key).filter(|name| name.starts_with(prefix));
+                if let Some(Ok(object)) = name.map(|name| folder.object(name)) {
+                    let modified = initiated.and_then(|at| at.parse().ok());
+                    found.push(Partial { object, id: upload_id, bytes: 0, modified });
                 }
             }
             if !page.is_truncated {
-                return Ok(());
+                return Ok(found);
             }
             (key_marker, id_marker) = (page.next_key_marker, page.next_upload_id_marker);
         }
+    }
+
+    async fn discard(&self, partial: &Partial) -> Result<()> {
+        let place = self.object("tidy", &partial.object)?;
+        let failed = |failure| explain("tidy", &place, &place.bucket, failure);
+        self.abort(&place, &partial.id).await.map_err(failed)
     }
 }

@@ -49,7 +49,7 @@ impl Writer {
                 let error = "what was written of it was tidied away by somebody else";
                 Error::io("write", &self.object, io::Error::new(ErrorKind::ResourceBusy, error))
             }
-            failure => explain("write", &self.object, &self.place.bucket, failure),
+            failure => explain("write", &self.place, &self.place.bucket, failure),
         }
     }
 
@@ -60,7 +60,7 @@ impl Writer {
     /// Uploads the next part, and begins the upload with the first one.
     async fn write_part(&mut self, bytes: Bytes) -> Result<()> {
         if self.failed {
-            return Err(Error::io("write", &self.object, io::Error::other("an earlier write to it failed")));
+            return Err(Error::after_failure(&self.object));
         }
         self.failed = true;
         let upload = match &self.upload {

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use reqwest::header::HeaderMap;
 use reqwest::{Method, Response, StatusCode};
 use serde::Deserialize;
@@ -14,7 +15,7 @@ use url::Url;
 
 use super::login::{self, Session};
 use super::{OBJECT_BYTES_MAX, SwiftSettings};
-use crate::store::http::{Failure, Http, Payload, Refusal};
+use crate::store::http::{Failure, Http, Payload, Refusal, server_of};
 use crate::store::logins::Logins;
 use crate::store::{Error, Reason, Result};
 
@@ -26,7 +27,7 @@ const TOLD_CHARS_MAX: usize = 200;
 /// A server, with an account that we log in to when it is needed.
 pub(super) struct Api {
     pub(super) http: Http,
-    settings: SwiftSettings,
+    pub(super) settings: SwiftSettings,
     logins: Logins<Session>,
     abilities: OnceCell<Abilities>,
 }
@@ -238,7 +239,9 @@ pub(super) fn explain(
                 told(ErrorKind::PermissionDenied, text)
             }
             StatusCode::FORBIDDEN => {
-                let text = format!("the user may not do that in container {container}: {refusal}");
+                let text = format!(
+                    "the user may not do that in container {container}, give it the right to: {refusal}"
+                );
                 told(ErrorKind::PermissionDenied, text)
             }
             // Nothing of ours is too large: a quota is used up.
@@ -262,14 +265,16 @@ pub(super) fn too_large(object: impl ToString) -> Error {
 /// Reads the document that an answer is.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Failure> {
     serde_json::from_slice(body).map_err(|error| {
-        let error = format!("the server's answer is not what is answered to such a request: {error}");
+        let error = format!(
+            "the answer is not what is answered to such a request ({error}): are auth_url and storage_url right?"
+        );
         Failure::unusable(ErrorKind::InvalidData, error)
     })
 }
 
 /// Reads an answer that says no, which need not say why.
 pub(super) async fn refused(http: &Http, answer: Response) -> Failure {
-    let (status, headers) = (answer.status(), answer.headers().clone());
+    let (server, status, headers) = (server_of(answer.url()), answer.status(), answer.headers().clone());
     let body = match http.whole(answer).await {
         Ok(body) => body,
         Err(failure) => return failure,
@@ -278,7 +283,7 @@ pub(super) async fn refused(http: &Http, answer: Response) -> Failure {
     // The pages of Swift say no more than the status does.
     let said = if text.trim_start().starts_with('<') { "" } else { text.trim() };
     let message = said.chars().take(TOLD_CHARS_MAX).collect();
-    Failure::answer(Refusal { status, code: String::new(), message }, &headers)
+    Failure::answer(Refusal { server, status, code: String::new(), message }, &headers)
 }
 
 /// An object of a listing.
@@ -286,6 +291,15 @@ pub(super) async fn refused(http: &Http, answer: Response) -> Failure {
 pub(super) struct Entry {
     pub(super) name: String,
     pub(super) bytes: u64,
+    #[serde(default)]
+    last_modified: String,
+}
+
+impl Entry {
+    /// When it was written. Swift leaves out that this is UTC, Ceph's gateway does not.
+    pub(super) fn modified(&self) -> Option<Timestamp> {
+        self.last_modified.parse().or_else(|_| format!("{}Z", self.last_modified).parse()).ok()
+    }
 }
 
 /// What became of many objects that were to be deleted at once.

@@ -119,7 +119,8 @@ impl How {
             Failure::Refused(refusal)
                 if matches!(refusal.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) =>
             {
-                let text = format!("{} does not accept user and password: {refusal}", self.auth_url);
+                let text =
+                    format!("{} does not accept user and password, correct them: {refusal}", self.auth_url);
                 Failure::unusable(ErrorKind::PermissionDenied, text)
             }
             Failure::Refused(refusal) => {

@@ -16,9 +16,9 @@ mod api;
 mod login;
 mod spool;
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -26,7 +26,6 @@ use futures_util::stream::{self, TryStreamExt};
 use md5::{Digest, Md5};
 use reqwest::header::{CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use reqwest::{Method, StatusCode};
-use tokio::time::timeout;
 use url::Url;
 use uuid::Uuid;
 
@@ -39,8 +38,6 @@ use super::{
     SecretFrom,
 };
 
-/// How long a server may take that shall say whether it is there.
-const REACH_MAX: Duration = Duration::from_secs(10);
 /// Says which write an object is of.
 const WRITE_ID: &str = "x-object-meta-backhaul-write-id";
 /// The most that Swift takes for one object.
@@ -133,6 +130,15 @@ struct Place {
     key: String,
 }
 
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key.as_str() {
+            "" => write!(f, "container {}", self.container),
+            key => write!(f, "{key} in container {}", self.container),
+        }
+    }
+}
+
 impl Swift {
     /// Prepares to talk to the server, which may be away. Fails where the settings cannot be used.
     pub fn new(settings: SwiftSettings) -> Result<Self> {
@@ -143,16 +149,17 @@ impl Swift {
     /// Logs in, and asks the server something that it answers only if the store's own container is there or may be made.
     /// Fails with [`Reason::Passing`] when there is no answer within 10 seconds; nothing is tried again.
     pub async fn reach(&self) -> Result<()> {
-        let request = Request::new(Method::GET, &self.container, "").query(&[("limit", "1")]);
-        let answer = timeout(REACH_MAX, self.api.call_once(&request)).await;
-        match answer.unwrap_or_else(|elapsed| Err(Failure::passing(elapsed.into()))) {
+        let container = &self.container;
+        let request = Request::new(Method::GET, container, "").query(&[("limit", "1")]);
+        let servers = format!("{} or the server that it names", self.api.settings.auth_url);
+        let answer = self.api.http.soon(servers, self.api.call_once(&request)).await;
+        let object = format!("container {container}");
+        match answer {
             Err(failure) if is_missing(&failure) && self.create_containers => Ok(()),
-            Err(failure) if is_missing(&failure) => {
-                Err(self.no_container("reach", "the store", &self.container))
+            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => {
+                Err(no_container("reach", object, container, &refusal))
             }
-            answer => {
-                answer.map(drop).map_err(|failure| explain("reach", "the store", &self.container, failure))
-            }
+            answer => answer.map(drop).map_err(|failure| explain("reach", object, container, failure)),
         }
     }
 
@@ -174,15 +181,10 @@ impl Swift {
         self.place(action, &object.folder, &object.name)
     }
 
-    fn no_container(&self, action: &'static str, object: impl ToString, container: &str) -> Error {
-        let text = format!("there is no container {container}: make it, or let create_containers do so");
-        Error::new(action, object, Reason::Other(Arc::new(io::Error::new(ErrorKind::NotFound, text))))
-    }
-
     /// Writes an object with one request.
     async fn put_whole(&self, object: &ObjectName, body: Payload, md5: &str, new: bool) -> Result<()> {
         let place = self.object("write", object)?;
-        let failed = |failure| explain("write", object, &place.container, failure);
+        let failed = |failure| explain("write", &place, &place.container, failure);
         let id = Uuid::new_v4().to_string();
         let mut request = Request::new(Method::PUT, &place.container, &place.key)
             .header(WRITE_ID, &id)
@@ -221,7 +223,7 @@ impl Swift {
                     made = true;
                 }
                 StatusCode::NOT_FOUND if !self.create_containers => {
-                    return Err(self.no_container("write", object, &place.container));
+                    return Err(no_container("write", &place, &place.container, refusal));
                 }
                 // Somebody else has written it since we looked, or it was ourselves.
                 StatusCode::PRECONDITION_FAILED => {
@@ -287,6 +289,12 @@ fn is_missing(failure: &Failure) -> bool {
     matches!(failure, Failure::Refused(refusal) if refusal.status == StatusCode::NOT_FOUND)
 }
 
+fn no_container(action: &'static str, object: impl ToString, container: &str, refusal: &Refusal) -> Error {
+    let server = &refusal.server;
+    let text = format!("{server} has no container {container}: make it, or let create_containers do so");
+    Error::new(action, object, Reason::Other(Arc::new(io::Error::new(ErrorKind::NotFound, text))))
+}
+
 /// Whether the server has this MD5 for an object; some write it in quotes.
 fn is_md5(etag: &[u8], md5: &str) -> bool {
     let etag = etag.strip_prefix(b"\"").and_then(|etag| etag.strip_suffix(b"\"")).unwrap_or(etag);
@@ -318,7 +326,7 @@ impl ObjectStore for Swift {
         let request = Request::new(Method::GET, &place.container, &place.key);
         let there = match self.api.call(&request).await {
             Err(failure) if is_missing(&failure) => return Ok(false),
-            answer => answer.map_err(|failure| explain("read", object, &place.container, failure))?.1,
+            answer => answer.map_err(|failure| explain("read", &place, &place.container, failure))?.1,
         };
         if there != was {
             return Ok(false);
@@ -333,11 +341,11 @@ impl ObjectStore for Swift {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let place = self.object("read", object)?;
-        let (api, of, container) = (self.api.clone(), object.clone(), place.container.clone());
+        let (api, of) = (self.api.clone(), place.clone());
         let reader = Reader {
             http: api.http.clone(),
             object: object.clone(),
-            explain: Box::new(move |failure| explain("read", &of, &container, failure)),
+            explain: Box::new(move |failure| explain("read", &of, &of.container, failure)),
             open: Box::new(move |rest| {
                 let (api, place) = (api.clone(), place.clone());
                 Box::pin(async move {
@@ -353,7 +361,7 @@ impl ObjectStore for Swift {
 
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let place = self.place("list", folder, "")?;
-        let failed = |failure| explain("list", folder.as_str(), &place.container, failure);
+        let failed = |failure| explain("list", &place, &place.container, failure);
         let key_prefix = format!("{}{prefix}", place.key);
         let limit =
             self.api.abilities().await.map_err(failed)?.page_names_max().min(PAGE_NAMES_MAX).to_string();
@@ -381,7 +389,8 @@ impl ObjectStore for Swift {
                 match entry.name.strip_prefix(&place.key) {
                     // Our own folders are in no container of Cinder's.
                     Some(name) if !name.starts_with('.') => {
-                        listed.push(Listed { name: name.to_owned(), bytes: entry.bytes });
+                        let modified = entry.modified();
+                        listed.push(Listed { name: name.to_owned(), bytes: entry.bytes, modified });
                     }
                     _ => {}
                 }
@@ -401,16 +410,18 @@ impl ObjectStore for Swift {
                     Err(Failure::Refused(refusal)) if refusal.status == StatusCode::CONFLICT => {
                         Failure::passing(io::Error::other(refusal))
                     }
-                    Err(failure) => return Err(explain("delete", object, &place.container, failure)),
+                    Err(failure) => return Err(explain("delete", &place, &place.container, failure)),
                 };
             let paused = tries.pause(failure).await;
-            paused.map_err(|failure| explain("delete", object, &place.container, failure))?;
+            paused.map_err(|failure| explain("delete", &place, &place.container, failure))?;
         }
     }
 
     async fn delete_all(&self, objects: &[ObjectName]) -> Result<()> {
         let Some(first) = objects.first() else { return Ok(()) };
-        let failed = |failure| explain("delete", "many objects", first.folder.as_str(), failure);
+        let container = self.place("delete", &first.folder, "")?.container;
+        let object = format!("objects in container {container}");
+        let failed = |failure| explain("delete", &object, &container, failure);
         let at_once = self.api.abilities().await.map_err(failed)?.deletes_max();
         let mut alone = Vec::new();
         for some in objects.chunks(at_once.unwrap_or(objects.len())) {

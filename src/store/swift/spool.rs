@@ -44,7 +44,7 @@ impl Writer {
     /// Moves what is in memory to the file.
     async fn spill(&mut self) -> Result<()> {
         if self.failed {
-            return Err(Error::io("write", &self.object, io::Error::other("an earlier write to it failed")));
+            return Err(Error::after_failure(&self.object));
         }
         self.failed = true;
         let (spool, piece) = (self.spool.take(), self.buffer.split().freeze());
