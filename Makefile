@@ -31,7 +31,7 @@ chaos: SEEDS ?= 20
 chaos: ## Play SEEDS=20 rounds of random jobs while workers, the broker and stores die, from FIRST_SEED=… on
 	@dev/install.sh test
 	BACKHAUL_CHAOS_SEEDS=$(SEEDS) $(addprefix BACKHAUL_CHAOS_FIRST_SEED=,$(FIRST_SEED)) \
-		cargo test --locked --test chaos -- --nocapture
+		cargo test --locked --test all chaos:: -- --nocapture
 
 check: ## Check format, lints, licences, scripts and container files
 	@dev/install.sh check

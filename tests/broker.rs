@@ -1,9 +1,5 @@
 //! The broker room against a real RabbitMQ.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
-
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io::{Read, Write};
@@ -12,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::support::rabbit::Rabbit;
 use backhaul::broker::{
     Broker, Delivery, Error, Jobs, Notice, Outgoing, Properties, QueueKind, Routed, Settings, State,
     Subscription, Tls,
@@ -21,7 +18,6 @@ use bytes::Bytes;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
-use support::rabbit::Rabbit;
 use tokio::time::timeout;
 
 /// Longer than anything here takes when it works.

@@ -1,15 +1,10 @@
 //! A real cluster, and what it takes to reach one.
 
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::ceph::Ceph;
 use backhaul::ceph::Cluster;
-use support::ceph::Ceph;
 use tempfile::TempDir;
 
 const SECONDS_MAX: u32 = 30;

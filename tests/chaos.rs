@@ -3,10 +3,6 @@
 //!
 //! `make test` plays one round with a folder as the store, `make chaos SEEDS=200` as many rounds with stores of all kinds.
 //! The seed of a round decides what is done and what goes wrong, though not how far the jobs have come by then.
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -16,6 +12,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::ceph::Ceph;
+use crate::support::link::Link;
+use crate::support::rabbit::Rabbit;
+use crate::support::s3;
+use crate::support::stack::{Stack, settings};
+use crate::support::volume::{Fill, Volume, noise};
 use backhaul::broker::{Broker, Properties, Settings, State, Subscription};
 use backhaul::job::{
     self, BackupId, BackupWork, Job, JobId, Location, Parent, Record, RecordState, RestoreWork, VolumeId,
@@ -26,12 +28,6 @@ use backhaul::store::{Folder, ObjectStore, S3};
 use backhaul::worker::command_properties;
 use fastrand::Rng;
 use serde_json::Value;
-use support::ceph::Ceph;
-use support::link::Link;
-use support::rabbit::Rabbit;
-use support::s3;
-use support::stack::{Stack, settings};
-use support::volume::{Fill, Volume, noise};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 

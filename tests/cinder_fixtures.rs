@@ -1,7 +1,6 @@
 //! Backups that Cinder 29 wrote, taken in, verified, restored, built on and deleted.
 //!
 //! `dev/cinder-fixtures` says how they were made.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,4 @@
 //! The configuration: what is refused and how it is told, what overrides what, and that the documents agree.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

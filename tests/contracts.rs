@@ -1,7 +1,5 @@
 //! The messages on the wire: what is taken, what is refused and why, what is sent, and that the documentation is true.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "contracts/generate.rs"]
 mod generate;
 
 use std::collections::BTreeMap;

@@ -1,7 +1,4 @@
 //! Bad input, below the broker: what is said, that nothing is half made, and that other backups stay whole.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,12 +18,12 @@ use rstest::rstest;
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 
-use support::engine::{
+use crate::support::engine::{
     Bench, Kind, MEMORY_BYTES, backup, backup_job, cancel, delete, job, object_at, overwrite, paths_of,
     restore, run, verify,
 };
-use support::faulty::{Fault, Faulty};
-use support::volume::{Fill, Volume, junk};
+use crate::support::faulty::{Fault, Faulty};
+use crate::support::volume::{Fill, Volume, junk};
 
 const BLOCK_BYTES: usize = 512;
 

@@ -1,5 +1,4 @@
 //! Cinder's export records: taken in, given back, and refused where they cannot be used.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use backhaul::cinder::export_record::{self, Error, ExportRecord, Form};
 use backhaul::error::Causes;

@@ -1,9 +1,6 @@
 //! What jobs that died leave in a store is found and removed, and nothing else.
 //!
 //! `PROPTEST_CASES` sets the number of cases of each test.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -27,14 +24,14 @@ use sha2::{Digest, Sha256};
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 
-use support::engine::{
+use crate::support::engine::{
     Bench, Kind, MEMORY_BYTES, backup, backup_job, conclude_delete, delete, job, overwrite, paths_of,
     restore, run, run_in, runtime, verify,
 };
-use support::faulty::{Fault, Faulty};
-use support::rabbit::Rabbit;
-use support::stack::{Stack, noise, until};
-use support::volume::{Fill, Volume};
+use crate::support::faulty::{Fault, Faulty};
+use crate::support::rabbit::Rabbit;
+use crate::support::stack::{Stack, noise, until};
+use crate::support::volume::{Fill, Volume};
 
 /// Cases of a test whose number is not set from outside.
 const POSIX_CASES: u32 = 60;

@@ -1,25 +1,22 @@
 //! Whole backups in buckets of Google Cloud Storage: what is written where, and that neither tokens that expire nor a network or
 //! a server that fails change a byte.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::chain::{MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
+use crate::support::gcs::{self, Own, Tokens};
+use crate::support::link::Link;
+use crate::support::stack::Stack;
+use crate::support::volume::{Fill, Volume};
 use backhaul::engine::chunked::Compression;
 use backhaul::error::{Causes, Class};
 use backhaul::job::{Parent, VolumeId};
 use backhaul::store::{Folder, Gcs, ObjectStore};
 use bytes::Bytes;
 use rstest::rstest;
-use support::chain::{MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings};
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
-use support::gcs::{self, Own, Tokens};
-use support::link::Link;
-use support::stack::Stack;
-use support::volume::{Fill, Volume};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_lies_in_a_bucket_as_cinder_has_it_and_goes_without_a_trace() {
@@ -220,7 +217,7 @@ fn the_program_checks_backs_up_and_restores() {
         checked.contains(&format!("bucket {bucket} of {endpoint}/ can be written, read and listed")),
         "{checked}"
     );
-    let bytes = support::stack::noise(3, 3 * MIB + 512);
+    let bytes = crate::support::stack::noise(3, 3 * MIB + 512);
     fs::write(stack.volume("a"), &bytes).unwrap();
 
     let volume_id = ["--volume-id", "00000000-0000-4000-8000-000000000001"];
@@ -244,7 +241,7 @@ fn a_store_on_a_share_has_cinders_word_for_it_and_a_mount_that_fails_is_told() {
     let share = tempfile::tempdir().unwrap();
     let mounted = format!("[store.share]\nkind = \"nfs\"\npath = \"{}\"\n", share.path().display());
     let stack = Stack::new("amqp://127.0.0.1:1", "", &format!("{mounted}default = true\n"));
-    fs::write(stack.volume("a"), support::stack::noise(3, MIB)).unwrap();
+    fs::write(stack.volume("a"), crate::support::stack::noise(3, MIB)).unwrap();
     let source = stack.location("a");
     let id = "00000000-0000-4000-8000-000000000002";
     let volume_id = "00000000-0000-4000-8000-000000000001";

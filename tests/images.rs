@@ -1,6 +1,4 @@
 //! RBD images through librbd, on a real cluster, against a naive model: a vector of bytes and copies of it.
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::io::ErrorKind;
 use std::path::PathBuf;

@@ -1,10 +1,6 @@
 //! Backhaul and OpenStack Cinder 29 on one real cluster: either restores, goes on from and deletes what the other made.
 //!
 //! Cinder's driver is the real one. What a volume held is known here, and is not asked of either.
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -13,6 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::ceph::{Ceph, Image};
+use crate::support::cinder::{Cinder, Of};
+use crate::support::content::Content;
+use crate::support::engine::{MEMORY_BYTES, backup_job_of, cancel, delete, job, verify};
 use backhaul::ceph::{Access, Clusters};
 use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::chunked::Budget;
@@ -24,10 +24,6 @@ use backhaul::store::Memory;
 use backhaul::volume::FileRoots;
 use rstest::rstest;
 use serde_json::{Value, json};
-use support::ceph::{Ceph, Image};
-use support::cinder::{Cinder, Of};
-use support::content::Content;
-use support::engine::{MEMORY_BYTES, backup_job_of, cancel, delete, job, verify};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;

@@ -1,24 +1,20 @@
 //! Backhaul and OpenStack Cinder 29 on one server that speaks S3, Swift or the JSON API of Google Cloud Storage: either
 //! restores, goes on from and deletes what the other made. Cinder's drivers are the real ones.
-#![cfg(feature = "ceph")] // Cinder is there for the tests with all features.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 
+use crate::support::cinder::{Cinder, Of};
+use crate::support::engine::{Bench, Kind, backup_job, delete, restore, run, verify};
+use crate::support::gcs::{self, Tokens};
+use crate::support::volume::{Fill, Volume};
+use crate::support::{s3, swift};
 use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::Engine;
 use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::job::{BackupId, Container, Parent, Record, VolumeId, Work};
 use rstest::rstest;
 use serde_json::json;
-use support::cinder::{Cinder, Of};
-use support::engine::{Bench, Kind, backup_job, delete, restore, run, verify};
-use support::gcs::{self, Tokens};
-use support::volume::{Fill, Volume};
-use support::{s3, swift};
 
 const MIB: usize = 1 << 20;
 const OBJECT_BYTES: usize = MIB;

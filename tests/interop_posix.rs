@@ -1,9 +1,6 @@
 //! Backhaul and OpenStack Cinder 29 on one folder: either restores, goes on from and deletes what the other made.
 //!
 //! Cinder's posix driver is the real one. What a volume held is known here, and is not asked of either.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,9 +12,9 @@ use backhaul::job::{BackupId, Parent, VolumeId, Work};
 use rstest::rstest;
 use serde_json::json;
 
-use support::cinder::{Cinder, Of};
-use support::engine::{Bench, Kind, backup_job, delete, paths_of, restore, run, verify};
-use support::volume::{Fill, Volume, junk};
+use crate::support::cinder::{Cinder, Of};
+use crate::support::engine::{Bench, Kind, backup_job, delete, paths_of, restore, run, verify};
+use crate::support::volume::{Fill, Volume, junk};
 
 use Who::{Backhaul, Openstack};
 

@@ -1,8 +1,5 @@
 //! Jobs that are broken off, at each of their calls to the store in turn: what they leave, and that another try or
 //! the clean-up puts it right.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,12 +13,12 @@ use rstest::rstest;
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
-use support::engine::{
+use crate::support::engine::{
     Bench, Kind, MEMORY_BYTES, backup, backup_job, cancel, conclude_delete, delete, job, overwrite, paths_of,
     restore, restore_job, run, run_in, verify,
 };
-use support::faulty::{Fault, Faulty};
-use support::volume::{Fill, Volume};
+use crate::support::faulty::{Fault, Faulty};
+use crate::support::volume::{Fill, Volume};
 
 const SETTINGS: Settings = Settings {
     compression: Compression::Zstd,

@@ -20,7 +20,6 @@
 //! Not in the model: the parking of a delivery whose job runs elsewhere (it comes back as it was, and the question may go
 //! unanswered, so that here it always does), parents and children of a backup, jobs that people bring back, the
 //! checkpoints of an RBD backup. A message that is put off comes back at any time.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};

@@ -1,9 +1,6 @@
 //! Random volumes, writes, chains, settings and deletes, against a model that keeps a copy of everything.
 //!
 //! `PROPTEST_CASES` sets the number of cases of each test.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -22,11 +19,11 @@ use proptest::sample::{Index, select};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use support::engine::{
+use crate::support::engine::{
     Bench, COMPRESSIONS, Kind, MEMORY_BYTES, backup_job, delete, object_at, paths_of, restore, runtime,
     verify,
 };
-use support::volume::{Fill, Volume, hashes, junk, list_digest, segments, zero_block_bytes};
+use crate::support::volume::{Fill, Volume, hashes, junk, list_digest, segments, zero_block_bytes};
 
 /// Cases of a test whose number is not set from outside: what fits in about a minute.
 const POSIX_CASES: u32 = 200;

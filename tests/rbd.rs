@@ -1,8 +1,4 @@
 //! The RBD engine on real clusters: what it makes of a volume, restored, is the volume.
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::support::ceph::{Ceph, Image};
+use crate::support::device::BlockDevice;
+use crate::support::engine::{MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
 use async_trait::async_trait;
 use backhaul::ceph::{Access, Clusters, Mode as OpenMode};
 use backhaul::engine::chunked::Budget;
@@ -26,9 +25,6 @@ use backhaul::runner::{self, Attempts, Ended, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore};
 use backhaul::volume::FileRoots;
 use rstest::rstest;
-use support::ceph::{Ceph, Image};
-use support::device::BlockDevice;
-use support::engine::{MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 

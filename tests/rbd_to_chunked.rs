@@ -1,10 +1,6 @@
 //! RBD volumes in chunked stores, on real clusters: what is read of them, and that every point comes back as it was.
 //!
 //! `PROPTEST_CASES` sets the number of volumes that random things happen to.
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,10 +24,10 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-use support::ceph::{Ceph, Image};
-use support::engine::{COMPRESSIONS, MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
-use support::faulty::{Fault, Faulty};
-use support::volume::{hashes, list_digest, noise, segments};
+use crate::support::ceph::{Ceph, Image};
+use crate::support::engine::{COMPRESSIONS, MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
+use crate::support::faulty::{Fault, Faulty};
+use crate::support::volume::{hashes, list_digest, noise, segments};
 
 const MIB: u64 = 1 << 20;
 const BLOCK_BYTES: u64 = 4096;
@@ -337,7 +333,7 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_reading_everything() {
                 let (engine, job) = (bench.engine(SETTINGS), volume.job(Parent::None));
                 let Job { work: Work::Backup(mut work), .. } = job else { panic!() };
                 work.source = Location::File(file);
-                run(&engine, &support::engine::job(Work::Backup(work.clone()))).await.unwrap();
+                run(&engine, &crate::support::engine::job(Work::Backup(work.clone()))).await.unwrap();
                 parent = bench.record(work.backup_id).await;
             }
             Unusable::SnapshotNamed => {
@@ -481,7 +477,7 @@ async fn damaged_digests_of_the_parent_are_not_taken_for_an_unseen_change() {
     let volume = bench.volume(8 * MIB, 8 * MIB);
     let parent = bench.backup(settings, &volume, Parent::None).await.unwrap();
     let path = format!("{}/{}_sha256file", parent.container, parent.service_metadata);
-    let object = support::engine::object_at(&path);
+    let object = crate::support::engine::object_at(&path);
     let text = bench.store.get(&object).await.unwrap().collect(&object, 1 << 20).await.unwrap();
     let digest = hex::encode(hashes(&volume.bytes, BLOCK_BYTES as usize)[700]);
     let text = String::from_utf8(text.to_vec()).unwrap().replace(&digest, &"5a".repeat(32));

@@ -1,7 +1,4 @@
 //! The life of a job in the runner: put off, told once, fallen back, told again.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -22,9 +19,9 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, job, verify};
-use support::faulty::{Fault, Faulty};
-use support::volume::{Fill, Volume};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, job, verify};
+use crate::support::faulty::{Fault, Faulty};
+use crate::support::volume::{Fill, Volume};
 
 const SETTINGS: Settings = Settings {
     compression: Compression::Zstd,

@@ -1,20 +1,17 @@
 //! Whole backups in buckets: what is written where, and that neither a network nor a server that fails changes a byte.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 
+use crate::support::chain::{MIB, Trouble, lies_as_cinder_has_it, settings};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES};
+use crate::support::link::Link;
+use crate::support::s3;
+use crate::support::stack::{Stack, until};
 use backhaul::engine::chunked::Compression;
 use backhaul::store::S3;
 use rstest::rstest;
-use support::chain::{MIB, Trouble, lies_as_cinder_has_it, settings};
-use support::engine::{Bench, Kind, MEMORY_BYTES};
-use support::link::Link;
-use support::s3;
-use support::stack::{Stack, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_lies_in_a_bucket_as_cinder_has_it_and_goes_without_a_trace() {
@@ -49,7 +46,7 @@ fn stack(link: &Link, retries_max: u16) -> Stack {
          idle_seconds_max = 1\n",
         url.port().unwrap()
     );
-    let stack = Stack::new(support::rabbit::Rabbit::shared().url(), "", &section);
+    let stack = Stack::new(crate::support::rabbit::Rabbit::shared().url(), "", &section);
     fs::write(stack.path("key"), format!("{secret}\n")).unwrap();
     stack
 }
@@ -60,7 +57,7 @@ fn the_program_checks_backs_up_and_restores() {
     let stack = stack(&link, 8);
     let checked = stack.ok(&["check"]);
     assert!(checked.contains("can be written, read and listed"), "{checked}");
-    let bytes = support::stack::noise(3, 3 * MIB + 512);
+    let bytes = crate::support::stack::noise(3, 3 * MIB + 512);
     fs::write(stack.volume("a"), &bytes).unwrap();
 
     stack.ok(&[
@@ -96,7 +93,7 @@ fn the_program_checks_backs_up_and_restores() {
 fn a_server_that_is_away_puts_jobs_off_until_it_is_back() {
     let link = Link::to(&s3::url());
     let stack = stack(&link, 0);
-    let bytes = support::stack::noise(4, MIB);
+    let bytes = crate::support::stack::noise(4, MIB);
     fs::write(stack.volume("a"), &bytes).unwrap();
     link.stall(true);
     let worker = stack.worker();

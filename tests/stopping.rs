@@ -1,21 +1,17 @@
 //! How a worker begins and ends, and what it says of itself meanwhile: the real program, a real broker, real files.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "ceph")]
+use crate::support::ceph::Ceph;
+use crate::support::link::Link;
+use crate::support::rabbit::Rabbit;
+use crate::support::stack::{Stack, Worker, event, noise, settings, until};
 use backhaul::broker::{Broker, Properties};
 use serde_json::{Value, json};
-#[cfg(feature = "ceph")]
-use support::ceph::Ceph;
-use support::link::Link;
-use support::rabbit::Rabbit;
-use support::stack::{Stack, Worker, event, noise, settings, until};
 
 const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
 const BACKUP: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";

@@ -1,17 +1,14 @@
 //! What every kind of store must do, case by case, on each of them.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::{gcs, s3, swift};
 use backhaul::store::{Folder, Gcs, Listed, Memory, ObjectName, ObjectStore, Posix, Reason, S3, Swift};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use rstest::rstest;
-use support::{gcs, s3, swift};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -154,7 +151,7 @@ impl Bench {
 
 #[cfg(feature = "ceph")]
 fn pool() -> backhaul::ceph::Pool {
-    let ceph = support::ceph::Ceph::shared();
+    let ceph = crate::support::ceph::Ceph::shared();
     backhaul::ceph::Cluster::connect(ceph.conf(), "cinder", 30).unwrap().pool("backups").unwrap()
 }
 

@@ -1,27 +1,24 @@
 //! Whole backups in containers: what is written where, and that neither tokens that expire nor a network or a server that
 //! fails change a byte.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::chain::{
+    Chain, MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings, volume,
+};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
+use crate::support::link::Link;
+use crate::support::stack::Stack;
+use crate::support::swift::{self, Own};
+use crate::support::volume::{Fill, Volume};
 use backhaul::engine::chunked::Compression;
 use backhaul::error::{Causes, Class};
 use backhaul::job::{Parent, VolumeId};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
 use bytes::Bytes;
 use rstest::rstest;
-use support::chain::{
-    Chain, MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings, volume,
-};
-use support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
-use support::link::Link;
-use support::stack::Stack;
-use support::swift::{self, Own};
-use support::volume::{Fill, Volume};
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
@@ -217,14 +214,14 @@ fn the_program_checks_backs_up_and_restores() {
          project = \"backups\"\npassword_file = \"key\"\nregion = \"here\"\ncontainer = \"{container}\"\n\
          object_bytes = 1048576\n"
     );
-    let stack = Stack::new(support::rabbit::Rabbit::shared().url(), "", &section);
+    let stack = Stack::new(crate::support::rabbit::Rabbit::shared().url(), "", &section);
     fs::write(stack.path("key"), format!("{password}\n")).unwrap();
     let checked = stack.ok(&["check"]);
     assert!(
         checked.contains("can be written, read and listed after a login at http://127.0.0.1"),
         "{checked}"
     );
-    let bytes = support::stack::noise(3, 3 * MIB + 512);
+    let bytes = crate::support::stack::noise(3, 3 * MIB + 512);
     fs::write(stack.volume("a"), &bytes).unwrap();
 
     let volume_id = ["--volume-id", "00000000-0000-4000-8000-000000000001"];

@@ -2,7 +2,6 @@
 //!
 //! The rules on arrows are the room table of `ARCHITECTURE.md`. Sources are looked at as text without comments and
 //! strings, which is enough for paths such as `crate::room::Thing` and needs no parser of Rust.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -1,19 +1,14 @@
 //! Whole passes with a store of RBD images: the real program, a real broker, a real cluster.
 
-#![cfg(feature = "ceph")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
-
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
+use crate::support::ceph::{Ceph, Image};
+use crate::support::rabbit::Rabbit;
+use crate::support::stack::{Stack, event, noise, rest_of, settings, until};
 use backhaul::broker::{Broker, Properties};
 use serde_json::{Value, json};
-use support::ceph::{Ceph, Image};
-use support::rabbit::Rabbit;
-use support::stack::{Stack, event, noise, rest_of, settings, until};
 use uuid::Uuid;
 
 const MIB: usize = 1 << 20;

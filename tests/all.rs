@@ -1,0 +1,44 @@
+//! All tests as one program: what they share is built once, and the program is linked once and not thirty times, which was
+//! most of the time and of the disk that building them took. `cargo nextest run` runs each test as a process of its own.
+//!
+//! `-E 'test(worker::)'` picks those of one module. Those that need Ceph are there with the feature `ceph` alone; so are
+//! those with Cinder's drivers for objects, as Cinder and a gateway are there for the tests with all features.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+mod broker;
+#[cfg(feature = "ceph")]
+mod ceph;
+#[cfg(feature = "ceph")]
+mod chaos;
+mod cinder_fixtures;
+mod config;
+mod contracts;
+mod damage;
+mod export_record;
+mod gc;
+mod gcs;
+#[cfg(feature = "ceph")]
+mod images;
+#[cfg(feature = "ceph")]
+mod interop_ceph;
+#[cfg(feature = "ceph")]
+mod interop_objects;
+mod interop_posix;
+mod interrupted;
+mod life_model;
+mod model;
+#[cfg(feature = "ceph")]
+mod rbd;
+#[cfg(feature = "ceph")]
+mod rbd_to_chunked;
+mod runner;
+mod s3;
+mod stopping;
+mod stores;
+mod swift;
+mod tidy;
+mod worker;
+#[cfg(feature = "ceph")]
+mod worker_rbd;
