@@ -169,8 +169,9 @@ mgr stats period = 1
 mon allow pool size one = true
 mon allow pool delete = true
 mon warn on pool no redundancy = false
-mon data avail warn = 1
-mon data avail crit = 1
+# It keeps little, for an hour: a disk that is rather full is no reason not to start.
+mon data avail warn = 0
+mon data avail crit = 0
 osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = 8
