@@ -24,8 +24,7 @@ use crate::worker::{self, Stores};
 const BAR_EVERY: Duration = Duration::from_millis(200);
 /// How long a job may lie in the queue before that is said.
 const TAKEN_UP_SOON: Duration = Duration::from_secs(5);
-const NOT_TAKEN_UP: &str =
-    "no worker has taken the job up yet, and it waits in the queue: the workers are busy, or none runs";
+const NOT_TAKEN_UP: &str = "no worker has taken the job up yet, and it waits: the workers are busy, another job works on the volume, or none runs";
 /// Who tells the events of a job that is done in this process.
 const SOURCE: &str = "/backhaul/run";
 

@@ -37,6 +37,8 @@ pub struct Attempts {
     pub earlier: Vec<Attempt>,
     /// Whether a worker was handed this try before and ended, or was cut off, before the job did.
     pub redelivered: bool,
+    /// Whether the message was put off before it was begun. A copy of it may be left, if the worker that did so has died.
+    pub waited: bool,
     /// How often people brought the job back after it had failed; it begins anew then.
     pub revival_count: u32,
 }
@@ -44,12 +46,20 @@ pub struct Attempts {
 impl Attempts {
     /// A job that is tried once.
     pub fn one() -> Self {
-        Self { current: 1, max: 1, seconds_max: 0, earlier: Vec::new(), redelivered: false, revival_count: 0 }
+        Self {
+            current: 1,
+            max: 1,
+            seconds_max: 0,
+            earlier: Vec::new(),
+            redelivered: false,
+            waited: false,
+            revival_count: 0,
+        }
     }
 
     /// Whether another worker may have begun the job, and still be at it.
     pub fn was_out_before(&self) -> bool {
-        self.redelivered || self.current > 1
+        self.redelivered || self.waited || self.current > 1
     }
 
     fn is_last(&self) -> bool {
