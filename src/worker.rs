@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,7 @@ use crate::engine::{Cpu, Engine, KEPT, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
 use crate::health::{self, Phase};
-use crate::job::{Command, Context, Job, JobId, Outcome, StoreName, VolumeId, Work};
+use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
 use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
@@ -400,6 +401,8 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         attempts_max: config.worker.attempts_max,
         attempt_seconds_max: config.worker.attempt_seconds_max,
         progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
+        job_bytes_per_second_max: config.worker.job_bytes_per_second_max,
+        limit: Arc::new(Limit::new(config.worker.bytes_per_second_max)),
         hand_back: CancellationToken::new(),
         jobs: Mutex::default(),
         life: Mutex::new(Life::new()),
@@ -434,6 +437,9 @@ struct Worker {
     attempts_max: u32,
     attempt_seconds_max: u32,
     progress_every: Duration,
+    job_bytes_per_second_max: Option<NonZeroU64>,
+    /// How fast all jobs together may be.
+    limit: Arc<Limit>,
     /// Fires when jobs are to stop where they are, for other workers to go on with.
     hand_back: CancellationToken,
     jobs: Mutex<Jobs>,
@@ -685,7 +691,8 @@ impl Worker {
     }
 
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
-        let ctx = Context { cancel: self.hand_back.child_token(), ..Context::default() };
+        let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
+        let ctx = Context { cancel: self.hand_back.child_token(), pace, ..Context::default() };
         let alone = needs_alone(job);
         let now = 'now: {
             let mut jobs = self.jobs();

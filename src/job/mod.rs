@@ -9,6 +9,7 @@ mod event;
 mod ids;
 mod location;
 mod names;
+mod pace;
 mod record;
 mod sample;
 
@@ -18,6 +19,7 @@ pub use event::{Event, Happening};
 pub use ids::{BackupId, InvalidId, JobId, VolumeId};
 pub use location::{InvalidLocation, Location, RbdImage};
 pub use names::{Container, InvalidName, StoreName};
+pub use pace::{Limit, Pace};
 pub use record::{Checkpoint, Record, RecordState, SourceSnapshot, Verified};
 pub use sample::{InvalidSample, Sample};
 
