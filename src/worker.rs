@@ -693,11 +693,12 @@ impl Worker {
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
         let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
         let ctx = Context { cancel: self.hand_back.child_token(), pace, ..Context::default() };
-        let alone = needs_alone(job);
+        let (alone, mut is_to_end) = (needs_alone(job), false);
         let now = 'now: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
-                if running.job != *job {
+                // Sent again with another deadline, it is the same job all the same.
+                if (&running.job.store, &running.job.work) != (&job.store, &job.work) {
                     break 'now Now::Reject;
                 }
                 info!("job runs here already, delivery adopted");
@@ -710,7 +711,8 @@ impl Worker {
             }
             let is_taken = |running: &Running| running.alone.iter().any(|name| alone.contains(name));
             // One that is to end does nothing that others must wait for.
-            if !ctx.cancel.is_cancelled() && jobs.running.values().any(is_taken) {
+            is_to_end = ctx.cancel.is_cancelled() || job.is_late(Timestamp::now());
+            if !is_to_end && jobs.running.values().any(is_taken) {
                 break 'now Now::Wait;
             }
             let running = Running {
@@ -735,7 +737,8 @@ impl Worker {
                 return self.reject(delivery, &Rejection { reason, message, job_id: Some(job.id) }).await;
             }
         }
-        let Some(turns) = self.take_turns(&alone, &ctx).await else {
+        let turns = if is_to_end { Some(Vec::new()) } else { self.take_turns(&alone).await };
+        let Some(turns) = turns else {
             info!("another worker's job works on the same volume, delivery put off");
             let mut settled = Ok(());
             for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
@@ -795,13 +798,12 @@ impl Worker {
         settled
     }
 
-    /// Takes all these names for this worker alone. None if another worker has one of them, unless the job is to end.
-    async fn take_turns(&self, names: &[String], ctx: &Context) -> Option<Vec<Turn>> {
+    /// Takes all these names for this worker alone. None if another worker has one of them.
+    async fn take_turns(&self, names: &[String]) -> Option<Vec<Turn>> {
         let mut turns = Vec::new();
         for name in names {
             match self.broker.turn(name).await {
                 Ok(Some(turn)) => turns.push(turn),
-                Ok(None) if ctx.cancel.is_cancelled() => {}
                 Ok(None) => {
                     end_all(turns).await;
                     return None;

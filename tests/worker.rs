@@ -375,6 +375,35 @@ async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_
     }
 }
 
+#[test]
+fn a_job_that_waits_for_its_turn_ends_at_its_deadline_and_one_that_runs_as_well() {
+    let rabbit = Rabbit::shared();
+    // It takes minutes.
+    let stack = Stack::new(rabbit.url(), "jobs_max = 2\njob_bytes_per_second_max = 1048576", SMALL);
+    fs::write(stack.volume("a.img"), noise(8, 128 << 20)).unwrap();
+    let _worker = stack.worker();
+    let arguments = backup(&stack, &["--deadline", "30s", "--wait", "--json"]);
+    let mut running =
+        stack.command(&[&["submit"][..], &strs(&arguments)].concat()).stdout(Stdio::piped()).spawn().unwrap();
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    let (code, waited) = stack.submit(&strs(&backup(&stack, &["--deadline", "3s"])));
+
+    let deadline = |event: &Value| event["error"]["message"].as_str().unwrap().contains("by its deadline");
+    assert!(running.try_wait().unwrap().is_none(), "the first one goes on");
+    assert_eq!((code, &waited["attempt_count"], deadline(&waited)), (1, &json!(0), true), "{waited}");
+    assert_eq!(running.wait().unwrap().code(), Some(1));
+    let stopped: Value = serde_json::from_str(&rest_of(&mut running)).unwrap();
+    assert_eq!(
+        (&stopped["data"]["attempt_count"], deadline(&stopped["data"])),
+        (&json!(1), true),
+        "{stopped}"
+    );
+    until("nothing of the data is left", || {
+        stack.objects().iter().all(|object| object.contains(".backhaul/"))
+    });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn another_job_with_the_id_of_one_that_runs_is_rejected_and_not_taken_for_it() {
     let rabbit = Rabbit::shared();

@@ -128,6 +128,9 @@ pub async fn run(
     account.attempt_count = account.attempt_count.saturating_add(restart_count);
     let mut methods = plan(job, &engine.strategies(&job.work)).into_iter().peekable();
     let mut outcome = loop {
+        if let Some(problem) = late(job).filter(|_| !ctx.cancel.is_cancelled()) {
+            break Outcome::Failed(problem);
+        }
         if restart_count > RESTARTS_MAX {
             let message = format!(
                 "{restart_count} times the job was begun by a worker that ended before the job did: look into the logs for \
@@ -146,14 +149,17 @@ pub async fn run(
         info!(%method, attempt = account.attempt_count, "started");
 
         let (fallback_reason, hold) = (account.fallback_reason.clone(), hold.clone());
-        let ctx = &Context { fallback_reason, hold, ..ctx.clone() };
-        let error = match attempt(ctx, engine, job, method, progress_every, report).await {
-            Ok(receipt) => {
-                take_in(&mut account, receipt);
-                break Outcome::Succeeded;
-            }
-            Err(error) => error,
-        };
+        // The deadline fires this one, so that it is known from a cancel.
+        let stop = ctx.cancel.child_token();
+        let attempt_ctx = Context { cancel: stop, fallback_reason, hold, ..ctx.clone() };
+        let error =
+            match attempt(&attempt_ctx, &ctx.cancel, engine, job, method, progress_every, report).await {
+                Ok(receipt) => {
+                    take_in(&mut account, receipt);
+                    break Outcome::Succeeded;
+                }
+                Err(error) => error,
+            };
         let reading = ctx.progress.read();
         account.counts = reading.counts;
         account.volume_bytes = Some(reading.bytes_total).filter(|bytes| *bytes > 0);
@@ -168,7 +174,10 @@ pub async fn run(
             }
             // If somebody asked for its end as well, the next worker finds that out.
             (Class::Cancelled, _) if hand_back.is_cancelled() => return Ended::HandedBack,
-            (Class::Cancelled, _) => break Outcome::Cancelled,
+            (Class::Cancelled, _) => {
+                let late = late(job).filter(|_| !ctx.cancel.is_cancelled());
+                break late.map_or(Outcome::Cancelled, Outcome::Failed);
+            }
             // Whoever took over ends the job; giving up here would take it from under them.
             _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
             (Class::Transient, _) if !attempts.is_last() => return Ended::Later(problem),
@@ -229,9 +238,13 @@ fn taken_over(job: &Job) -> Problem {
 
 /// Ends a job that cannot even be begun, or puts it off where the problem may pass.
 pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &Report<'_>) -> Ended {
-    if problem.class == Class::Transient && !attempts.is_last() {
-        return Ended::Later(problem);
-    }
+    let problem = match late(job) {
+        Some(late) if problem.class == Class::Transient => {
+            Problem { causes: vec![problem.to_string()], ..late }
+        }
+        None if problem.class == Class::Transient && !attempts.is_last() => return Ended::Later(problem),
+        _ => problem,
+    };
     let completion = Completion {
         job_id: job.id,
         operation: job.operation(),
@@ -254,9 +267,20 @@ fn account(attempts: &Attempts) -> Account {
     }
 }
 
-/// Does the job by one method, telling meanwhile how far it is.
+/// Why a job has failed that is not done by its deadline.
+fn late(job: &Job) -> Option<Problem> {
+    let deadline = job.deadline.filter(|_| job.is_late(Timestamp::now()))?;
+    let message = format!(
+        "the job was not done by its deadline, {deadline}: if it is still wanted, send it anew, with a later deadline or none"
+    );
+    Some(Problem { class: Class::Permanent, message, causes: Vec::new() })
+}
+
+/// Does the job by one method, telling meanwhile how far it is. Fires `cancel` when somebody has asked for the end of the job,
+/// and the token of the context, a child of that one, at the deadline.
 async fn attempt(
     ctx: &Context,
+    cancel: &CancellationToken,
     engine: &Engine,
     job: &Job,
     method: Method,
@@ -270,18 +294,29 @@ async fn attempt(
         }
     };
     // Whoever asked for the end of the job may not have reached this worker.
-    let cancel = async {
+    let cancelled = async {
         loop {
             tokio::time::sleep(CANCEL_LOOK).await;
             if engine.catalog().is_cancelled(job.id).await.unwrap_or(false) {
-                ctx.cancel.cancel();
+                cancel.cancel();
             }
         }
+    };
+    let late = async {
+        while !job.is_late(Timestamp::now()) {
+            let left = job.deadline.map(|deadline| deadline.duration_since(Timestamp::now()));
+            let left = left.and_then(|left| Duration::try_from(left).ok()).unwrap_or(CANCEL_LOOK);
+            // Not all of it at once, for the clock may be set.
+            tokio::time::sleep(left.min(CANCEL_LOOK)).await;
+        }
+        ctx.cancel.cancel();
+        std::future::pending().await
     };
     tokio::select! {
         result = engine.run(ctx, job, method) => result,
         never = progress => never,
-        never = cancel => never,
+        never = cancelled => never,
+        never = late => never,
     }
 }
 
