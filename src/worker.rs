@@ -6,12 +6,14 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use jiff::Timestamp;
 use rayon_core::ThreadPoolBuildError;
+use sha2::{Digest as _, Sha256};
 #[cfg(feature = "ceph")]
 use tokio::sync::OnceCell;
 use tokio::sync::{oneshot, watch};
@@ -21,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 use uuid::Uuid;
 
-use crate::broker::{self, Broker, Delivery, Properties, Subscription};
+use crate::broker::{self, Broker, Delivery, Properties, Subscription, Turn};
 #[cfg(feature = "ceph")]
 use crate::ceph;
 use crate::config::{self, Chunking, Config, ConfigError, MEMORY_BYTES_BASE, StoreKind};
@@ -32,7 +34,7 @@ use crate::engine::{Cpu, Engine, KEPT, Volumes};
 use crate::error::{Causes, Class, Problem};
 use crate::event::Native;
 use crate::health::{self, Phase};
-use crate::job::{Command, Context, Job, JobId, Outcome, StoreName};
+use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
 use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
@@ -399,6 +401,8 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         attempts_max: config.worker.attempts_max,
         attempt_seconds_max: config.worker.attempt_seconds_max,
         progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
+        job_bytes_per_second_max: config.worker.job_bytes_per_second_max,
+        limit: Arc::new(Limit::new(config.worker.bytes_per_second_max)),
         hand_back: CancellationToken::new(),
         jobs: Mutex::default(),
         life: Mutex::new(Life::new()),
@@ -433,6 +437,9 @@ struct Worker {
     attempts_max: u32,
     attempt_seconds_max: u32,
     progress_every: Duration,
+    job_bytes_per_second_max: Option<NonZeroU64>,
+    /// How fast all jobs together may be.
+    limit: Arc<Limit>,
     /// Fires when jobs are to stop where they are, for other workers to go on with.
     hand_back: CancellationToken,
     jobs: Mutex<Jobs>,
@@ -479,9 +486,20 @@ struct Jobs {
 
 struct Running {
     job: Job,
+    /// What no other job is to work on meanwhile.
+    alone: Vec<String>,
     cancel: CancellationToken,
     /// Deliveries of the same job that came while it ran: the broker had given the first one up.
     adopted: Vec<Delivery>,
+}
+
+/// What is done with a delivery at first.
+enum Now {
+    Begin,
+    /// Another job must end before.
+    Wait,
+    /// It has the id of another job.
+    Reject,
 }
 
 impl Worker {
@@ -673,12 +691,15 @@ impl Worker {
     }
 
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
-        let ctx = Context { cancel: self.hand_back.child_token(), ..Context::default() };
-        let delivery = 'new: {
+        let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
+        let ctx = Context { cancel: self.hand_back.child_token(), pace, ..Context::default() };
+        let (alone, mut is_to_end) = (needs_alone(job), false);
+        let now = 'now: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
-                if running.job != *job {
-                    break 'new Err(delivery);
+                // Sent again with another deadline, it is the same job all the same.
+                if (&running.job.store, &running.job.work) != (&job.store, &job.work) {
+                    break 'now Now::Reject;
                 }
                 info!("job runs here already, delivery adopted");
                 running.adopted.push(delivery);
@@ -688,32 +709,67 @@ impl Worker {
                 jobs.cancelled.remove(index);
                 ctx.cancel.cancel();
             }
-            jobs.running.insert(
-                job.id,
-                Running { job: job.clone(), cancel: ctx.cancel.clone(), adopted: Vec::new() },
-            );
-            Ok(delivery)
+            let is_taken = |running: &Running| running.alone.iter().any(|name| alone.contains(name));
+            // One that is to end does nothing that others must wait for.
+            is_to_end = ctx.cancel.is_cancelled() || job.is_late(Timestamp::now());
+            if !is_to_end && jobs.running.values().any(is_taken) {
+                break 'now Now::Wait;
+            }
+            let running = Running {
+                job: job.clone(),
+                alone: alone.clone(),
+                cancel: ctx.cancel.clone(),
+                adopted: Vec::new(),
+            };
+            jobs.running.insert(job.id, running);
+            Now::Begin
         };
-        let delivery = match delivery {
-            Ok(delivery) => delivery,
-            Err(delivery) => {
+        match now {
+            Now::Begin => {}
+            Now::Wait => {
+                info!("another job works on the same volume, delivery put off");
+                return delivery.await_turn().await;
+            }
+            Now::Reject => {
                 let message =
                     format!("job_id: another job {} runs here: give each job an id of its own", job.id);
                 let reason = Reason::ImpossibleValue;
                 return self.reject(delivery, &Rejection { reason, message, job_id: Some(job.id) }).await;
             }
+        }
+        let turns = if is_to_end { Some(Vec::new()) } else { self.take_turns(&alone).await };
+        let Some(turns) = turns else {
+            info!("another worker's job works on the same volume, delivery put off");
+            let mut settled = Ok(());
+            for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
+                settled = delivery.await_turn().await;
+            }
+            return settled;
         };
+        self.run_in_turn(delivery, &ctx, job, turns).await
+    }
+
+    /// Runs a job while no other one works on the same volume, as far as the broker can see to that.
+    async fn run_in_turn(
+        &self,
+        delivery: Delivery,
+        ctx: &Context,
+        job: &Job,
+        turns: Vec<Turn>,
+    ) -> Result<(), broker::Error> {
         let attempts = Attempts {
             current: delivery.properties.attempt,
             max: self.attempts_max,
             seconds_max: self.attempt_seconds_max,
             earlier: delivery.properties.story.as_deref().map(message::parse_attempts).unwrap_or_default(),
             redelivered: delivery.redelivered || delivery.properties.parked,
+            waited: delivery.properties.waited,
             revival_count: delivery.properties.revival_count,
         };
-        // Somebody was handed the message before, and may still be at it.
-        if attempts.was_out_before() && self.runs_elsewhere(job.id).await {
+        // Somebody was handed the message before, and may still be at it; not so of one that only had to wait.
+        if (attempts.redelivered || attempts.current > 1) && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
+            end_all(turns).await;
             let mut settled = Ok(());
             for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
                 settled = delivery.park().await;
@@ -726,11 +782,13 @@ impl Worker {
         let ended = match &engine {
             Ok(engine) => {
                 let hand_back = &self.hand_back;
-                runner::run(&ctx, engine, job, &attempts, self.progress_every, &report, hand_back).await
+                runner::run(ctx, engine, job, &attempts, self.progress_every, &report, hand_back).await
             }
             Err(problem) => runner::refuse(job, problem.clone(), &attempts, &report).await,
         };
-        let settled = self.settle(delivery, &ctx, job, attempts, ended, engine.ok()).await;
+        // Whoever is handed the message next, or waits, is not to find them taken.
+        end_all(turns).await;
+        let settled = self.settle(delivery, ctx, job, attempts, ended, engine.ok()).await;
         // Only now: until all is written down, no other worker is to begin the job.
         for delivery in self.end(job.id) {
             if let Err(error) = delivery.requeue().await {
@@ -738,6 +796,25 @@ impl Worker {
             }
         }
         settled
+    }
+
+    /// Takes all these names for this worker alone. None if another worker has one of them.
+    async fn take_turns(&self, names: &[String]) -> Option<Vec<Turn>> {
+        let mut turns = Vec::new();
+        for name in names {
+            match self.broker.turn(name).await {
+                Ok(Some(turn)) => turns.push(turn),
+                Ok(None) => {
+                    end_all(turns).await;
+                    return None;
+                }
+                // Two jobs on one volume are more load, and do no harm.
+                Err(error) => {
+                    warn!(error = %Causes(&error), "the broker could not be asked who works on the volume")
+                }
+            }
+        }
+        Some(turns)
     }
 
     /// Settles the deliveries of a job as it has ended, and sees to what its store keeps of it.
@@ -963,6 +1040,27 @@ impl Worker {
             }
             Err(rejection) => warn!(error = %rejection, "a control message could not be read"),
         }
+    }
+}
+
+/// What a job must have for itself while it runs. What only reads a backup, or removes it, need not wait for anybody: the
+/// records see to that.
+fn needs_alone(job: &Job) -> Vec<String> {
+    let volume = |id: VolumeId| format!("volume.{id}");
+    match &job.work {
+        Work::Backup(work) => vec![volume(work.volume_id)],
+        Work::Restore(work) => {
+            // A location is longer than what a queue may be called.
+            let target = format!("target.{}", hex::encode(Sha256::digest(work.target.to_string())));
+            work.volume_id.map(volume).into_iter().chain([target]).collect()
+        }
+        Work::Delete(_) | Work::Verify(_) => Vec::new(),
+    }
+}
+
+async fn end_all(turns: Vec<Turn>) {
+    for turn in turns {
+        turn.end().await;
     }
 }
 

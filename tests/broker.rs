@@ -336,6 +336,44 @@ async fn nobody_waits_for_the_delay_of_a_job_that_is_put_off() {
 }
 
 #[tokio::test]
+async fn a_turn_is_had_by_one_connection_and_goes_with_it() {
+    let (first, settings) = shared().await;
+    let second = Broker::connect(settings).await.unwrap();
+    let turn = first.turn("volume.a").await.unwrap().expect("nobody has it");
+    assert!(second.turn("volume.a").await.unwrap().is_none(), "one has it");
+    assert!(second.turn("volume.b").await.unwrap().is_some(), "that is another one");
+
+    turn.end().await;
+    let turn = second.turn("volume.a").await.unwrap().expect("it was ended");
+    assert!(first.turn("volume.a").await.unwrap().is_none(), "the other one has it");
+
+    drop(turn);
+    second.close().await;
+    let freed = async {
+        while first.turn("volume.a").await.unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon("the turn of a connection that is gone", freed).await;
+}
+
+#[tokio::test]
+async fn a_job_that_awaits_its_turn_comes_back_soon_and_that_is_no_attempt() {
+    let settings = Settings { retry_delay_seconds: 3600, ..settings(Rabbit::shared().url()) };
+    let broker = Broker::connect(settings).await.unwrap();
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1);
+    for _ in 0..2 {
+        // An hour's wait would be in vain.
+        soon("the end of it", next(&mut jobs).await.await_turn()).await.unwrap();
+    }
+    let again = next(&mut jobs).await;
+    let Properties { attempt, parked, waited, .. } = again.properties;
+    assert_eq!((text(&again.body), attempt, parked, waited), ("a", 1, false, true));
+    again.ack().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_job_that_is_given_up_lies_in_the_dead_queue_with_the_reason() {
     let (broker, settings) = shared().await;
     let properties = Properties { message_id: Some("m".into()), ..Properties::default() };

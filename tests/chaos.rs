@@ -548,7 +548,8 @@ impl<'a> Round<'a> {
     /// Counts how the jobs have ended.
     fn count(&mut self) {
         for job in self.jobs.values() {
-            let operation = Job { id: JobId::random(), store: None, work: job.work.clone() }.operation();
+            let operation =
+                Job { id: JobId::random(), store: None, deadline: None, work: job.work.clone() }.operation();
             let end = match job.end() {
                 Some(End::Succeeded) => "succeeded",
                 Some(End::Failed) => "failed",
@@ -680,7 +681,7 @@ impl Round<'_> {
     async fn send(&mut self, store: Store, work: Work, sure: bool) -> JobId {
         let id = JobId::random();
         let store_name = Some(store.name().to_owned().try_into().unwrap());
-        let job = Job { id, store: store_name, work: work.clone() };
+        let job = Job { id, store: store_name, deadline: None, work: work.clone() };
         self.jobs.insert(id, Sent { work, sure, cancelled: false, ended: None });
         let body = encode_command(&job::Command::Run(Box::new(job)));
         self.broker.publish_job(body.into(), command_properties()).await.unwrap();

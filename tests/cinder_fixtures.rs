@@ -77,7 +77,7 @@ impl CinderChain {
     }
 
     async fn run(&self, work: Work, mode: Option<Mode>) -> Result<Receipt, Error> {
-        let job = Job { id: JobId::random(), store: None, work };
+        let job = Job { id: JobId::random(), store: None, deadline: None, work };
         self.engine.run(&Context::default(), &job, Method { strategy: Strategy::Chunked, mode }).await
     }
 

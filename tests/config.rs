@@ -63,6 +63,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::not_a_number("[worker]\njobs_max = \"many\"", &[], &["worker.jobs_max (FILE): found \"many\"; write a whole number"])]
 #[case::no_time("[worker]\nprogress_seconds = 0", &[], &["worker.progress_seconds (FILE): found 0; write a whole number from 1"])]
 #[case::drain("[worker]\ndrain_seconds_max = 86401", &[], &["worker.drain_seconds_max (FILE): found 86401; write a whole number from 0 to 86400"])]
+#[case::slower_than_slow("[worker]\nbytes_per_second_max = 1000", &[], &["worker.bytes_per_second_max (FILE): found 1000; write a whole number from 1048576 to 1099511627776"])]
 #[case::health_without_a_port("[worker]\nhealth_listen = \"127.0.0.1\"", &[], &["worker.health_listen (FILE): found \"127.0.0.1\"; write an IP address and a port, such as \"127.0.0.1:8086\""])]
 #[case::empty_name("[worker]\nname = \"\"", &[], &["worker.name (FILE): found \"\"; write 1 to 100 of a-z"])]
 #[case::roots_are_a_list("[worker]\nfile_roots = \"/a\"", &[], &["worker.file_roots (FILE): found \"/a\"; write a list of paths"])]

@@ -18,7 +18,8 @@
 //! of it otherwise; a cancelled backup is marked as being deleted by its own job, which here is an error of that kind.
 //!
 //! Not in the model: the parking of a delivery whose job runs elsewhere (it comes back as it was, and the question may go
-//! unanswered, so that here it always does), parents and children of a backup, jobs that people bring back, the
+//! unanswered, so that here it always does), the waiting for another job of the volume (likewise: the turns may be lost),
+//! deadlines, which end a job as an error does, parents and children of a backup, jobs that people bring back, the
 //! checkpoints of an RBD backup. A message that is put off comes back at any time.
 
 use std::collections::hash_map::Entry;

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::num::NonZeroU64;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::ceph::{Ceph, Image};
 use crate::support::device::BlockDevice;
@@ -18,8 +19,8 @@ use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::error::{Class, Problem};
 use backhaul::event::{self, EventSink};
 use backhaul::job::{
-    BackupId, Completion, Context, Event, Happening, Job, JobId, Location, Method, Outcome, Parent, Reading,
-    Record, RecordState, RestoreWork, VolumeId, Work,
+    BackupId, Completion, Context, Event, Happening, Job, JobId, Limit, Location, Method, Outcome, Pace,
+    Parent, Reading, Record, RecordState, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore};
@@ -305,6 +306,27 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
 fn base(record: &Record) -> String {
     let metadata: serde_json::Value = serde_json::from_str(&record.service_metadata).unwrap();
     format!("{}/{}", record.container, metadata["base"].as_str().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_on_images_take_at_least_as_long_as_their_limit_says() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(24 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 24 << 20))]);
+    let backup = backup_job_of(volume_id, source, Parent::None);
+    let id = backup.backup_id();
+    let target = bench.folder.path().join("target");
+    let restore = restore_job(id, &Location::File(target));
+    for job in [backup, restore, job(Work::Verify(id.into()))] {
+        let pace = Pace::new(Limit::new(NonZeroU64::new(16 * MIB)), Arc::default());
+        let (ctx, began) = (Context { pace, ..Context::default() }, Instant::now());
+
+        bench.engine.run(&ctx, &job, bench.methods(&job)[0]).await.unwrap();
+
+        // All but the first step, which has no more than 4 MiB.
+        assert!(began.elapsed() >= Duration::from_millis(1250), "{job:?}: {:?}", began.elapsed());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

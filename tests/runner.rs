@@ -1,5 +1,6 @@
 //! The life of a job in the runner: put off, told once, fallen back, told again.
 
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,10 +11,11 @@ use backhaul::engine::{Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
 use backhaul::job::{
-    Completion, Context, Event, Happening, Job, JobId, Mode, Outcome, Parent, RecordState, VolumeId, Work,
+    Completion, Context, Event, Happening, Job, JobId, Limit, Mode, Outcome, Pace, Parent, RecordState,
+    VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use rstest::rstest;
 use rustix::io::Errno;
 use tokio::sync::Notify;
@@ -236,6 +238,91 @@ async fn ready(is_delete: bool) -> Scene {
         scene.job = job(Work::Delete(scene.job.backup_id()));
     }
     scene
+}
+
+#[rstest]
+#[case::backup(false)]
+#[case::delete(true)]
+#[tokio::test]
+async fn a_job_that_is_taken_up_after_its_deadline_fails_and_is_not_begun(#[case] is_delete: bool) {
+    let mut scene = ready(is_delete).await;
+    let before = scene.bench.everything([]).await;
+    scene.job.deadline = Some(Timestamp::now() - SignedDuration::from_secs(1));
+    let (sink, engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+
+    // There could be more attempts.
+    let ended = scene.run(&engine, &sink, 1, 3).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
+    assert!(problem.message.contains("deadline"), "{problem}");
+    assert_eq!((problem.class, completion.account.attempt_count), (Class::Permanent, 0));
+    assert_eq!(sink.told(), ["accepted", "ended"]);
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    assert_eq!(scene.bench.everything([]).await, before);
+}
+
+#[rstest]
+#[case::nobody_else_wants_its_end(false)]
+#[case::cancelled(true)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_runs_at_its_deadline_is_stopped_as_for_a_cancel(#[case] is_cancelled: bool) {
+    let mut scene = Scene::new(Parent::None);
+    // It would take more than an hour.
+    let pace = Pace::new(Limit::new(NonZeroU64::new(1)), Arc::default());
+    let ctx = Context { pace, ..Context::default() };
+    scene.job.deadline = Some(Timestamp::now() + SignedDuration::from_millis(500));
+    if is_cancelled {
+        ctx.cancel.cancel();
+        scene.job.deadline = Some(Timestamp::now());
+    }
+    let (sink, engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+    let (report, attempts) = (Report::new(&sink, &scene.job), Attempts { max: 3, ..Attempts::one() });
+
+    let ended =
+        runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report, &CancellationToken::new()).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    let left: Vec<String> = scene.bench.everything([]).await.into_iter().collect();
+    match completion.outcome {
+        Outcome::Cancelled => assert!(is_cancelled && left.is_empty(), "{left:?}"),
+        Outcome::Failed(problem) => {
+            assert!(!is_cancelled && problem.message.contains("deadline"), "{problem}");
+            assert_eq!(completion.account.attempt_count, 1);
+            assert_eq!(left, [format!(".backhaul/records/{}.json", scene.job.backup_id())]);
+        }
+        Outcome::Succeeded => panic!("too fast"),
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_was_done_in_time_is_told_so_also_after_its_deadline() {
+    let mut scene = Scene::new(Parent::None);
+    let (engine, again) = (scene.bench.engine(SETTINGS), Attempts { redelivered: true, ..Attempts::one() });
+    assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    // With what is kept of its end, and without.
+    for _ in 0..2 {
+        scene.job.deadline = Some(Timestamp::now());
+        let Ended::Over(completion) = scene.run_as(&engine, &Recorder::default(), &again).await else {
+            panic!("it is over")
+        };
+        assert_eq!(completion.outcome, Outcome::Succeeded);
+        engine.catalog().settle(scene.job.id).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_job_whose_store_is_away_is_not_put_off_beyond_its_deadline() {
+    let mut scene = Scene::new(Parent::None);
+    scene.job.deadline = Some(Timestamp::now());
+    let (_, engine) = scene.faulty(1);
+
+    let ended = scene.run(&engine, &Recorder::default(), 1, 3).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
+    assert!(problem.message.contains("deadline") && problem.causes.len() == 1, "{problem}");
 }
 
 /// A worker stands still at each of its calls, is cut off, and goes on when another one, which was handed its job, has done

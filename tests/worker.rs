@@ -313,6 +313,98 @@ fn who_waits_for_a_job_that_no_worker_takes_up_is_told_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_second_job_of_a_volume_waits_for_the_first_one_and_holds_no_other_up() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 2", SLOW);
+    fs::write(stack.volume("a.img"), noise(5, 64 << 20)).unwrap();
+    fs::write(stack.volume("b.img"), noise(6, 1 << 20)).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let worker = stack.worker();
+    let submit = |more: &[&str]| {
+        let printed = stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--json"])), more].concat());
+        serde_json::from_str::<Value>(&printed).unwrap()["job_id"].clone()
+    };
+    let first = submit(&[]);
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    let second = submit(&["--incremental"]);
+    until("the second one waits", || worker.log().contains("another job works on the same volume"));
+    let (source, volume) = (stack.location("b.img"), "4f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88");
+    let (code, other) = stack.submit(&["backup", "--volume-id", volume, "--source", &source]);
+    assert_eq!(code, 0, "{other}");
+
+    let mut told = Vec::new();
+    while told.len() < 6 {
+        let event = event(&mut events, &["accepted", "succeeded", "failed", "cancelled"]).await;
+        let job_id = event["data"]["job_id"].clone();
+        assert_eq!(event["data"]["attempt_count"].as_u64().unwrap_or(1), 1, "waiting is no attempt: {event}");
+        told.push((job_id, event["type"].as_str().unwrap().to_owned()));
+    }
+    let (accepted, succeeded) = ("backhaul.job.accepted.v1", "backhaul.job.succeeded.v1");
+    let expected = [
+        (&first, accepted),
+        (&other["job_id"], accepted),
+        (&other["job_id"], succeeded),
+        (&first, succeeded),
+        (&second, accepted),
+        (&second, succeeded),
+    ];
+    assert_eq!(told, expected.map(|(job_id, kind)| (job_id.clone(), kind.to_owned())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_that_is_dead() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 1", SLOW);
+    fs::write(stack.volume("a.img"), noise(7, 32 << 20)).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let first = stack.worker();
+    let submit = || stack.ok(&[&["submit"][..], &strs(&backup(&stack, &[]))].concat());
+    submit();
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+    let second = stack.worker();
+    submit();
+    until("the second one waits", || second.log().contains("another worker's job works on the same volume"));
+
+    first.kill();
+
+    for _ in 0..2 {
+        let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+        assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
+    }
+}
+
+#[test]
+fn a_job_that_waits_for_its_turn_ends_at_its_deadline_and_one_that_runs_as_well() {
+    let rabbit = Rabbit::shared();
+    // It takes minutes.
+    let stack = Stack::new(rabbit.url(), "jobs_max = 2\njob_bytes_per_second_max = 1048576", SMALL);
+    fs::write(stack.volume("a.img"), noise(8, 128 << 20)).unwrap();
+    let _worker = stack.worker();
+    let arguments = backup(&stack, &["--deadline", "30s", "--wait", "--json"]);
+    let mut running =
+        stack.command(&[&["submit"][..], &strs(&arguments)].concat()).stdout(Stdio::piped()).spawn().unwrap();
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    let (code, waited) = stack.submit(&strs(&backup(&stack, &["--deadline", "3s"])));
+
+    let deadline = |event: &Value| event["error"]["message"].as_str().unwrap().contains("by its deadline");
+    assert!(running.try_wait().unwrap().is_none(), "the first one goes on");
+    assert_eq!((code, &waited["attempt_count"], deadline(&waited)), (1, &json!(0), true), "{waited}");
+    assert_eq!(running.wait().unwrap().code(), Some(1));
+    let stopped: Value = serde_json::from_str(&rest_of(&mut running)).unwrap();
+    assert_eq!(
+        (&stopped["data"]["attempt_count"], deadline(&stopped["data"])),
+        (&json!(1), true),
+        "{stopped}"
+    );
+    until("nothing of the data is left", || {
+        stack.objects().iter().all(|object| object.contains(".backhaul/"))
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_job_with_the_id_of_one_that_runs_is_rejected_and_not_taken_for_it() {
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);

@@ -105,6 +105,19 @@ impl Delivery {
         self.put_off(wait, properties).await
     }
 
+    /// Puts the message off because another job must end first; that is no attempt. It waits for a second the first time, and
+    /// twice as long each time after it, up to `retry_delay_seconds`.
+    pub async fn await_turn(self) -> Result<(), Error> {
+        let doubled = 1_u64 << message::wait_count(&self.raw).min(32);
+        let wait = Duration::from_secs(doubled.min(self.link.settings.retry_delay_seconds.into()));
+        let properties = match self.redelivered {
+            // The copy would be taken for one that nobody was handed before.
+            true => message::waiting(&message::parked(&self.raw, wait), wait),
+            false => message::waiting(&self.raw, wait),
+        };
+        self.put_off(wait, properties).await
+    }
+
     async fn put_off(self, wait: Duration, properties: BasicProperties) -> Result<(), Error> {
         let delay = self.link.topology.delay(wait).cloned().unwrap_or_default();
         self.move_to(ShortString::default(), delay, properties).await

@@ -186,6 +186,11 @@ pub(super) fn is_precondition(error: &lapin::Error) -> bool {
     soft(error) == Some(&AMQPSoftError::PRECONDITIONFAILED)
 }
 
+/// Whether the queue is another connection's own.
+pub(super) fn is_locked(error: &lapin::Error) -> bool {
+    soft(error) == Some(&AMQPSoftError::RESOURCELOCKED)
+}
+
 /// Whether the broker refuses the user.
 pub(super) fn is_access_refused(error: &lapin::Error) -> bool {
     soft(error) == Some(&AMQPSoftError::ACCESSREFUSED)

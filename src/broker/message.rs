@@ -14,6 +14,7 @@ const REASON: &str = "x-backhaul-reason";
 const EXCHANGE: &str = "x-backhaul-exchange";
 const ROUTING_KEY: &str = "x-backhaul-routing-key";
 const PARKED: &str = "x-backhaul-parked";
+const WAITED: &str = "x-backhaul-waited";
 const DIED_AT: &str = "x-backhaul-died-at";
 const PERSISTENT: u8 = 2;
 
@@ -38,6 +39,8 @@ pub struct Properties {
     pub revival_count: u32,
     /// The message was put off because another worker had its job.
     pub parked: bool,
+    /// The message was put off because another job had to end first.
+    pub waited: bool,
 }
 
 impl Default for Properties {
@@ -52,6 +55,7 @@ impl Default for Properties {
             story: None,
             revival_count: 0,
             parked: false,
+            waited: false,
         }
     }
 }
@@ -69,6 +73,7 @@ pub(super) fn read(raw: &BasicProperties) -> Properties {
         story: header(raw, STORY),
         revival_count: count(raw, REVIVAL).unwrap_or(0),
         parked: count(raw, PARKED).is_some(),
+        waited: wait_count(raw) > 0,
     }
 }
 
@@ -138,6 +143,17 @@ pub(super) fn parked(raw: &BasicProperties, wait: Duration) -> BasicProperties {
     copied(raw, [(PARKED, AMQPValue::LongUInt(1))]).with_expiration(milliseconds(wait))
 }
 
+/// Makes the properties of a copy that is put off for `wait` because another job must end first.
+pub(super) fn waiting(raw: &BasicProperties, wait: Duration) -> BasicProperties {
+    let times = AMQPValue::LongUInt(wait_count(raw).saturating_add(1));
+    copied(raw, [(WAITED, times)]).with_expiration(milliseconds(wait))
+}
+
+/// How often the message was put off so.
+pub(super) fn wait_count(raw: &BasicProperties) -> u32 {
+    count(raw, WAITED).unwrap_or(0)
+}
+
 fn milliseconds(wait: Duration) -> ShortString {
     wait.as_millis().to_string().as_str().into()
 }
@@ -146,7 +162,8 @@ fn milliseconds(wait: Duration) -> ShortString {
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
     let mut headers = FieldTable::default();
     for (name, value) in raw.headers().iter().flat_map(FieldTable::inner) {
-        if ![ATTEMPT, STORY, PARKED, REASON, EXCHANGE, ROUTING_KEY, DIED_AT].contains(&name.as_str()) {
+        if ![ATTEMPT, STORY, PARKED, WAITED, REASON, EXCHANGE, ROUTING_KEY, DIED_AT].contains(&name.as_str())
+        {
             headers.insert(name.clone(), value.clone());
         }
     }

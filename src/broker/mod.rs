@@ -18,6 +18,7 @@ mod publisher;
 mod settings;
 mod subscription;
 mod topology;
+mod turn;
 
 pub use dead::{DeadLetter, DeadLetters};
 pub use delivery::Delivery;
@@ -27,6 +28,7 @@ pub use message::Properties;
 pub use publisher::{Outgoing, Routed};
 pub use settings::{AmqpUrl, InvalidUrl, QueueKind, Settings, Tls};
 pub use subscription::{Notice, Subscription};
+pub use turn::Turn;
 
 use std::fmt;
 use std::sync::Arc;
@@ -160,6 +162,11 @@ impl Broker {
         let opened = async { opened.await.unwrap_or(Err(Error::Closed)) };
         self.link.bounded(|| "listen to events".into(), opened).await?;
         Ok(subscription)
+    }
+
+    /// Takes a name for this connection alone; none if another one has it.
+    pub async fn turn(&self, name: &str) -> Result<Option<Turn>, Error> {
+        Turn::take(&self.link, name).await
     }
 
     /// Opens the queue of messages that were given up.

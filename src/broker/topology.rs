@@ -155,12 +155,15 @@ impl Topology {
 }
 
 /// The longest waits of the delay queues. A message that is to come back soon waits behind those before it in its queue,
-/// so those that wait for long have queues of their own.
+/// so those that wait for long have queues of their own, and those that wait for their turn only as well.
 fn delay_seconds(settings: &Settings) -> impl Iterator<Item = u32> {
-    let longest = settings.retry_delay_seconds_max.max(settings.retry_delay_seconds);
-    iter::successors(Some(settings.retry_delay_seconds), move |seconds| {
+    let first = settings.retry_delay_seconds;
+    let longest = settings.retry_delay_seconds_max.max(first);
+    let short = iter::successors(Some(1), |seconds: &u32| seconds.checked_mul(DELAY_STEP));
+    let long = iter::successors(Some(first), move |seconds| {
         (*seconds < longest).then(|| seconds.saturating_mul(DELAY_STEP).min(longest))
-    })
+    });
+    short.take_while(move |seconds| *seconds < first).chain(long)
 }
 
 /// Opens a channel on which every message is confirmed.

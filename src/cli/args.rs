@@ -6,7 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use tracing_subscriber::EnvFilter;
 
 use crate::job::{
@@ -256,6 +256,10 @@ pub struct JobArgs {
     #[arg(long, global = true, value_name = "ID", help_heading = JOB)]
     job_id: Option<JobId>,
 
+    /// Let the job end as failed if it is not done by TIME, as 2026-11-22T06:00:00Z, or 12h or 90m from now [default: never].
+    #[arg(long, global = true, value_name = "TIME", value_parser = deadline, help_heading = JOB)]
+    deadline: Option<Timestamp>,
+
     /// Print the completion event as JSON, and nothing else, on standard output; of submit without --wait, the command.
     #[arg(long, global = true, help_heading = JOB)]
     pub json: bool,
@@ -453,7 +457,8 @@ impl JobArgs {
             WorkArgs::Delete { backup_id } => Work::Delete(backup_id),
             WorkArgs::Verify { backup_id, sample } => Work::Verify(VerifyWork { backup_id, sample }),
         };
-        Ok(Job { id: self.job_id.unwrap_or_else(JobId::random), store: self.store.clone(), work })
+        let id = self.job_id.unwrap_or_else(JobId::random);
+        Ok(Job { id, store: self.store.clone(), deadline: self.deadline, work })
     }
 }
 
@@ -503,6 +508,14 @@ fn age(text: &str) -> Result<SignedDuration, String> {
     match text.parse::<SignedDuration>() {
         Ok(age) if !age.is_negative() => Ok(age),
         _ => Err("write hours, minutes or seconds, such as 12h, 90m or 0s".into()),
+    }
+}
+
+fn deadline(text: &str) -> Result<Timestamp, String> {
+    let wrong = "write a time, such as 2026-11-22T06:00:00Z, or how long from now, such as 12h, 90m or 30s";
+    match text.parse() {
+        Ok(time) => Ok(time),
+        Err(_) => Timestamp::now().checked_add(age(text).map_err(|_| wrong)?).map_err(|_| wrong.into()),
     }
 }
 
@@ -557,7 +570,8 @@ mod tests {
     fn a_backup_job_is_what_was_written() {
         let line = format!(
             "backhaul submit --job-id {ID} backup --volume-id {ID} --backup-id {ID} --source rbd:main/p/i@s --parent {ID} \
-             --store local --container a/b --name n --description d --project-id p --wait --json --priority 9"
+             --store local --container a/b --name n --description d --project-id p --wait --json --priority 9 \
+             --deadline 2026-11-22T06:00:00+01:00"
         );
         let work = BackupWork {
             backup_id: ID.parse().unwrap(),
@@ -570,8 +584,12 @@ mod tests {
             project_id: Some("p".into()),
             volume_meta: None,
         };
-        let expected =
-            Job { id: ID.parse().unwrap(), store: Some("local".parse().unwrap()), work: Work::Backup(work) };
+        let expected = Job {
+            id: ID.parse().unwrap(),
+            store: Some("local".parse().unwrap()),
+            deadline: Some("2026-11-22T05:00:00Z".parse().unwrap()),
+            work: Work::Backup(work),
+        };
         assert_eq!(job(&line), expected);
         let super::Command::Submit(submit) = parse(&line).unwrap().command else { panic!("no submit") };
         assert_eq!((submit.wait, submit.job.json, submit.priority), (true, true, Some(9)));
@@ -586,6 +604,18 @@ mod tests {
         assert_eq!(job(&line).work, Work::Restore(restore));
         assert_eq!(job(&format!("backhaul run delete --backup-id {ID}")).work, Work::Delete(id));
         assert_eq!(job(&format!("backhaul submit verify --backup-id {ID}")).work, Work::Verify(id.into()));
+    }
+
+    #[test]
+    fn a_deadline_is_a_time_or_how_long_from_now() {
+        let line = |deadline: &str| format!("backhaul submit delete --backup-id {ID} --deadline {deadline}");
+        let (before, deadline) = (Timestamp::now(), job(&line("90m")).deadline.unwrap());
+        let wait = SignedDuration::from_mins(90);
+        assert!((before + wait..=Timestamp::now() + wait).contains(&deadline), "{deadline}");
+        for wrong in ["tomorrow", "2026-11-22", "90", "9999999999h"] {
+            let error = parse(&line(wrong)).unwrap_err().to_string();
+            assert!(error.contains("write a time, such as "), "{wrong}: {error}");
+        }
     }
 
     #[test]

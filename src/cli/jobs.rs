@@ -1,5 +1,6 @@
 //! Jobs: sent to the workers, done in this process, cancelled, watched.
 
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -15,7 +16,9 @@ use super::{CANCELLED, Error, FAILED, engine_of, listen, say};
 use crate::broker::{Broker, Properties, Routed};
 use crate::config::Config;
 use crate::event::{self, EventSink};
-use crate::job::{Command, Completion, Context, Event, Happening, Job, JobId, Operation, Outcome, Work};
+use crate::job::{
+    Command, Completion, Context, Event, Happening, Job, JobId, Limit, Operation, Outcome, Pace, Work,
+};
 use crate::message::{self, Received};
 use crate::runner::{self, Attempts, Ended, Report};
 use crate::worker::{self, Stores};
@@ -24,8 +27,7 @@ use crate::worker::{self, Stores};
 const BAR_EVERY: Duration = Duration::from_millis(200);
 /// How long a job may lie in the queue before that is said.
 const TAKEN_UP_SOON: Duration = Duration::from_secs(5);
-const NOT_TAKEN_UP: &str =
-    "no worker has taken the job up yet, and it waits in the queue: the workers are busy, or none runs";
+const NOT_TAKEN_UP: &str = "no worker has taken the job up yet, and it waits: the workers are busy, another job works on the volume, or none runs";
 /// Who tells the events of a job that is done in this process.
 const SOURCE: &str = "/backhaul/run";
 
@@ -147,7 +149,9 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let engine = engine_of(config, &stores, job.store.as_ref()).await?;
     let terminal = Terminal { bar: Bar::new(job.operation()), last: Mutex::default() };
     let report = Report::new(&terminal, &job);
-    let ctx = Context::default();
+    let limit = Arc::new(Limit::new(config.worker.bytes_per_second_max));
+    let pace = Pace::new(Limit::new(config.worker.job_bytes_per_second_max), limit);
+    let ctx = Context { pace, ..Context::default() };
     let attempts = Attempts::one();
     let never = CancellationToken::new();
     let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report, &never);

@@ -8,6 +8,7 @@ mod value;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -54,6 +55,8 @@ pub const SETTINGS: &[&str] = &[
     "worker.jobs_max",
     "worker.memory_bytes_max",
     "worker.cpu_threads_max",
+    "worker.bytes_per_second_max",
+    "worker.job_bytes_per_second_max",
     "worker.file_roots",
     "worker.attempts_max",
     "worker.attempt_seconds_max",
@@ -259,6 +262,12 @@ pub struct Worker {
     /// How many threads hash and compress; one a core by default.
     #[serde(default = "core_count", deserialize_with = "whole::<_, _, 1, 1024>")]
     pub cpu_threads_max: usize,
+    /// How much of their volumes all jobs together read or restore in a second; as much as they can if absent.
+    #[serde(default, deserialize_with = "some_whole::<_, _, 1_048_576, 1_099_511_627_776>")]
+    pub bytes_per_second_max: Option<NonZeroU64>,
+    /// The same for each job.
+    #[serde(default, deserialize_with = "some_whole::<_, _, 1_048_576, 1_099_511_627_776>")]
+    pub job_bytes_per_second_max: Option<NonZeroU64>,
     /// File sources and targets must lie below one of these absolute paths; with none there are no file jobs.
     #[serde(default, deserialize_with = "paths")]
     pub file_roots: Vec<PathBuf>,
@@ -555,7 +564,7 @@ struct StoreSection {
     #[serde(default = "unchanged_check_per_mille", deserialize_with = "whole::<_, _, 0, 1_000>")]
     unchanged_check_per_mille: u32,
     /// What it is by default depends on the kind.
-    #[serde(default, deserialize_with = "some_whole::<_, 0, 65_535>")]
+    #[serde(default, deserialize_with = "some_whole::<_, _, 0, 65_535>")]
     source_snapshots_max: Option<u32>,
     #[serde(default)]
     journaling: bool,

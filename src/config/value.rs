@@ -73,13 +73,14 @@ where
 }
 
 /// The same for a setting whose default is not told here.
-pub(super) fn some_whole<'de, D, const MIN: u64, const MAX: u64>(
+pub(super) fn some_whole<'de, D, T, const MIN: u64, const MAX: u64>(
     deserializer: D,
-) -> Result<Option<u32>, D::Error>
+) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,
+    T: TryFrom<u64>,
 {
-    whole::<_, u32, MIN, MAX>(deserializer).map(Some)
+    whole::<_, T, MIN, MAX>(deserializer).map(Some)
 }
 
 /// Reads a text that `take` accepts; `expected` says which texts those are.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::Counts;
+use super::{Counts, Pace};
 use crate::error::Problem;
 
 /// Says that somebody asked for the end of the job.
@@ -19,6 +19,8 @@ pub struct Cancelled;
 pub struct Context {
     /// Fires when the job is to end; engines look at it between chunks.
     pub cancel: CancellationToken,
+    /// How fast the job may be.
+    pub pace: Pace,
     /// Where engines count what they do.
     pub progress: Arc<Progress>,
     /// Why the job is not done by the method that was planned first.
@@ -40,6 +42,15 @@ impl Context {
     /// Fails when the job is to end.
     pub fn check(&self) -> Result<(), Cancelled> {
         if self.cancel.is_cancelled() { Err(Cancelled) } else { Ok(()) }
+    }
+
+    /// Waits until `bytes` of a volume may be moved; fails when the job is to end.
+    pub async fn pace(&self, bytes: u64) -> Result<(), Cancelled> {
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(Cancelled),
+            () = self.pace.pass(bytes) => Ok(()),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod event;
 mod ids;
 mod location;
 mod names;
+mod pace;
 mod record;
 mod sample;
 
@@ -18,11 +19,13 @@ pub use event::{Event, Happening};
 pub use ids::{BackupId, InvalidId, JobId, VolumeId};
 pub use location::{InvalidLocation, Location, RbdImage};
 pub use names::{Container, InvalidName, StoreName};
+pub use pace::{Limit, Pace};
 pub use record::{Checkpoint, Record, RecordState, SourceSnapshot, Verified};
 pub use sample::{InvalidSample, Sample};
 
 use std::fmt;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// What a job does.
@@ -64,6 +67,8 @@ pub struct Job {
     pub id: JobId,
     /// The store to work on; the default one if absent.
     pub store: Option<StoreName>,
+    /// When it must have ended; never if absent.
+    pub deadline: Option<Timestamp>,
     /// What to do.
     pub work: Work,
 }
@@ -161,6 +166,11 @@ impl Job {
             Work::Verify(work) => work.backup_id,
             Work::Delete(id) => *id,
         }
+    }
+
+    /// Whether the job must have ended by `now`.
+    pub fn is_late(&self, now: Timestamp) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
     /// The volume, where the job itself names it.

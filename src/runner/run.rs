@@ -37,6 +37,8 @@ pub struct Attempts {
     pub earlier: Vec<Attempt>,
     /// Whether a worker was handed this try before and ended, or was cut off, before the job did.
     pub redelivered: bool,
+    /// Whether the message was put off before it was begun. A copy of it may be left, if the worker that did so has died.
+    pub waited: bool,
     /// How often people brought the job back after it had failed; it begins anew then.
     pub revival_count: u32,
 }
@@ -44,12 +46,20 @@ pub struct Attempts {
 impl Attempts {
     /// A job that is tried once.
     pub fn one() -> Self {
-        Self { current: 1, max: 1, seconds_max: 0, earlier: Vec::new(), redelivered: false, revival_count: 0 }
+        Self {
+            current: 1,
+            max: 1,
+            seconds_max: 0,
+            earlier: Vec::new(),
+            redelivered: false,
+            waited: false,
+            revival_count: 0,
+        }
     }
 
     /// Whether another worker may have begun the job, and still be at it.
     pub fn was_out_before(&self) -> bool {
-        self.redelivered || self.current > 1
+        self.redelivered || self.waited || self.current > 1
     }
 
     fn is_last(&self) -> bool {
@@ -118,6 +128,9 @@ pub async fn run(
     account.attempt_count = account.attempt_count.saturating_add(restart_count);
     let mut methods = plan(job, &engine.strategies(&job.work)).into_iter().peekable();
     let mut outcome = loop {
+        if let Some(problem) = late(job).filter(|_| !ctx.cancel.is_cancelled()) {
+            break Outcome::Failed(problem);
+        }
         if restart_count > RESTARTS_MAX {
             let message = format!(
                 "{restart_count} times the job was begun by a worker that ended before the job did: look into the logs for \
@@ -136,14 +149,17 @@ pub async fn run(
         info!(%method, attempt = account.attempt_count, "started");
 
         let (fallback_reason, hold) = (account.fallback_reason.clone(), hold.clone());
-        let ctx = &Context { fallback_reason, hold, ..ctx.clone() };
-        let error = match attempt(ctx, engine, job, method, progress_every, report).await {
-            Ok(receipt) => {
-                take_in(&mut account, receipt);
-                break Outcome::Succeeded;
-            }
-            Err(error) => error,
-        };
+        // The deadline fires this one, so that it is known from a cancel.
+        let stop = ctx.cancel.child_token();
+        let attempt_ctx = Context { cancel: stop, fallback_reason, hold, ..ctx.clone() };
+        let error =
+            match attempt(&attempt_ctx, &ctx.cancel, engine, job, method, progress_every, report).await {
+                Ok(receipt) => {
+                    take_in(&mut account, receipt);
+                    break Outcome::Succeeded;
+                }
+                Err(error) => error,
+            };
         let reading = ctx.progress.read();
         account.counts = reading.counts;
         account.volume_bytes = Some(reading.bytes_total).filter(|bytes| *bytes > 0);
@@ -158,7 +174,10 @@ pub async fn run(
             }
             // If somebody asked for its end as well, the next worker finds that out.
             (Class::Cancelled, _) if hand_back.is_cancelled() => return Ended::HandedBack,
-            (Class::Cancelled, _) => break Outcome::Cancelled,
+            (Class::Cancelled, _) => {
+                let late = late(job).filter(|_| !ctx.cancel.is_cancelled());
+                break late.map_or(Outcome::Cancelled, Outcome::Failed);
+            }
             // Whoever took over ends the job; giving up here would take it from under them.
             _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
             (Class::Transient, _) if !attempts.is_last() => return Ended::Later(problem),
@@ -219,9 +238,13 @@ fn taken_over(job: &Job) -> Problem {
 
 /// Ends a job that cannot even be begun, or puts it off where the problem may pass.
 pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &Report<'_>) -> Ended {
-    if problem.class == Class::Transient && !attempts.is_last() {
-        return Ended::Later(problem);
-    }
+    let problem = match late(job) {
+        Some(late) if problem.class == Class::Transient => {
+            Problem { causes: vec![problem.to_string()], ..late }
+        }
+        None if problem.class == Class::Transient && !attempts.is_last() => return Ended::Later(problem),
+        _ => problem,
+    };
     let completion = Completion {
         job_id: job.id,
         operation: job.operation(),
@@ -244,9 +267,20 @@ fn account(attempts: &Attempts) -> Account {
     }
 }
 
-/// Does the job by one method, telling meanwhile how far it is.
+/// Why a job has failed that is not done by its deadline.
+fn late(job: &Job) -> Option<Problem> {
+    let deadline = job.deadline.filter(|_| job.is_late(Timestamp::now()))?;
+    let message = format!(
+        "the job was not done by its deadline, {deadline}: if it is still wanted, send it anew, with a later deadline or none"
+    );
+    Some(Problem { class: Class::Permanent, message, causes: Vec::new() })
+}
+
+/// Does the job by one method, telling meanwhile how far it is. Fires `cancel` when somebody has asked for the end of the job,
+/// and the token of the context, a child of that one, at the deadline.
 async fn attempt(
     ctx: &Context,
+    cancel: &CancellationToken,
     engine: &Engine,
     job: &Job,
     method: Method,
@@ -260,18 +294,29 @@ async fn attempt(
         }
     };
     // Whoever asked for the end of the job may not have reached this worker.
-    let cancel = async {
+    let cancelled = async {
         loop {
             tokio::time::sleep(CANCEL_LOOK).await;
             if engine.catalog().is_cancelled(job.id).await.unwrap_or(false) {
-                ctx.cancel.cancel();
+                cancel.cancel();
             }
         }
+    };
+    let late = async {
+        while !job.is_late(Timestamp::now()) {
+            let left = job.deadline.map(|deadline| deadline.duration_since(Timestamp::now()));
+            let left = left.and_then(|left| Duration::try_from(left).ok()).unwrap_or(CANCEL_LOOK);
+            // Not all of it at once, for the clock may be set.
+            tokio::time::sleep(left.min(CANCEL_LOOK)).await;
+        }
+        ctx.cancel.cancel();
+        std::future::pending().await
     };
     tokio::select! {
         result = engine.run(ctx, job, method) => result,
         never = progress => never,
-        never = cancel => never,
+        never = cancelled => never,
+        never = late => never,
     }
 }
 

@@ -109,8 +109,10 @@ pub(crate) fn command() -> impl Strategy<Value = Command> {
         1 => backup_id().prop_map(Work::Delete),
         1 => verify,
     ];
-    let job = (job_id(), of(store()), work)
-        .prop_map(|(id, store, work)| Command::Run(Box::new(Job { id, store, work })));
+    let deadline = (0..4_000_000_000_i64, 0..1_000_000_000_i32)
+        .prop_map(|(second, nanosecond)| Timestamp::new(second, nanosecond).unwrap());
+    let job = (job_id(), of(store()), of(deadline), work)
+        .prop_map(|(id, store, deadline, work)| Command::Run(Box::new(Job { id, store, deadline, work })));
     prop_oneof![8 => job, 1 => job_id().prop_map(Command::Cancel)]
 }
 

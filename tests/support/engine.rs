@@ -208,7 +208,7 @@ pub(crate) fn runtime() -> Runtime {
 }
 
 pub(crate) fn job(work: Work) -> Job {
-    Job { id: JobId::random(), store: None, work }
+    Job { id: JobId::random(), store: None, deadline: None, work }
 }
 
 /// A job that backs the file up under a new id.

@@ -243,16 +243,19 @@ impl Chunked {
         let mut reserved = runtime.block_on(self.memory.reserve(length + packed_bytes));
         let packed = reserved.split(packed_bytes);
         let mut bytes = vec![0; length];
+        // What comes at once is to be little where there is to be little in a second.
+        let batch_bytes_max = if ctx.pace.is_limited() { READ_BYTES_MAX } else { READS_BYTES_MAX };
         let mut reads = reads(&mut bytes, &ranges, offset).into_iter().peekable();
         while reads.peek().is_some() {
-            ctx.check()?;
-            let mut bytes_left = READS_BYTES_MAX;
+            let mut bytes_left = batch_bytes_max;
             let batch = std::iter::from_fn(|| {
                 let read = reads.next_if(|read| read.buffer.len() <= bytes_left)?;
                 bytes_left -= read.buffer.len();
                 Some(read)
             });
-            source.read_all(batch.take(READS_MAX).collect()).map_err(|(at, error)| failed(at, error))?;
+            let batch: Vec<_> = batch.take(READS_MAX).collect();
+            runtime.block_on(ctx.pace((batch_bytes_max - bytes_left) as u64))?;
+            source.read_all(batch).map_err(|(at, error)| failed(at, error))?;
         }
         Ok(Chunk {
             offset,

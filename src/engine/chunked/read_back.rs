@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use md5::Digest as _;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinError;
 
@@ -374,7 +375,7 @@ impl ObjectReader {
         stored: &mut StoredReader,
         expected: &Expected,
     ) -> Result<Md5, Fault> {
-        let entry = &item.object.entry;
+        let (entry, runtime) = (&item.object.entry, Handle::current());
         let mut head = Vec::new();
         stored.by_ref().take(ZERO_OBJECT_BYTES_MAX as u64 + 1).read_to_end(&mut head).map_err(Fault::Read)?;
         let key =
@@ -390,8 +391,8 @@ impl ObjectReader {
         let mut md5 = md5::Md5::new();
         let (mut offset, mut all_zero) = (entry.offset, true);
         while offset < entry.end() {
-            self.ctx.check().map_err(Error::from)?;
             let length = (entry.end() - offset).min(piece.len() as u64) as usize;
+            runtime.block_on(self.ctx.pace(length as u64)).map_err(Error::from)?;
             let piece = &mut piece[..length];
             if read_full(&mut unpacked, piece).map_err(Fault::Read)? < length {
                 let why =

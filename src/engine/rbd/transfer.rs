@@ -110,6 +110,8 @@ impl Transfer {
             let counts = Counts { bytes_hole: length, ..Counts::default() };
             return Ok(Moved { first_block, blocks, counts });
         }
+        // Before it has memory, for which other jobs may wait.
+        self.ctx.pace(length).await?;
         // In this order everywhere, so that nobody waits for ever.
         let in_flight = in_flight.reserve(length as usize).await;
         let memory = self.memory.reserve(length as usize).await;

@@ -30,6 +30,8 @@ struct Wire {
     #[serde(skip_serializing_if = "Option::is_none")]
     store: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    deadline: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     backup_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     volume_id: Option<String>,
@@ -108,6 +110,7 @@ impl Wire {
             operation: operation.into(),
             job_id: job_id.to_string(),
             store: None,
+            deadline: None,
             backup_id: None,
             volume_id: None,
             source: None,
@@ -162,7 +165,8 @@ impl Wire {
             return Err(Fault(Reason::ImpossibleValue, text));
         }
         let store = optional("store", self.store.as_deref())?;
-        Ok(Command::Run(Box::new(Job { id, store, work })))
+        let deadline = optional("deadline", self.deadline.as_deref())?;
+        Ok(Command::Run(Box::new(Job { id, store, deadline, work })))
     }
 }
 
@@ -188,6 +192,7 @@ pub fn encode_command(command: &Command) -> Vec<u8> {
         Command::Run(job) => {
             let mut wire = Wire::new(job.operation().as_str(), job.id);
             wire.store = job.store.as_ref().map(ToString::to_string);
+            wire.deadline = job.deadline.map(|time| time.to_string());
             wire.backup_id = Some(job.backup_id().to_string());
             wire.volume_id = job.volume_id().map(|id| id.to_string());
             match &job.work {

@@ -15,8 +15,9 @@ const FAULTS_SHOWN_MAX: usize = 3;
 const VALUE_CHARS_MAX: usize = 64;
 
 /// What the schemas of the commands share.
-const COMMON: [&str; 8] = [
+const COMMON: [&str; 9] = [
     include_str!("../../../schemas/common/container.json"),
+    include_str!("../../../schemas/common/deadline.json"),
     include_str!("../../../schemas/common/id.json"),
     include_str!("../../../schemas/common/line.json"),
     include_str!("../../../schemas/common/paragraph.json"),
