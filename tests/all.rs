@@ -33,6 +33,7 @@ mod model;
 mod rbd;
 #[cfg(feature = "ceph")]
 mod rbd_to_chunked;
+mod resume;
 mod runner;
 mod s3;
 mod stopping;
