@@ -409,7 +409,7 @@ impl Engine {
         Ok(match &self.format {
             Format::Chunked(chunked) => {
                 let source = source.open(record, parent).await?;
-                Unfinished::Chunked(chunked.backup(ctx, record, volume_meta, parent, source).await?)
+                Unfinished::Chunked(Box::new(chunked.backup(ctx, record, volume_meta, parent, source).await?))
             }
             #[cfg(feature = "ceph")]
             Format::Rbd(rbd) => Unfinished::Rbd(rbd.backup(ctx, record, volume_meta, parent, source).await?),
@@ -774,7 +774,7 @@ fn read_receipt(ctx: &Context, record: &Record, digest: Option<String>) -> Recei
 
 /// A backup that is whole but for what makes it visible.
 enum Unfinished {
-    Chunked(chunked::Unfinished),
+    Chunked(Box<chunked::Unfinished>),
     #[cfg(feature = "ceph")]
     Rbd(rbd::Unfinished),
 }
