@@ -17,6 +17,7 @@ mod config;
 mod contracts;
 mod damage;
 mod export_record;
+mod faults;
 mod gc;
 mod gcs;
 #[cfg(feature = "ceph")]

@@ -744,7 +744,7 @@ async fn what_is_not_in_the_store_is_named() {
 /// Says to a test that was started again which part of it to do, and in which folder.
 const FOLDER_VARIABLE: &str = "BACKHAUL_TEST_FOLDER";
 
-/// Starts this test again, by its name, in `command`, which must begin another program with the arguments that it is
+/// Starts this test again, by its whole name, in `command`, which must begin another program with the arguments that it is
 /// given. The test finds `folder` in its environment.
 fn again(mut command: Command, test: &str, folder: &Path) {
     let output =
@@ -785,7 +785,7 @@ async fn a_full_disk_is_told_and_what_was_there_stays_whole() {
         }
         command.args(["--mount", "sh", "-c", script]);
         command.arg(folder.path()).arg("--").arg(std::env::current_exe().unwrap());
-        return again(command, "a_full_disk_is_told_and_what_was_there_stays_whole", folder.path());
+        return again(command, "damage::a_full_disk_is_told_and_what_was_there_stays_whole", folder.path());
     };
     fs::create_dir(folder.join("store")).unwrap();
     let engine = engine_in(&folder);
@@ -858,7 +858,7 @@ async fn what_may_not_be_read_or_written_is_named() {
         if fs::metadata(folder.path()).unwrap().uid() == 0 {
             command.uid(65_534).gid(65_534);
         }
-        return again(command, "what_may_not_be_read_or_written_is_named", folder.path());
+        return again(command, "damage::what_may_not_be_read_or_written_is_named", folder.path());
     };
     fs::create_dir(folder.join("store")).unwrap();
     let engine = engine_in(&folder);

@@ -750,8 +750,60 @@ mod rados {
 
     /// The RADOS object that a part of an object is.
     fn part(pool: &Pool, name: &ObjectName, number: usize) -> String {
-        let entry = String::from_utf8(pool.map_value(INDEX, &name.name).unwrap().unwrap()).unwrap();
-        format!("{name}/.{}.{number}", entry.split(' ').nth(2).unwrap())
+        format!("{name}/.{}.{number}", id_of(&pool.map_value(INDEX, &name.name).unwrap().unwrap()))
+    }
+
+    /// The id in an entry of the index.
+    fn id_of(entry: &[u8]) -> String {
+        let id = entry.split(|byte| *byte == b' ').nth(2).unwrap();
+        str::from_utf8(id).unwrap().to_owned()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_small_object_lies_in_the_index_and_takes_the_place_of_a_large_one_as_that_one_of_it() {
+        let (bench, pool) = bench();
+        let name = bench.name("a");
+        let entry = || pool.map_value(INDEX, &name.name).unwrap().unwrap();
+        let [small, large] = [junk(16 << 10), junk((16 << 10) + 1)];
+
+        bench.store.put(&name, small.clone()).await.unwrap();
+        assert!(entry().ends_with(&small));
+        assert_eq!(pool.object_bytes(&format!("{name}/.{}.0", id_of(&entry()))).unwrap(), None);
+        assert!(bench.store.put(&name, junk(3)).await.is_err());
+
+        assert!(bench.store.swap(&name, small.clone(), large.clone()).await.unwrap());
+        let parts = [part(&pool, &name, 0)];
+        assert_eq!(pool.object_bytes(&parts[0]).unwrap(), Some(large.len() as u64));
+        assert_eq!(bench.read(&name).await.unwrap(), large);
+        assert!(!bench.store.swap(&name, small.clone(), junk(3)).await.unwrap());
+
+        assert!(bench.store.swap(&name, large.clone(), small.clone()).await.unwrap());
+        assert_eq!(pool.object_bytes(&parts[0]).unwrap(), None);
+        assert_eq!(bench.read(&name).await.unwrap(), small);
+
+        bench.store.replace(&name, large.clone()).await.unwrap();
+        let parts = [part(&pool, &name, 0)];
+        bench.store.replace(&name, Bytes::new()).await.unwrap();
+        assert_eq!(pool.object_bytes(&parts[0]).unwrap(), None);
+        assert_eq!(bench.read(&name).await.unwrap(), Bytes::new());
+        assert_eq!(bench.left().await, BTreeSet::new());
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_entry_that_lacks_bytes_is_damaged_and_can_be_deleted() {
+        let (bench, pool) = bench();
+        let name = bench.name("a");
+        bench.store.put(&name, junk(100)).await.unwrap();
+        let mut entry = pool.map_value(INDEX, &name.name).unwrap().unwrap();
+        entry.pop();
+        assert!(pool.change_map(INDEX, &[MapChange::Set(&name.name, &entry)]).unwrap());
+
+        let error = bench.read(&name).await.unwrap_err();
+
+        assert!(error.to_string().contains("has 99 bytes of 100"), "{error}");
+        bench.store.delete(&name).await.unwrap();
+        bench.clean().await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -892,10 +944,12 @@ mod rados {
         let name = |number: u32| folder.object(&format!("{number}")).unwrap();
         let until = Instant::now() + Duration::from_secs(120);
 
+        // What is smaller makes no RADOS object of its own, which is what the quota counts.
+        let bytes = junk(32 << 10);
         // The cluster counts now and then only, so that there is room for more than the quota until it has.
         let mut put = 0;
         let error = loop {
-            match store.put(&name(put), junk(1)).await {
+            match store.put(&name(put), bytes.clone()).await {
                 Ok(()) => put += 1,
                 Err(error) => break error,
             }
@@ -906,7 +960,7 @@ mod rados {
             store.delete(&name(number)).await.unwrap();
         }
         assert_eq!(store.list(&folder, "").await.unwrap(), []);
-        while let Err(error) = store.put(&name(0), junk(1)).await {
+        while let Err(error) = store.put(&name(0), bytes.clone()).await {
             assert!(matches!(error.reason(), Reason::Full), "{error:?}");
             assert!(Instant::now() < until, "nothing fits into the pool, which is empty");
             tokio::time::sleep(Duration::from_millis(200)).await;

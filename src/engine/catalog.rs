@@ -12,10 +12,12 @@ use jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use tracing::warn;
 use uuid::Uuid;
 
 use super::chunked::digest::sha256;
 use super::error::Error;
+use crate::error::Causes;
 use crate::job::{
     BackupId, Completion, Hold, JobId, Operation, Outcome, Record, RecordState, Verified, VolumeId,
 };
@@ -439,8 +441,12 @@ impl Catalog {
 
     async fn forget(&self, name: &ObjectName) -> Result<(), Error> {
         self.store.delete(name).await?;
-        // What a worker left that was killed while it wrote it.
-        Ok(self.store.tidy(&name.folder, &name.name).await?)
+        // What a worker left that was killed while it wrote it. It is in nobody's way, and `gc` finds it: what is done must
+        // not be told as failed for that.
+        if let Err(error) = self.store.tidy(&name.folder, &name.name).await {
+            warn!(object = %name, error = %Causes(&error), "what a worker that died may have left was not looked for");
+        }
+        Ok(())
     }
 
     async fn read<T: DeserializeOwned>(&self, name: &ObjectName) -> Result<Option<T>, Error> {

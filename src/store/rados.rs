@@ -6,8 +6,12 @@
 //! spares a listing the pool, which has millions of other objects. The map remembers parts that are to be removed, too,
 //! before there are any: those of a writer until it finishes, and those of an object that is replaced or deleted.
 //!
+//! An object that is small and written at once, as nearly all records are, has no parts: it lies in the map itself, so that
+//! one request writes it, and one reads it.
+//!
 //! ```text
-//! <folder>/.index                 map: <name>        its size, the size of its parts, its id
+//! <folder>/.index                 map: <name>        its size, the size of its parts, its id, and its time; after a line
+//!                                                    feed, if it lies here, its bytes
 //!                                      .<name>/.<id>  parts to remove: `writing`, `abandoned`, or what <name> had
 //!                                      .newest        the id that was begun last; with nothing else, the index may go
 //! <folder>/<name>/.<id>.<number>  a part
@@ -30,6 +34,8 @@ use crate::ceph::{MapChange, Pool};
 
 /// What a part has, but for the last one. RBD and the gateway for S3 cut what they store into pieces of this size, too.
 const PART_BYTES: usize = 4 << 20;
+/// What lies in the index at most. Whoever lists a folder reads all of these, so they must be small.
+const INLINE_BYTES_MAX: usize = 16 << 10;
 /// How often something is tried that somebody else was faster with.
 const TRIES_MAX: u32 = 20;
 
@@ -67,15 +73,11 @@ impl Rados {
 #[async_trait]
 impl ObjectStore for Rados {
     async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.at("write", object, move |place| Unfinished::begin(place)?.write_all(&bytes)?.publish_new())
-            .await
+        self.at("write", object, move |place| place.write_new(&bytes)).await
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
-        self.at("write", object, move |place| {
-            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::Over).map(drop)
-        })
-        .await
+        self.at("write", object, move |place| place.write(&bytes, Publish::Over).map(drop)).await
     }
 
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
@@ -95,14 +97,14 @@ impl ObjectStore for Rados {
             if !rest.is_empty() {
                 return Ok(false);
             }
-            Unfinished::begin(place)?.write_all(&bytes)?.publish(Publish::Instead(contents))
+            place.write(&bytes, Publish::Instead(contents))
         })
         .await
     }
 
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
-        let unfinished = self.at("create", object, Unfinished::begin).await?;
-        Ok(Box::new(Writer { object: object.clone(), buffer: BytesMut::new(), unfinished: Some(unfinished) }))
+        let stage = Stage::Buffered(Place { pool: self.pool.clone(), object: object.clone() });
+        Ok(Box::new(Writer { object: object.clone(), buffer: BytesMut::new(), stage }))
     }
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
@@ -196,32 +198,58 @@ fn index(folder: &Folder) -> String {
 }
 
 /// What the index says of an object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Contents {
     bytes: u64,
     part_bytes: u64,
     id: Uuid,
     /// When it was written, by the clock of who did so; older entries do not say it.
     written_seconds: Option<i64>,
+    /// All of it, if it has no parts.
+    inline: Option<Bytes>,
 }
 
 impl Contents {
+    /// Those of an object that is finished now.
+    fn new(bytes: u64, id: Uuid, inline: Option<Bytes>) -> Self {
+        let written_seconds = Some(Timestamp::now().as_second());
+        Self { bytes, part_bytes: PART_BYTES as u64, id, written_seconds, inline }
+    }
+
     fn encode(&self) -> Vec<u8> {
         let written = self.written_seconds.map_or(String::new(), |seconds| format!(" {seconds}"));
-        format!("{} {} {}{written}", self.bytes, self.part_bytes, self.id.simple()).into_bytes()
+        let mut entry =
+            format!("{} {} {}{written}", self.bytes, self.part_bytes, self.id.simple()).into_bytes();
+        if let Some(inline) = &self.inline {
+            entry.push(b'\n');
+            entry.extend_from_slice(inline);
+        }
+        entry
     }
 
     fn parse(entry: &[u8]) -> io::Result<Self> {
+        let end = entry.iter().position(|byte| *byte == b'\n');
+        let (line, inline) = match end {
+            Some(end) => (&entry[..end], Some(Bytes::copy_from_slice(&entry[end + 1..]))),
+            None => (entry, None),
+        };
         let fields = || {
-            let mut fields = std::str::from_utf8(entry).ok()?.split(' ');
+            let mut fields = std::str::from_utf8(line).ok()?.split(' ');
             let bytes = fields.next()?.parse().ok()?;
             let part_bytes = fields.next()?.parse().ok().filter(|bytes| *bytes > 0)?;
             let id = fields.next()?.parse().ok()?;
             let written_seconds = fields.next().and_then(|seconds| seconds.parse().ok());
-            Some(Self { bytes, part_bytes, id, written_seconds })
+            Some(Self { bytes, part_bytes, id, written_seconds, inline: inline.clone() })
         };
-        fields()
-            .ok_or_else(|| damaged(format!("its entry in the index is {:?}", String::from_utf8_lossy(entry))))
+        let contents = fields().ok_or_else(|| {
+            damaged(format!("its entry in the index is {:?}", String::from_utf8_lossy(line)))
+        })?;
+        match inline.map(|inline| inline.len() as u64) {
+            Some(found) if found != contents.bytes => {
+                Err(damaged(format!("its entry in the index has {found} bytes of {}", contents.bytes)))
+            }
+            _ => Ok(contents),
+        }
     }
 
     fn modified(&self) -> Option<Timestamp> {
@@ -229,7 +257,7 @@ impl Contents {
     }
 
     fn part_count(&self) -> u64 {
-        self.bytes.div_ceil(self.part_bytes)
+        if self.inline.is_some() { 0 } else { self.bytes.div_ceil(self.part_bytes) }
     }
 }
 
@@ -297,6 +325,11 @@ impl Place {
 
     /// Reads what an object has from `offset` on, up to the end of a part; nothing at its end.
     fn piece(&self, contents: &Contents, offset: u64) -> io::Result<Option<Bytes>> {
+        if let Some(inline) = &contents.inline {
+            return Ok(
+                Some(inline.slice(offset.min(contents.bytes) as usize..)).filter(|piece| !piece.is_empty())
+            );
+        }
         let within = offset % contents.part_bytes;
         let left = contents.bytes.saturating_sub(offset).min(contents.part_bytes - within);
         let length = left.min(PIECE_BYTES as u64) as usize;
@@ -318,11 +351,59 @@ impl Place {
         Err(damaged(format!("part {} of {}, {part}, is {problem}", number + 1, contents.part_count())))
     }
 
+    fn write_new(self, bytes: &[u8]) -> io::Result<()> {
+        as_new(self.write(bytes, Publish::New)?)
+    }
+
+    /// Writes a whole object, and says whether it could: whether there was nothing else of its name than there may be.
+    fn write(self, bytes: &[u8], publish: Publish) -> io::Result<bool> {
+        if bytes.len() > INLINE_BYTES_MAX {
+            return Unfinished::begin(self)?.write_all(bytes)?.publish(publish);
+        }
+        let id = Uuid::new_v4();
+        let newest = MapChange::Set(NEWEST, id.as_bytes());
+        let contents = Contents::new(bytes.len() as u64, id, Some(Bytes::copy_from_slice(bytes))).encode();
+        // Mostly it is known what there is, and need not be asked for.
+        let mut old = match &publish {
+            Publish::New => Vec::new(),
+            Publish::Instead(contents) => contents.encode(),
+            Publish::Over => self.entry()?.unwrap_or_default(),
+        };
+        for _ in 0..TRIES_MAX {
+            let old_leftover = self.leftover_of(&old);
+            let mut changes =
+                vec![MapChange::Expect(self.key(), &old), MapChange::Set(self.key(), &contents), newest];
+            changes.extend(old_leftover.iter().map(|key| MapChange::Set(key, &old)));
+            if self.change(&changes)? {
+                if old_leftover.is_some() {
+                    self.remove_leftovers()?;
+                }
+                return Ok(true);
+            }
+            let found = self.entry()?;
+            if !publish.may_replace(found.as_deref()) {
+                return Ok(false);
+            }
+            if found.is_none() {
+                // There may be no index to compare with.
+                self.change(&[newest])?;
+            }
+            old = found.unwrap_or_default();
+        }
+        Err(overtaken())
+    }
+
+    /// The key under which the parts that an entry tells of are to be removed; none if it has none. What cannot be read
+    /// has nothing that could be removed, either.
+    fn leftover_of(&self, entry: &[u8]) -> Option<String> {
+        let contents = Contents::parse(entry).ok().filter(|contents| contents.inline.is_none())?;
+        Some(self.leftover_key(contents.id))
+    }
+
     fn delete(self) -> io::Result<()> {
         let mut tries_left = TRIES_MAX;
         while let Some(entry) = self.entry()? {
-            // What cannot be read has nothing that could be removed, either.
-            let leftover = Contents::parse(&entry).map(|contents| self.leftover_key(contents.id));
+            let leftover = self.leftover_of(&entry);
             let mut changes = vec![MapChange::Expect(self.key(), &entry), MapChange::Remove(self.key())];
             changes.extend(leftover.iter().map(|key| MapChange::Set(key, &entry)));
             if self.change(&changes)? {
@@ -360,6 +441,11 @@ impl Place {
         self.change(&[MapChange::Remove(&self.leftover_key(id))])?;
         Ok(())
     }
+}
+
+/// What a new object is that could not be made visible.
+fn as_new(published: bool) -> io::Result<()> {
+    if published { Ok(()) } else { Err(ErrorKind::AlreadyExists.into()) }
 }
 
 /// Somebody else is at work on the same object, again and again.
@@ -409,7 +495,7 @@ fn remove_empty_index(pool: &Pool, folder: &Folder) -> io::Result<()> {
 }
 
 /// Whether an object may take the place of another one.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 enum Publish {
     New,
     Over,
@@ -418,11 +504,11 @@ enum Publish {
 
 impl Publish {
     /// Whether it may take the place of what the index has for its name.
-    fn may_replace(self, entry: Option<&[u8]>) -> bool {
+    fn may_replace(&self, entry: Option<&[u8]>) -> bool {
         match self {
             Self::New => entry.is_none(),
             Self::Over => true,
-            Self::Instead(contents) => entry == Some(&contents.encode()),
+            Self::Instead(contents) => entry == Some(&contents.encode()[..]),
         }
     }
 }
@@ -468,29 +554,20 @@ impl Unfinished {
     }
 
     fn publish_new(self) -> io::Result<()> {
-        match self.publish(Publish::New)? {
-            true => Ok(()),
-            false => Err(ErrorKind::AlreadyExists.into()),
-        }
+        as_new(self.publish(Publish::New)?)
     }
 
     /// Makes the object visible, and says whether it could: whether there was nothing else of its name than there may be.
     fn publish(mut self, publish: Publish) -> io::Result<bool> {
         let leftover = self.place.leftover_key(self.id);
-        let contents = Contents {
-            bytes: self.bytes,
-            part_bytes: PART_BYTES as u64,
-            id: self.id,
-            written_seconds: Some(Timestamp::now().as_second()),
-        };
-        let contents = contents.encode();
+        let contents = Contents::new(self.bytes, self.id, None).encode();
         for _ in 0..TRIES_MAX {
             let old = self.place.entry()?;
             if !publish.may_replace(old.as_deref()) {
                 return Ok(false);
             }
             let old = old.unwrap_or_default();
-            let old_leftover = Contents::parse(&old).map(|contents| self.place.leftover_key(contents.id));
+            let old_leftover = self.place.leftover_of(&old);
             let mut changes = vec![
                 MapChange::Expect(&leftover, WRITING),
                 MapChange::Expect(self.place.key(), &old),
@@ -526,21 +603,34 @@ impl Drop for Unfinished {
 struct Writer {
     object: ObjectName,
     buffer: BytesMut,
-    unfinished: Option<Unfinished>,
+    stage: Stage,
+}
+
+enum Stage {
+    /// All of it is in the buffer still.
+    Buffered(Place),
+    Begun(Unfinished),
+    /// What a write that failed has left is unknown, so nothing may follow.
+    Failed,
+}
+
+impl Stage {
+    fn begin(self) -> io::Result<Unfinished> {
+        match self {
+            Self::Buffered(place) => Unfinished::begin(place),
+            Self::Begun(unfinished) => Ok(unfinished),
+            Self::Failed => Err(io::Error::other("an earlier write to it failed")),
+        }
+    }
 }
 
 impl Writer {
-    async fn with_unfinished<T: Send + 'static>(
+    async fn advance<T: Send + 'static>(
         &mut self,
-        work: impl FnOnce(Unfinished) -> io::Result<T> + Send + 'static,
+        work: impl FnOnce(Stage) -> io::Result<T> + Send + 'static,
     ) -> Result<T> {
-        // A write that failed took all of it along: what it left is unknown, so nothing may follow.
-        let unfinished = self.unfinished.take();
-        blocking("write", &self.object, move || match unfinished {
-            Some(unfinished) => work(unfinished),
-            None => Err(io::Error::other("an earlier write to it failed")),
-        })
-        .await
+        let stage = std::mem::replace(&mut self.stage, Stage::Failed);
+        blocking("write", &self.object, move || work(stage)).await
     }
 }
 
@@ -551,21 +641,25 @@ impl ObjectWriter for Writer {
         let whole_parts_bytes = self.buffer.len() / PART_BYTES * PART_BYTES;
         if whole_parts_bytes > 0 {
             let parts = self.buffer.split_to(whole_parts_bytes);
-            self.unfinished =
-                Some(self.with_unfinished(move |unfinished| unfinished.write_all(&parts)).await?);
+            self.stage = Stage::Begun(self.advance(move |stage| stage.begin()?.write_all(&parts)).await?);
         }
         Ok(())
     }
 
     async fn finish(mut self: Box<Self>) -> Result<()> {
         let rest = self.buffer.split();
-        self.with_unfinished(move |unfinished| unfinished.write_all(&rest)?.publish_new()).await
+        let finish = move |stage: Stage| match stage {
+            Stage::Buffered(place) => place.write_new(&rest),
+            begun => begun.begin()?.write_all(&rest)?.publish_new(),
+        };
+        self.advance(finish).await
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if let (Some(unfinished), Ok(runtime)) = (self.unfinished.take(), Handle::try_current()) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Failed);
+        if let (Stage::Begun(unfinished), Ok(runtime)) = (stage, Handle::try_current()) {
             runtime.spawn_blocking(move || drop(unfinished));
         }
     }

@@ -24,6 +24,8 @@ pub(crate) enum Fault {
     Cancel(CancellationToken),
     /// The call tells the first that it is about to begin, and waits for the second.
     Pause(Arc<Notify>, Arc<Notify>),
+    /// A byte of what is read or written turns into another one, and the call succeeds. What is read wrong stays so.
+    WrongByte,
     /// The process is gone: no call ever returns again, and nothing is cleaned up.
     Death,
 }
@@ -115,6 +117,8 @@ impl State {
                 return failed(*errno);
             }
             Fault::Cancel(token) => token.cancel(),
+            // Whoever made the call has seen to it.
+            Fault::WrongByte => {}
             Fault::Pause(reached, go_on) => {
                 reached.notify_one();
                 go_on.notified().await;
@@ -127,6 +131,26 @@ impl State {
         }
         self.under_way.spawn(work).await.unwrap()
     }
+}
+
+impl State {
+    /// What is written by the next call, if that is not to be something else.
+    fn written(&self, bytes: Bytes) -> Bytes {
+        if self.is_wrong_next() { with_a_wrong_byte(&bytes) } else { bytes }
+    }
+
+    fn is_wrong_next(&self) -> bool {
+        matches!(self.fault, Fault::WrongByte) && self.calls.load(Ordering::SeqCst) + 1 == self.at
+    }
+}
+
+fn with_a_wrong_byte(bytes: &Bytes) -> Bytes {
+    let mut bytes = bytes.to_vec();
+    let middle = bytes.len() / 2;
+    if let Some(byte) = bytes.get_mut(middle) {
+        *byte ^= 0x10;
+    }
+    bytes.into()
 }
 
 /// Whoever is dead does nothing, and removes no temporary files either.
@@ -148,14 +172,17 @@ macro_rules! pass {
 #[async_trait]
 impl ObjectStore for Faulty {
     async fn put(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        let bytes = self.state.written(bytes);
         pass!(self, put, object, bytes)
     }
 
     async fn replace(&self, object: &ObjectName, bytes: Bytes) -> Result<()> {
+        let bytes = self.state.written(bytes);
         pass!(self, replace, object, bytes)
     }
 
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
+        let bytes = self.state.written(bytes);
         pass!(self, swap, object, was, bytes)
     }
 
@@ -165,6 +192,12 @@ impl ObjectStore for Faulty {
     }
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
+        if self.state.is_wrong_next()
+            && let Ok(pieces) = self.inner.get(object).await
+        {
+            let bytes = pieces.collect(object, 64 << 20).await?;
+            self.inner.replace(object, with_a_wrong_byte(&bytes)).await?;
+        }
         pass!(self, get, object)
     }
 
@@ -212,6 +245,7 @@ struct Writer {
 impl ObjectWriter for Writer {
     async fn write(&mut self, bytes: Bytes) -> Result<()> {
         let mut inner = self.inner.take().unwrap();
+        let bytes = self.state.written(bytes);
         let work = async move {
             inner.write(bytes).await?;
             Ok(inner)
