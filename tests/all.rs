@@ -35,6 +35,7 @@ mod pace;
 mod rbd;
 #[cfg(feature = "ceph")]
 mod rbd_to_chunked;
+mod resume;
 mod runner;
 mod s3;
 mod stopping;

@@ -730,8 +730,8 @@ async fn an_attempt_of_which_no_record_is_left_is_known_by_its_own_list() {
     let record = scene.bench.root().join(format!(".backhaul/records/{}.json", job.backup_id()));
     fs::remove_file(record).unwrap();
     let in_shared = found(&scene.engine(), ANY_AGE).await;
-    // Where its data is nobody knows, so only the list is found.
-    assert_eq!((kinds(&in_shared), in_shared[0].object_count), (vec![Of::Attempt], 1));
+    // Where its data is nobody knows, so only the list of checksums and a note of what was stored are found.
+    assert_eq!((kinds(&in_shared), in_shared[0].object_count), (vec![Of::Attempt], 2));
 
     let mut scene = Scene::new(Kind::Posix).await;
     let job = scene.new_job(false, false);

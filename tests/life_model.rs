@@ -20,7 +20,8 @@
 //! Not in the model: the parking of a delivery whose job runs elsewhere (it comes back as it was, and the question may go
 //! unanswered, so that here it always does), the waiting for another job of the volume (likewise: the turns may be lost),
 //! deadlines, which end a job as an error does, parents and children of a backup, jobs that people bring back, the
-//! checkpoints of an RBD backup. A message that is put off comes back at any time.
+//! checkpoints of an RBD backup, and what a backup in objects copies from the attempts before it: it has names of its own then
+//! as well, and what is gone is put anew. A message that is put off comes back at any time.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -51,6 +52,16 @@ enum Forget {
     AckedAlone,
     /// When it is old: after whatever still runs or waits has ended.
     Old,
+}
+
+/// When what the attempts before have put is removed by who has taken a backup over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Displaced {
+    Never,
+    /// Before anything is put: of an RBD image there is one only.
+    First,
+    /// Before the backup becomes visible: until then objects are taken over from there.
+    Last,
 }
 
 /// What keeps two workers that have the same job from harming each other. A rule that is false is left out.
@@ -86,8 +97,8 @@ struct Design {
     mark_goes_last: bool,
     /// Attempts have objects of their own.
     own_names: bool,
-    /// Whoever takes a backup over removes what the attempt before has put.
-    removes_displaced: bool,
+    /// Whoever takes a backup over removes what the attempts before have put.
+    removes_displaced: Displaced,
     /// A record says that its backup is deleted before anything of that goes.
     delete_marks_first: bool,
     /// The outcome of a delete is kept before the record goes.
@@ -111,7 +122,7 @@ const DESIGN: Design = Design {
     record_before_told: true,
     mark_goes_last: true,
     own_names: true,
-    removes_displaced: true,
+    removes_displaced: Displaced::Last,
     delete_marks_first: true,
     delete_keeps_first: true,
 };
@@ -175,6 +186,8 @@ struct Record {
     writer: Writer,
     /// Only where records are written over whatever is there.
     displaced: Option<Writer>,
+    /// The attempts before, of which something may be left; in the code they are known by the time in their names.
+    earlier: u8,
 }
 
 /// What lies in `.backhaul/outcomes/<job>.json`.
@@ -201,6 +214,7 @@ enum Step {
     Withdraw,
     Copy,
     Stands,
+    RemoveEarlier,
     Finish,
     Save,
     // Engine::restore, Engine::verify
@@ -276,6 +290,8 @@ struct Run {
     displaced: Option<Writer>,
     /// Whose objects are being removed.
     victim: Option<Writer>,
+    /// The attempts before that one, or before its own, of which something may be left.
+    earlier: u8,
     ended: Option<Ended>,
 }
 
@@ -293,7 +309,7 @@ impl Run {
     /// What no later step looks at.
     fn forget_the_store(&mut self) {
         self.claim = Claimed::Not;
-        (self.saw, self.writer, self.displaced, self.victim) = (None, None, None, None);
+        (self.saw, self.writer, self.displaced, self.victim, self.earlier) = (None, None, None, None, 0);
     }
 
     /// The attempts that it knows of.
@@ -302,7 +318,7 @@ impl Run {
         [self.writer, self.displaced, self.victim, saw]
             .into_iter()
             .flatten()
-            .fold(0, |all, writer| all | bit(writer))
+            .fold(self.earlier | self.saw.map_or(0, |record| record.earlier), |all, writer| all | bit(writer))
     }
 
     fn is_held(&self) -> bool {
@@ -347,7 +363,9 @@ struct World {
 impl World {
     /// The attempts that anybody knows of, or that have left objects.
     fn known(&self) -> u8 {
-        let of_record = self.record.map_or(0, |record| bit(record.writer) | record.displaced.map_or(0, bit));
+        let of_record = self
+            .record
+            .map_or(0, |record| bit(record.writer) | record.displaced.map_or(0, bit) | record.earlier);
         let of_runs = self.runs.iter().flatten().flatten().fold(0, |all, run| all | run.known());
         self.data | self.marks | of_record | of_runs
     }
@@ -432,7 +450,12 @@ impl Scene {
     fn beginning(&self) -> World {
         let has_backup = !self.jobs.contains(&Job::Backup);
         let mut world = World {
-            record: has_backup.then_some(Record { state: State::Available, writer: 0, displaced: None }),
+            record: has_backup.then_some(Record {
+                state: State::Available,
+                writer: 0,
+                displaced: None,
+                earlier: 0,
+            }),
             data: u8::from(has_backup),
             marks: u8::from(has_backup),
             kept: [None; 2],
@@ -504,6 +527,7 @@ impl Scene {
                     writer: None,
                     displaced: None,
                     victim: None,
+                    earlier: 0,
                     ended: None,
                 });
             });
@@ -653,7 +677,7 @@ impl Scene {
     fn does_not(&self, run: &mut Run, ended: Ended) {
         run.ended = Some(ended);
         run.step = match (run.step, ended) {
-            (Step::Copy | Step::Finish, _) => Step::Stands,
+            (Step::Copy | Step::RemoveEarlier | Step::Finish, _) => Step::Stands,
             (_, Ended::Later) => Step::MoveTo,
             _ => Step::Conclude,
         };
@@ -711,9 +735,14 @@ impl Scene {
                 }
                 let writer = self.new_writer(world, run);
                 let displaced = if design.swaps_records { None } else { run.saw.map(|record| record.writer) };
-                world.record = Some(Record { state: State::Creating, writer, displaced });
+                let earlier = match design.removes_displaced {
+                    Displaced::Last => run.saw.map_or(0, |saw| self.left_of(world, saw)),
+                    Displaced::Never | Displaced::First => 0,
+                };
+                world.record = Some(Record { state: State::Creating, writer, displaced, earlier });
                 run.writer = Some(writer);
                 run.displaced = displaced;
+                run.earlier = earlier;
                 run.step = Step::LookAgain;
                 if !design.begin_looks_again || run.saw.is_some() {
                     self.begun(run);
@@ -744,11 +773,16 @@ impl Scene {
                     run.step = match run.ended {
                         Some(Ended::Over(_)) => Step::Abandon,
                         Some(Ended::Later) => Step::MoveTo,
+                        None if run.earlier != 0 => Step::RemoveEarlier,
                         None => Step::Finish,
                     };
                 } else {
                     self.give_way(world, run);
                 }
+            }
+            Step::RemoveEarlier => {
+                Self::remove_earlier(world, run);
+                run.step = Step::Finish;
             }
             Step::Finish => {
                 world.marks |= bit(self.names(run.writer.unwrap()));
@@ -764,8 +798,8 @@ impl Scene {
                 if design.swaps_records && !world.record.is_some_and(is_own) {
                     return self.give_way(world, run);
                 }
-                world.record =
-                    Some(Record { state: State::Available, writer: run.writer.unwrap(), displaced: None });
+                let writer = run.writer.unwrap();
+                world.record = Some(Record { state: State::Available, writer, displaced: None, earlier: 0 });
                 let ended = Ended::Over(Outcome::Succeeded);
                 run.ended = Some(ended);
                 run.step = if design.record_before_told { Step::Conclude } else { self.settled_by(ended) };
@@ -782,7 +816,7 @@ impl Scene {
                 if design.delete_marks_first {
                     world.record = Some(Record { state: State::Deleting, ..current });
                 }
-                run.victim = Some(current.writer);
+                (run.victim, run.earlier) = (Some(current.writer), current.earlier);
                 run.step = Step::RemoveMark(Why::Deleted);
             }
             Step::RemoveMark(why) => {
@@ -798,6 +832,9 @@ impl Scene {
             }
             Step::RemoveData(why) => {
                 world.data &= !bit(self.names(run.victim.unwrap()));
+                if matches!(why, Why::Abandoned | Why::Deleted) {
+                    Self::remove_earlier(world, run);
+                }
                 self.removed(run, why);
             }
             Step::Abandon => self.abandon(world, run, job),
@@ -897,6 +934,7 @@ impl Scene {
             (Job::Backup, Some(State::Available)) => over(run, Outcome::Succeeded, Step::Conclude),
             (Job::Backup, Some(State::Error(outcome))) if self.design.first_end_stands => {
                 run.victim = run.saw.map(|record| record.writer);
+                run.earlier = run.saw.map_or(0, |record| record.earlier);
                 over(run, outcome, Step::RemoveMark(Why::Abandoned));
             }
             (Job::Backup, Some(State::Deleting)) => over(run, Outcome::Failed, Step::Abandon),
@@ -928,6 +966,9 @@ impl Scene {
         for writer in [own, victim, replaced].into_iter().flatten() {
             world.past.orphans |= bit(self.names(writer));
         }
+        if own.or(victim).is_some() {
+            world.past.orphans |= run.earlier;
+        }
     }
 
     /// Whether nobody else has claimed the job since, or ended it.
@@ -944,11 +985,29 @@ impl Scene {
         (0..WRITERS).find(|writer| known & bit(*writer) == 0).expect("too few names for attempts")
     }
 
+    /// The attempts up to the one that a record names of which there is something, or may be.
+    fn left_of(&self, world: &World, record: Record) -> u8 {
+        let at_work = world.runs.iter().flatten().flatten().filter_map(|run| run.writer).map(bit);
+        let there = world.data | world.marks | at_work.fold(0, |all, writer| all | writer);
+        (record.earlier | bit(self.names(record.writer))) & there
+    }
+
+    /// `Chunked::remove_earlier_attempts`
+    fn remove_earlier(world: &mut World, run: &mut Run) {
+        let earlier = std::mem::take(&mut run.earlier);
+        world.marks &= !earlier;
+        world.data &= !earlier;
+        world.past.removed |= earlier;
+    }
+
     /// What is done once a backup is begun.
     fn begun(&self, run: &mut Run) {
         run.victim = run.saw.take().map(|record| record.writer);
+        if self.design.removes_displaced != Displaced::First {
+            run.victim = None;
+        }
         run.step = match run.victim {
-            Some(_) if self.design.removes_displaced => Step::RemoveMark(Why::Displaced),
+            Some(_) => Step::RemoveMark(Why::Displaced),
             _ if self.design.mark_goes_last => Step::Copy,
             _ => Step::Finish,
         };
@@ -999,7 +1058,7 @@ impl Scene {
         match current {
             Some(current) if current.state == State::Creating && !self.design.abandon_marks_first => {
                 run.saw = Some(current);
-                run.victim = Some(current.writer);
+                (run.victim, run.earlier) = (Some(current.writer), current.earlier);
                 run.step = Step::RemoveMark(Why::Abandoned);
             }
             Some(current) if current.state != State::Deleting && self.design.abandon_marks_first => {
@@ -1013,7 +1072,7 @@ impl Scene {
                 }
                 world.record = Some(Record { state: State::Error(outcome), ..current });
                 run.saw = None;
-                run.victim = Some(current.writer);
+                (run.victim, run.earlier) = (Some(current.writer), current.earlier);
                 run.step = Step::RemoveMark(Why::Abandoned);
             }
             _ => {
@@ -1102,13 +1161,16 @@ impl Scene {
             Step::RemoveMark(why @ (Why::Abandoned | Why::GaveWay))
             | Step::RemoveData(why @ (Why::Abandoned | Why::GaveWay)) => {
                 world.past.orphans |= bit(self.names(run.victim.unwrap()));
+                if why == Why::Abandoned {
+                    world.past.orphans |= std::mem::take(&mut run.earlier);
+                }
                 self.removed(run, why);
                 if !design.abandon_marks_first && why == Why::Abandoned {
                     run.step = Step::Conclude;
                 }
             }
             Step::Settle { .. } => run.step = Step::Over,
-            Step::Finish | Step::Copy => self.does_not(run, failed),
+            Step::RemoveEarlier | Step::Finish | Step::Copy => self.does_not(run, failed),
             _ => {
                 run.ended = Some(failed);
                 match (failed, job) {
@@ -1140,6 +1202,7 @@ fn says(step: Step) -> &'static str {
         Step::Save => "saves the record as available",
         Step::Read => "reads the backup",
         Step::Mark => "marks the record as deleting",
+        Step::RemoveEarlier => "removes what the attempts before have left",
         Step::RemoveMark(Why::Displaced) => "makes what the attempt before had made invisible",
         Step::RemoveMark(_) => "makes the backup invisible",
         Step::RemoveData(Why::Displaced) => "removes the data of the attempt before",
@@ -1270,7 +1333,9 @@ impl Scene {
         let named = match world.record {
             Some(Record { state: State::Available, writer, .. }) => bit(self.names(writer)),
             // A delete that failed may have left it half gone, and can be done again.
-            Some(Record { state: State::Deleting, writer, .. }) if has_delete => bit(self.names(writer)),
+            Some(Record { state: State::Deleting, writer, earlier, .. }) if has_delete => {
+                bit(self.names(writer)) | earlier
+            }
             _ => 0,
         };
         let left = (world.data | world.marks) & !named & !world.past.orphans;
@@ -1452,6 +1517,13 @@ fn a_backup_keeps_all_rules() {
 }
 
 #[test]
+fn a_backup_in_an_image_keeps_all_rules() {
+    let design = Design { removes_displaced: Displaced::First, ..DESIGN };
+    let outcomes = each(&[Outcome::Succeeded, Outcome::Failed]);
+    assert_eq!(explore_whole(&Scene { design, ..BACKUP_IN_A_BAD_STORE }), outcomes);
+}
+
+#[test]
 fn a_backup_that_is_cancelled_keeps_all_rules() {
     let outcomes = each(&[Outcome::Succeeded, Outcome::Failed, Outcome::Cancelled]);
     assert_eq!(explore_whole(&BACKUP_AND_CANCEL), outcomes);
@@ -1524,7 +1596,7 @@ fn no_rule_of_the_design_can_be_left_out() {
         ("event before record", |d| d.record_before_told = false, BACKUP, Rule::EventAfterRecord),
         ("visible before its data", |d| d.mark_goes_last = false, BACKUP, Rule::VisibleIsWhole),
         ("attempts share names", |d| d.own_names = false, BACKUP, Rule::AvailableIsWhole),
-        ("what was displaced stays", |d| d.removes_displaced = false, BACKUP, Rule::NothingLeft),
+        ("what was displaced stays", |d| d.removes_displaced = Displaced::Never, BACKUP, Rule::NothingLeft),
         ("delete does not mark", |d| d.delete_marks_first = false, DELETE, Rule::AvailableIsWhole),
         ("record goes before outcome", |d| d.delete_keeps_first = false, DELETE, Rule::StateMatches),
     ];

@@ -421,6 +421,7 @@ impl Model {
                 bytes_zero,
                 bytes_hole: 0,
                 bytes_unchanged: 0,
+                bytes_reused: 0,
                 bytes_stored: chain.iter().map(|point| point.bytes_stored).sum(),
                 bytes_written: if written { volume_bytes - bytes_zero } else { 0 },
                 object_count: chain.iter().map(|point| point.object_count).sum(),

@@ -233,6 +233,36 @@ async fn an_object_is_put_once(#[case] kind: Kind) {
 #[case::swift(Kind::Swift)]
 #[case::gateway(Kind::Gateway)]
 #[case::gcs(Kind::Gcs)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_is_whole_and_outlives_what_it_was_made_of(
+    #[case] kind: Kind,
+    #[values(0, 3, 9 * MIB)] bytes: usize,
+) {
+    let bench = Bench::new(kind);
+    let (store, from) = (&bench.store, bench.name("a b+c-00001"));
+    let to = bench.name(if matches!(kind, Kind::Posix) { "copy-00001" } else { "other/copy-00001" });
+    assert!(!store.copy(&from, &to).await.unwrap(), "there is nothing to copy");
+    assert!(is_missing(bench.read(&to).await));
+    let content = Bytes::from(vec![7; bytes]);
+    store.put(&from, content.clone()).await.unwrap();
+
+    assert!(store.copy(&from, &to).await.unwrap());
+    store.delete(&from).await.unwrap();
+
+    assert!(bench.read(&to).await.unwrap() == content);
+    assert!(is_missing(bench.read(&from).await));
+    store.delete(&to).await.unwrap();
+    assert_eq!(bench.left().await, BTreeSet::new());
+    bench.clean().await;
+}
+
+#[rstest]
+#[case::posix(Kind::Posix)]
+#[case::memory(Kind::Memory)]
+#[case::s3(Kind::S3)]
+#[case::swift(Kind::Swift)]
+#[case::gateway(Kind::Gateway)]
+#[case::gcs(Kind::Gcs)]
 #[case::gcs_chunks(Kind::GcsChunks)]
 #[cfg_attr(feature = "ceph", case::rados(Kind::Rados))]
 #[tokio::test(flavor = "multi_thread")]
@@ -1728,6 +1758,9 @@ mod network {
         writer.finish().await.unwrap();
         assert!(bench.read(&small).await.unwrap() == junk(100));
         assert!(bench.read(&large).await.unwrap() == junk(9 * MIB));
+        let copy = bench.name("c");
+        assert!(bench.store.copy(&small, &copy).await.unwrap());
+        assert!(bench.read(&copy).await.unwrap() == junk(100));
         let exists = bench.store.put(&small, junk(1)).await.unwrap_err();
         assert!(matches!(exists.reason(), Reason::Exists), "{}", told(&exists));
 

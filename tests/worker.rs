@@ -126,6 +126,43 @@ async fn a_worker_that_is_killed_during_a_backup_leaves_the_job_to_another_one()
     assert!(fs::read(stack.volume("restored.img")).unwrap() == volume);
 }
 
+/// With SIGKILL, so that nothing is tidied up or noted at the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_that_was_killed_had_stored_is_not_stored_again() {
+    const NOTED: u64 = 256 << 20;
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), ONE_THREAD, "object_bytes = 4194304\ncompression = \"zlib\"");
+    let volume = noise(4, 448 << 20);
+    fs::write(stack.volume("a.img"), &volume).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let first = stack.worker();
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--backup-id", BACKUP, "--json"]))].concat());
+
+    let is_note =
+        |object: &String| object.starts_with(".backhaul/checkpoints/") && !object.contains("/.tmp.");
+    until("something is noted", || stack.objects().iter().any(is_note));
+    first.kill();
+    assert!(!stack.objects().iter().any(|object| object.ends_with("_metadata")), "killed too late");
+    let mut second = stack.worker();
+
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
+    assert_eq!(ended["data"]["bytes_reused"], NOTED, "{ended}");
+    assert_eq!(ended["data"]["bytes_read"], 448 << 20, "{ended}");
+    second.terminate();
+    assert_eq!(second.ended(), 0);
+    assert!(stack.ok(&["show", BACKUP]).contains("took over         256.00 MiB"));
+    // Data objects, metadata, sha256 file, checksums, record and outcome.
+    assert_eq!(stack.objects().len(), 448 / 4 + 5, "{:?}", stack.objects());
+    let target = stack.location("restored.img");
+    stack.ok(&["run", "restore", "--backup-id", BACKUP, "--target", &target]);
+    assert!(fs::read(stack.volume("restored.img")).unwrap() == volume);
+    stack.ok(&["run", "delete", "--backup-id", BACKUP]);
+    let left = stack.objects();
+    assert!(left.iter().all(|object| object.starts_with(".backhaul/outcomes/")), "{left:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_cannot_be_a_job_is_told_and_put_with_the_dead_letters() {
     let rabbit = Rabbit::shared();

@@ -172,8 +172,8 @@ pub fn show(record: &Record, verified: Option<&Verified>) -> String {
         }
     };
     line("verified", &verified);
-    let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_stored, object_count, .. } =
-        record.counts;
+    let Counts { bytes_read, bytes_zero, bytes_hole, bytes_unchanged, bytes_reused, .. } = record.counts;
+    let Counts { bytes_stored, object_count, .. } = record.counts;
     if is_counted(record) {
         // What was neither read nor a hole was known to be as in the parent.
         let unread = record.volume_bytes.saturating_sub(bytes_read + bytes_hole);
@@ -188,6 +188,12 @@ pub fn show(record: &Record, verified: Option<&Verified>) -> String {
             line("skipped", &holes);
         }
         line("stored", &format!("{}{}", bytes(bytes_stored), in_objects(object_count)));
+        if bytes_reused > 0 {
+            line(
+                "took over",
+                &format!("{} of the volume, which an earlier attempt had stored", bytes(bytes_reused)),
+            );
+        }
     } else {
         ["read", "skipped", "stored"].into_iter().for_each(|what| line(what, UNKNOWN));
     }
@@ -309,14 +315,18 @@ fn progress(operation: Operation, reading: &Reading) -> String {
 
 /// What was moved for `bytes_done` of a volume.
 fn moved(operation: Operation, counts: &Counts, bytes_done: u64) -> String {
-    let Counts { bytes_read, bytes_stored, bytes_written, object_count, .. } = *counts;
+    let Counts { bytes_read, bytes_reused, bytes_stored, bytes_written, object_count, .. } = *counts;
+    let reused = match bytes_reused {
+        0 => String::new(),
+        reused => format!(", took over {}", bytes(reused)),
+    };
     let skipped = bytes(skipped(operation, counts, bytes_done));
     let (read, stored) = (bytes(bytes_read), bytes(bytes_stored));
     let objects = in_objects(object_count);
     match operation {
-        Operation::Backup => format!("read {read}, skipped {skipped}, stored {stored}{objects}"),
+        Operation::Backup => format!("read {read}, skipped {skipped}, stored {stored}{objects}{reused}"),
         Operation::Restore => {
-            format!("read {stored}{objects}, skipped {skipped}, wrote {}", bytes(bytes_written))
+            format!("read {stored}{objects}, skipped {skipped}, wrote {}{reused}", bytes(bytes_written))
         }
         Operation::Verify => format!("checked {read}, stored as {stored}{objects}"),
         // Of an image nobody knows how much of it no other backup needs.
@@ -549,6 +559,18 @@ mod tests {
             "failed after 12.3 s and 2 attempts: open the source: no such file: gone"
         );
         assert_eq!(completion(&ended(Operation::Backup, Outcome::Cancelled)), "cancelled after 12.3 s");
+    }
+
+    #[test]
+    fn what_was_taken_over_from_an_earlier_attempt_is_said() {
+        let counts = Counts { bytes_reused: 512 << 20, ..counts() };
+        let text = show(&Record { counts, ..record() }, None);
+        let line = "took over         512.00 MiB of the volume, which an earlier attempt had stored";
+        assert!(text.lines().any(|l| l == line), "{text}");
+        assert!(
+            moved(Operation::Backup, &counts, 1 << 30)
+                .ends_with("300.00 MiB in 21 objects, took over 512.00 MiB")
+        );
     }
 
     #[test]

@@ -292,7 +292,8 @@ impl Engine {
         }
     }
 
-    /// Makes the record that a backup begins with, and removes what an attempt that died has left.
+    /// Makes the record that a backup begins with. What an attempt that died has left, and this one can make no use of, is
+    /// removed.
     #[allow(clippy::too_many_arguments)]
     async fn begin(
         &self,
@@ -326,10 +327,17 @@ impl Engine {
         #[cfg(feature = "ceph")]
         let record = rbd::with_source_snapshot(record, source).await?;
         match earlier {
-            // What an attempt that died has left; its names are not ours, so that it can do no harm if it still lives.
+            // Its names are not ours, so that it can do no harm if it still lives.
             Some(earlier) => {
                 let record = self.displace(&earlier, record).await?;
-                self.remove_attempt(&earlier, None).await?;
+                match &self.format {
+                    // What it has stored goes at the end of this attempt, which takes over what it can use of that.
+                    Format::Chunked(_) if earlier.container == record.container => {
+                        #[cfg(feature = "ceph")]
+                        self.remove_source_snapshot(&earlier, None).await?;
+                    }
+                    _ => self.remove_attempt(&earlier, None).await?,
+                }
                 Ok(record)
             }
             None => match self.catalog.create(&record).await {
@@ -401,7 +409,7 @@ impl Engine {
         Ok(match &self.format {
             Format::Chunked(chunked) => {
                 let source = source.open(record, parent).await?;
-                Unfinished::Chunked(chunked.backup(ctx, record, volume_meta, parent, source).await?)
+                Unfinished::Chunked(Box::new(chunked.backup(ctx, record, volume_meta, parent, source).await?))
             }
             #[cfg(feature = "ceph")]
             Format::Rbd(rbd) => Unfinished::Rbd(rbd.backup(ctx, record, volume_meta, parent, source).await?),
@@ -471,14 +479,23 @@ impl Engine {
             Format::Rbd(rbd) => rbd.remove_attempt(record, current).await?,
         }
         #[cfg(feature = "ceph")]
-        if let Some(taken) = &record.source
-            && current
-                .and_then(|current| current.source.as_ref())
-                .is_none_or(|other| other.image != taken.image)
-        {
-            self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await?;
-        }
+        self.remove_source_snapshot(record, current).await?;
         Ok(())
+    }
+
+    /// Removes the snapshot of the volume that was taken for an attempt, unless the one that went on with its job uses it.
+    #[cfg(feature = "ceph")]
+    async fn remove_source_snapshot(&self, record: &Record, current: Option<&Record>) -> Result<(), Error> {
+        match &record.source {
+            Some(taken)
+                if current
+                    .and_then(|current| current.source.as_ref())
+                    .is_none_or(|other| other.image != taken.image) =>
+            {
+                self.volumes.remove_snapshots(&taken.image, vec![taken.clone()]).await
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
@@ -757,7 +774,7 @@ fn read_receipt(ctx: &Context, record: &Record, digest: Option<String>) -> Recei
 
 /// A backup that is whole but for what makes it visible.
 enum Unfinished {
-    Chunked(chunked::Unfinished),
+    Chunked(Box<chunked::Unfinished>),
     #[cfg(feature = "ceph")]
     Rbd(rbd::Unfinished),
 }

@@ -68,6 +68,10 @@ pub struct Counts {
     pub bytes_hole: u64,
     /// Bytes that are as in the parent, read or not, but for holes of the source, which count as such only.
     pub bytes_unchanged: u64,
+    /// Bytes of the volume that an earlier attempt of the job had dealt with, so that they did not have to be again: a backup
+    /// has read and compared them, and found them stored; a restore had written them.
+    #[serde(default)]
+    pub bytes_reused: u64,
     /// Bytes in the store: written by a backup, read by a restore or verify, freed by a delete. Data objects only.
     pub bytes_stored: u64,
     /// Bytes written to the target of a restore.

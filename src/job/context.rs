@@ -63,6 +63,7 @@ pub struct Progress {
     bytes_zero: AtomicU64,
     bytes_hole: AtomicU64,
     bytes_unchanged: AtomicU64,
+    bytes_reused: AtomicU64,
     bytes_stored: AtomicU64,
     bytes_written: AtomicU64,
     object_count: AtomicU64,
@@ -88,6 +89,7 @@ impl Progress {
             &self.bytes_zero,
             &self.bytes_hole,
             &self.bytes_unchanged,
+            &self.bytes_reused,
             &self.bytes_stored,
             &self.bytes_written,
             &self.object_count,
@@ -108,6 +110,7 @@ impl Progress {
         self.bytes_zero.fetch_add(counts.bytes_zero, Ordering::Relaxed);
         self.bytes_hole.fetch_add(counts.bytes_hole, Ordering::Relaxed);
         self.bytes_unchanged.fetch_add(counts.bytes_unchanged, Ordering::Relaxed);
+        self.bytes_reused.fetch_add(counts.bytes_reused, Ordering::Relaxed);
         self.bytes_stored.fetch_add(counts.bytes_stored, Ordering::Relaxed);
         self.bytes_written.fetch_add(counts.bytes_written, Ordering::Relaxed);
         self.object_count.fetch_add(counts.object_count, Ordering::Relaxed);
@@ -123,6 +126,7 @@ impl Progress {
                 bytes_zero: self.bytes_zero.load(Ordering::Relaxed),
                 bytes_hole: self.bytes_hole.load(Ordering::Relaxed),
                 bytes_unchanged: self.bytes_unchanged.load(Ordering::Relaxed),
+                bytes_reused: self.bytes_reused.load(Ordering::Relaxed),
                 bytes_stored: self.bytes_stored.load(Ordering::Relaxed),
                 bytes_written: self.bytes_written.load(Ordering::Relaxed),
                 object_count: self.object_count.load(Ordering::Relaxed),

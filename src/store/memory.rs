@@ -82,6 +82,12 @@ impl ObjectStore for Memory {
         Ok(pieces)
     }
 
+    async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        let there = self.objects().get(from).map(|found| found.bytes.clone());
+        let Some(bytes) = there else { return Ok(false) };
+        self.put(to, bytes).await.map(|()| true)
+    }
+
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let objects = self.objects();
         let found = objects.iter().filter(|(o, _)| o.folder == *folder && o.name.starts_with(prefix));

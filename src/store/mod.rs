@@ -71,6 +71,13 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Reads an object from its beginning. Fails with [`Reason::Missing`] when it is not there.
     async fn get(&self, object: &ObjectName) -> Result<Pieces>;
 
+    /// Makes a new object of the bytes of another one, without their coming here. Says whether it did: if `from` is not there,
+    /// or this kind of store cannot, nothing is changed. There must be none of the new name, and nobody else who writes one:
+    /// not every kind of store looks.
+    async fn copy(&self, _from: &ObjectName, _to: &ObjectName) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Lists the finished objects of `folder` whose names begin with `prefix`, by name. A folder that is not there
     /// has none.
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>>;

@@ -135,6 +135,12 @@ impl ObjectStore for Posix {
         Ok(pieces)
     }
 
+    /// As a second name of the same file: objects are never written to again.
+    async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        let (root, from, path) = (self.root.clone(), self.path(from), self.path(to));
+        blocking("copy", to, move || link(&root, &from, &path)).await
+    }
+
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let (path, prefix) = (self.folder_path(folder), prefix.to_owned());
         blocking("list", folder.as_str(), move || {
@@ -393,6 +399,39 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
             fs::remove_file(from)
         }
         result => Ok(result?),
+    }
+}
+
+/// Gives a file another name. Says whether it did, which it does not if the file is not there, or the file system cannot.
+fn link(root: &Path, from: &Path, to: &Path) -> io::Result<bool> {
+    // A folder may be tidied away by another writer even while and after it is made.
+    let mut tries_left = 10;
+    loop {
+        let error = match fs::hard_link(from, to) {
+            Ok(()) => return sync_folder(to).map(|()| true),
+            Err(error) => error,
+        };
+        match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::NOENT) if !from.try_exists()? => return Ok(false),
+            Some(Errno::NOENT) if tries_left > 0 => {
+                tries_left -= 1;
+                match to.parent().map(|folder| make_folders(root, folder)) {
+                    Some(Err(error)) if error.kind() != ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+            }
+            // No hard links here, not of other people's files, or not that many of one file.
+            Some(
+                Errno::PERM
+                | Errno::ACCESS
+                | Errno::MLINK
+                | Errno::XDEV
+                | Errno::INVAL
+                | Errno::NOSYS
+                | Errno::OPNOTSUPP,
+            ) => return Ok(false),
+            _ => return Err(error),
+        }
     }
 }
 

@@ -122,14 +122,15 @@ fn method() -> impl Strategy<Value = Method> {
 }
 
 fn counts() -> impl Strategy<Value = Counts> {
-    any::<[u64; 7]>().prop_map(|[a, b, c, d, e, f, g]| Counts {
+    any::<[u64; 8]>().prop_map(|[a, b, c, d, e, f, g, h]| Counts {
         bytes_read: a,
         bytes_zero: b,
         bytes_hole: c,
         bytes_unchanged: d,
-        bytes_stored: e,
-        bytes_written: f,
-        object_count: g,
+        bytes_reused: e,
+        bytes_stored: f,
+        bytes_written: g,
+        object_count: h,
     })
 }
 

@@ -26,6 +26,9 @@ pub(crate) const COMPRESSIONS: [Compression; 4] =
 /// Memory that is more than enough for what these tests move.
 pub(crate) const MEMORY_BYTES: usize = 256 << 20;
 
+/// Volume data between two checkpoints of a backup: so little that the backups of tests have some.
+const CHECKPOINT_BYTES: u64 = 4 << 10;
+
 /// A kind of store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -123,7 +126,7 @@ impl Bench {
         memory_bytes: usize,
     ) -> Engine {
         let chunked = Chunked::new(store, settings, self.cpu.clone(), Budget::new(memory_bytes));
-        let chunked = chunked.with_naming(self.naming.clone());
+        let chunked = chunked.with_naming(self.naming.clone()).with_checkpoint_bytes(CHECKPOINT_BYTES);
         Engine::new(chunked, Volumes::files(FileRoots::new(&[self.volumes()])))
     }
 
@@ -138,7 +141,8 @@ impl Bench {
         if let Some(root) = &self.root {
             walk(root, "", &mut found);
         } else {
-            let own = ["records", "outcomes", "checksums", "cancels", "verified"].map(Folder::own);
+            let own =
+                ["records", "outcomes", "checksums", "checkpoints", "cancels", "verified"].map(Folder::own);
             for folder in own.into_iter().chain(containers.into_iter().map(Folder::from)) {
                 for listed in self.store.list(&folder, "").await.unwrap() {
                     found.insert(format!("{}/{}", folder.as_str(), listed.name));

@@ -201,6 +201,11 @@ impl ObjectStore for Faulty {
         pass!(self, get, object)
     }
 
+    async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        let (inner, from, to) = (self.inner.clone(), from.clone(), to.clone());
+        self.state.pass("copy", to.to_string(), async move { inner.copy(&from, &to).await }).await
+    }
+
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
         let path = folder.as_str().to_owned();

@@ -5,28 +5,35 @@
 //! own thread       CPU threads      in order   CPU threads  async   in order
 //! ```
 //!
+//! What an earlier attempt of the same backup has stored, and is still what the volume has, is neither compressed nor put,
+//! but copied by the store (`checkpoints.rs`).
+//!
 //! Between the stages there is never more than the memory budget allows, and results come out in the volume's order.
 
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::FutureExt;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio_util::task::TaskTracker;
+use tracing::warn;
 
 use super::changes::{Known, Survey, to_read};
-use super::digest::{BlockDigester, Digest, ListDigest, Md5, md5};
+use super::checkpoints::{Earlier, Found, Notes, StoredObject};
+use super::digest::{BlockDigester, Digest, ListDigest, Md5, md5, sha256};
 use super::lists::DigestList;
 use super::memory::Reserved;
 use super::metadata::{self, ObjectEntry};
 use super::stored::Checksum;
 use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, check_size, checksums, sha256_file};
+use crate::error::{Causes, Class};
 use crate::job::{Context, Counts, RbdImage, Record};
 use crate::store::{self, ObjectName, ObjectStore, ObjectWriter};
 use crate::volume::{Read, VolumeSource};
@@ -44,13 +51,26 @@ const LIST_BUFFER_BYTES: usize = 1 << 20;
 
 /// A backup that is whole but for the object that makes it visible.
 pub struct Unfinished {
+    engine: Chunked,
+    record: Record,
+    names: Names,
+    /// Whether there are notes of what was stored.
+    noted: bool,
     metadata: Box<dyn ObjectWriter>,
 }
 
 impl Unfinished {
-    /// Makes the backup visible.
+    /// Removes what is of use only to a backup that is not whole, which is all that earlier attempts have left, and makes
+    /// the backup visible.
     pub async fn finish(self) -> Result<(), Error> {
-        Ok(self.metadata.finish().await?)
+        let Self { engine, record, names, noted, metadata } = self;
+        if record.displaced_writer.is_some() {
+            engine.remove_earlier_attempts(&record, &Context::default()).await?;
+        }
+        if noted {
+            engine.remove_notes(&names).await?;
+        }
+        Ok(metadata.finish().await?)
     }
 }
 
@@ -107,6 +127,7 @@ impl Chunked {
     ) -> Result<Unfinished, Error> {
         let digester = Arc::new(BlockDigester::new(self.settings.sha_block_bytes));
         let zeros = Arc::new(ZeroObjects::default());
+        let refused = AtomicBool::new(false);
         let in_flight = self.cpu.threads() + REQUESTS_MAX;
 
         let chunks = self.read_ahead(ctx, source);
@@ -136,16 +157,11 @@ impl Chunked {
                 .boxed()
             })
             .try_buffered(in_flight);
-        let mut number = 0;
-        let numbered = digested.map_ok(|digested| {
-            let first_number = number + 1;
-            number += digested.segments.len() as u64;
-            (first_number, digested)
-        });
+        // One chunk after the other: nobody ever waits for the lock.
+        let numbers = Mutex::new(Numbers { earlier: self.earlier(record).await?, next: 1 });
+        let numbered = digested.map_ok(|digested| self.number(&numbers, digested).boxed()).try_buffered(1);
         let stored = numbered
-            .map_ok(|(first_number, digested)| {
-                self.store_chunk(names, first_number, digested, &zeros, puts).boxed()
-            })
+            .map_ok(|digested| self.store_chunk(names, digested, &zeros, &refused, puts).boxed())
             .try_buffered(in_flight);
         let mut stored = std::pin::pin!(stored);
 
@@ -154,6 +170,7 @@ impl Chunked {
         let mut metadata = List::create(&*self.store, &names.metadata).await?;
         sha256_list.append(sha256_file::head(record, self.settings.sha_block_bytes).as_bytes()).await?;
         metadata.append(metadata::head(record).as_bytes()).await?;
+        let mut notes = Notes::new(&*self.store, names, self.checkpoint_bytes);
         let mut digest = ListDigest::default();
         let (mut first_digest, mut first_object) = (true, true);
         while let Some(chunk) = stored.try_next().await? {
@@ -161,11 +178,12 @@ impl Chunked {
             digest.update(&chunk.digests);
             sha256_list.append(&sha256_file::digests(&chunk.digests, first_digest)).await?;
             first_digest = false;
-            for (entry, checksum) in &chunk.objects {
+            for StoredObject { entry, checksum, .. } in &chunk.objects {
                 metadata.append(metadata::object(names.prefix(), entry, first_object).as_bytes()).await?;
                 checksum_list.append(checksums::line(entry.number, *checksum).as_bytes()).await?;
                 first_object = false;
             }
+            notes.add(&chunk.objects).await?;
             ctx.progress.add(&chunk.counts);
             ctx.progress.done(chunk.length as u64);
         }
@@ -184,7 +202,8 @@ impl Chunked {
         ];
         checksum_writer.finish().await?;
         sha256_writer.finish().await?;
-        Ok(Unfinished { metadata })
+        let (engine, record, names) = (self.clone(), record.clone(), names.clone());
+        Ok(Unfinished { engine, record, names, noted: notes.any(), metadata })
     }
 
     /// Starts a thread that reads the volume chunk by chunk, as far ahead as the memory allows.
@@ -265,24 +284,52 @@ impl Chunked {
         })
     }
 
-    /// Packs and puts the objects of one chunk.
+    /// Numbers the objects of the next chunk, and looks for what earlier attempts have stored of them.
+    async fn number(&self, numbers: &Mutex<Numbers>, mut digested: Digested) -> Result<Digested, Error> {
+        let mut numbers = numbers.lock().await;
+        for segment in &mut digested.segments {
+            segment.number = numbers.next;
+            numbers.next += 1;
+            if let Some(blocks) = &segment.blocks {
+                let offset = digested.chunk.offset + segment.range.start as u64;
+                let length = segment.range.len() as u64;
+                segment.found = numbers.earlier.find(&*self.store, offset, length, blocks).await?;
+            }
+        }
+        Ok(digested)
+    }
+
+    /// Stores the objects of one chunk: takes over those that an earlier attempt has stored, packs and puts the others.
     async fn store_chunk(
         &self,
         names: &Names,
-        first_number: u64,
         digested: Digested,
         zeros: &Arc<ZeroObjects>,
+        refused: &AtomicBool,
         puts: &TaskTracker,
     ) -> Result<StoredChunk, Error> {
         let Digested { chunk, digests, segments, mut counts } = digested;
         let (length, compression, zeros) = (chunk.length, self.settings.compression, zeros.clone());
+        let tried = stream::iter(segments)
+            .map(|segment| self.take_over(names, segment, refused, puts).boxed())
+            .buffered(REQUESTS_MAX)
+            .try_collect::<Vec<_>>()
+            .await?;
+        let (mut objects, mut segments) = (Vec::with_capacity(tried.len()), Vec::new());
+        for tried in tried {
+            match tried {
+                Ok(object) => objects.push(object),
+                Err(segment) => segments.push(segment),
+            }
+        }
+        counts.bytes_reused = objects.iter().map(|object| object.entry.length).sum();
         let packed = if segments.is_empty() {
             Vec::new()
         } else {
-            self.cpu.run(move || pack(chunk, segments, first_number, compression, &zeros)).await??
+            self.cpu.run(move || pack(chunk, segments, compression, &zeros)).await??
         };
-        let objects = stream::iter(packed)
-            .map(|Packed { entry, body }| {
+        let put = stream::iter(packed)
+            .map(|Packed { entry, blocks, body }| {
                 let (name, store, puts) = (names.data(entry.number), self.store.clone(), puts.clone());
                 async move {
                     let checksum = Checksum::of(&body);
@@ -291,15 +338,48 @@ impl Chunked {
                     puts.spawn(async move { store.put(&name, body).await })
                         .await
                         .map_err(|_| super::Lost)??;
-                    Ok::<_, Error>((entry, checksum))
+                    Ok::<_, Error>(StoredObject { entry, checksum, blocks })
                 }
             })
             .buffered(REQUESTS_MAX)
             .try_collect::<Vec<_>>()
             .await?;
+        objects.extend(put);
+        objects.sort_unstable_by_key(|object| object.entry.number);
         counts.object_count = objects.len() as u64;
-        counts.bytes_stored = objects.iter().map(|(_, checksum)| checksum.bytes).sum();
+        counts.bytes_stored = objects.iter().map(|object| object.checksum.bytes).sum();
         Ok(StoredChunk { length, digests, objects, counts })
+    }
+
+    /// Has the store copy what an earlier attempt has stored of a segment to a name of this one, and gives the segment back
+    /// if that cannot be done. Once the store has `refused`, it is not asked again.
+    async fn take_over(
+        &self,
+        names: &Names,
+        mut segment: Segment,
+        refused: &AtomicBool,
+        puts: &TaskTracker,
+    ) -> Result<Result<StoredObject, Segment>, Error> {
+        let found = segment.found.take().filter(|_| !refused.load(Ordering::Relaxed));
+        let Some(Found { name: from, mut object }) = found else { return Ok(Err(segment)) };
+        object.entry.number = segment.number;
+        let (name, store) = (names.data(segment.number)?, self.store.clone());
+        // As for a put.
+        let copied =
+            puts.spawn(async move { store.copy(&from, &name).await }).await.map_err(|_| super::Lost)?;
+        match copied {
+            Ok(true) => Ok(Ok(object)),
+            // The attempt still lives, and has removed it.
+            Ok(false) => Ok(Err(segment)),
+            // It may have been copied, so that it cannot be put under that name.
+            Err(error) if error.class() == Class::Transient => Err(error.into()),
+            Err(error) => {
+                if !refused.swap(true, Ordering::Relaxed) {
+                    warn!(error = %Causes(&error), "what an earlier attempt has stored cannot be copied, and is stored anew");
+                }
+                Ok(Err(segment))
+            }
+        }
     }
 }
 
@@ -358,6 +438,18 @@ enum Content {
 struct Segment {
     range: Range<usize>,
     zero: bool,
+    /// The SHA-256 over the digests of the blocks; none of zeros.
+    blocks: Option<Digest>,
+    /// The object's; 0 until it has one.
+    number: u64,
+    /// What an earlier attempt has stored of the same.
+    found: Option<Found>,
+}
+
+/// What objects get their numbers by, in the volume's order.
+struct Numbers {
+    earlier: Earlier,
+    next: u64,
 }
 
 struct Digested {
@@ -409,9 +501,13 @@ impl Digested {
                     segment.range.end = block.end;
                     segment.zero &= zero;
                 }
-                _ => segments.push(Segment { range: block, zero }),
+                _ => segments.push(Segment { range: block, zero, blocks: None, number: 0, found: None }),
             }
             in_segment = !unchanged;
+        }
+        for segment in segments.iter_mut().filter(|segment| !segment.zero) {
+            let blocks = segment.range.start / block_bytes..segment.range.end.div_ceil(block_bytes);
+            segment.blocks = Some(sha256(digests[blocks].as_flattened()));
         }
         Ok(Self { chunk, digests, segments, counts })
     }
@@ -432,13 +528,13 @@ impl Content {
 
 struct Packed {
     entry: ObjectEntry,
+    blocks: Option<Digest>,
     body: Bytes,
 }
 
 fn pack(
     chunk: Chunk,
     segments: Vec<Segment>,
-    first_number: u64,
     compression: Compression,
     zeros: &ZeroObjects,
 ) -> Result<Vec<Packed>, Error> {
@@ -448,7 +544,7 @@ fn pack(
         Content::Data { bytes, packed, .. } => (bytes, Some(packed)),
     };
     let mut objects = Vec::with_capacity(segments.len());
-    for (number, segment) in (first_number..).zip(segments) {
+    for segment in segments {
         let length = segment.range.len();
         let (body, word, md5) = if segment.zero {
             let zero = zeros.get(length, compression)?;
@@ -468,13 +564,13 @@ fn pack(
             }
         };
         let entry = ObjectEntry {
-            number,
+            number: segment.number,
             offset: offset + segment.range.start as u64,
             length: length as u64,
             compression: word,
             md5,
         };
-        objects.push(Packed { entry, body });
+        objects.push(Packed { entry, blocks: segment.blocks, body });
     }
     Ok(objects)
 }
@@ -482,7 +578,7 @@ fn pack(
 /// Objects of nothing but zeros. A volume that is mostly empty has thousands of the same.
 #[derive(Default)]
 struct ZeroObjects {
-    by_length: Mutex<HashMap<usize, ZeroObject>>,
+    by_length: std::sync::Mutex<HashMap<usize, ZeroObject>>,
 }
 
 #[derive(Clone)]
@@ -520,7 +616,7 @@ impl ZeroObjects {
 struct StoredChunk {
     length: usize,
     digests: Vec<Digest>,
-    objects: Vec<(ObjectEntry, Checksum)>,
+    objects: Vec<StoredObject>,
     counts: Counts,
 }
 

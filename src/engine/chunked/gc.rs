@@ -10,7 +10,7 @@ use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 
 use super::metadata::object_number;
-use super::{Chunked, Error, Names, Naming};
+use super::{Chunked, Error, Names, Naming, checkpoints};
 use crate::job::{BackupId, Container, Context, Record, VolumeId};
 use crate::store::Folder;
 
@@ -34,7 +34,7 @@ pub struct Attempt {
     pub begun: Timestamp,
     /// Whether the object is there that makes a backup visible.
     pub visible: bool,
-    /// Whether there is a list of checksums, finished or not, which is something that only we write.
+    /// Whether there is a list of checksums, finished or not, or a note of what was stored: only we write these.
     pub is_ours: bool,
     /// The size of all its objects.
     pub bytes: u64,
@@ -53,7 +53,7 @@ struct Prefix {
 
 impl Naming {
     /// What the prefixes of all backups of a volume begin with.
-    fn volume_prefix(&self, volume_id: VolumeId) -> String {
+    pub(super) fn volume_prefix(&self, volume_id: VolumeId) -> String {
         let end = if self.has_folders() { '_' } else { '/' };
         format!("volume_{volume_id}{end}")
     }
@@ -86,22 +86,25 @@ struct Name {
 
 impl Chunked {
     /// Finds the attempts that can be found: those whose objects lie where backups of Backhaul's own lie, as these records
-    /// say, and those that have a list of checksums.
+    /// say, and those that have a list of checksums or notes of what they have stored.
     pub async fn attempts(&self, records: &BTreeMap<BackupId, Record>) -> Result<Vec<Attempt>, Error> {
         let own = records.values().filter(|record| record.job_id.is_some());
         let mut places: BTreeSet<_> =
             own.map(|record| (record.container.clone(), record.volume_id)).collect();
         let mut found = BTreeMap::new();
-        for name in self.names(&Folder::own("checksums"), "").await? {
-            let Some(prefix) = self.naming.parse(&name.name) else { continue };
-            let container = match records.get(&prefix.backup_id) {
-                Some(record) => record.container.clone(),
-                None => self.naming.container(prefix.backup_id)?,
-            };
-            places.insert((container.clone(), prefix.volume_id));
-            let attempt = attempt_of(&mut found, &container, &name.name, &prefix);
-            attempt.add(&name);
-            attempt.is_ours = true;
+        for folder in ["checksums", checkpoints::FOLDER].map(Folder::own) {
+            for name in self.names(&folder, "").await? {
+                let text = prefix_of(&name.name).unwrap_or(&name.name);
+                let Some(prefix) = self.naming.parse(text) else { continue };
+                let container = match records.get(&prefix.backup_id) {
+                    Some(record) => record.container.clone(),
+                    None => self.naming.container(prefix.backup_id)?,
+                };
+                places.insert((container.clone(), prefix.volume_id));
+                let attempt = attempt_of(&mut found, &container, text, &prefix);
+                attempt.add(&name);
+                attempt.is_ours = true;
+            }
         }
         for (container, volume_id) in places {
             for name in self.names(&Folder::from(&container), &self.naming.volume_prefix(volume_id)).await? {
@@ -120,19 +123,25 @@ impl Chunked {
     pub async fn remove_earlier_attempts(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
         let start = self.naming.volume_prefix(record.volume_id);
         let mut prefixes = BTreeSet::new();
-        for folder in [Folder::from(&record.container), Folder::own("checksums")] {
+        let own = ["checksums", checkpoints::FOLDER].map(Folder::own);
+        for folder in own.into_iter().chain([Folder::from(&record.container)]) {
             let names = self.names(&folder, &start).await?;
-            prefixes.extend(names.iter().filter_map(|name| {
-                let text = prefix_of(&name.name).unwrap_or(&name.name);
-                let Prefix { backup_id, begun, .. } = self.naming.parse(text)?;
-                let is_earlier = backup_id == record.backup_id && begun < record.created_at;
-                (is_earlier && text != record.service_metadata).then(|| text.to_owned())
-            }));
+            let texts = names.iter().map(|name| prefix_of(&name.name).unwrap_or(&name.name));
+            prefixes.extend(texts.filter(|text| self.is_earlier(text, record)).map(ToOwned::to_owned));
         }
         for prefix in prefixes {
             self.remove_objects(&Names::new(&record.container, &prefix)?, ctx).await?;
         }
         Ok(())
+    }
+
+    /// Whether that is the prefix of an attempt at the same backup that was begun before the one that a record names.
+    pub(super) fn is_earlier(&self, prefix: &str, record: &Record) -> bool {
+        let parsed = self.naming.parse(prefix);
+        prefix != record.service_metadata
+            && parsed.is_some_and(|Prefix { backup_id, begun, .. }| {
+                backup_id == record.backup_id && begun < record.created_at
+            })
     }
 
     /// Whether the object is there that makes what an attempt has stored a backup.
@@ -198,7 +207,7 @@ impl Attempt {
 }
 
 /// The prefix of an object of a backup.
-fn prefix_of(name: &str) -> Option<&str> {
+pub(super) fn prefix_of(name: &str) -> Option<&str> {
     if let Some(prefix) = name.strip_suffix(METADATA).or_else(|| name.strip_suffix(SHA256_FILE)) {
         return Some(prefix);
     }

@@ -7,6 +7,7 @@
 
 mod backup;
 mod changes;
+mod checkpoints;
 mod checksums;
 mod compression;
 pub mod digest;
@@ -134,12 +135,20 @@ pub struct Chunked {
     settings: Settings,
     cpu: Cpu,
     memory: Budget,
+    /// How much of a volume is stored before it is noted what of it is.
+    checkpoint_bytes: u64,
 }
 
 impl Chunked {
     /// Puts the engine together. `cpu` and `memory` are those of the whole worker.
     pub fn new(store: Arc<dyn ObjectStore>, settings: Settings, cpu: Cpu, memory: Budget) -> Self {
-        Self { store, naming: Naming::default(), settings, cpu, memory }
+        let checkpoint_bytes = checkpoints::CHECKPOINT_BYTES;
+        Self { store, naming: Naming::default(), settings, cpu, memory, checkpoint_bytes }
+    }
+
+    /// The same engine with other distances between checkpoints.
+    pub fn with_checkpoint_bytes(self, checkpoint_bytes: u64) -> Self {
+        Self { checkpoint_bytes, ..self }
     }
 
     /// The same engine with other names for new objects.
@@ -248,7 +257,8 @@ impl Chunked {
             })
             .await?;
         self.store.tidy(&names.folder, names.prefix()).await?;
-        // It shows that the others are ours, so it goes last.
+        // They show that the others are ours, so they go last.
+        self.remove_notes(names).await?;
         self.store.delete(&names.checksums).await?;
         Ok(self.store.tidy(&names.checksums.folder, names.prefix()).await?)
     }
@@ -350,6 +360,11 @@ impl Names {
 
     fn data(&self, number: u64) -> Result<ObjectName, Error> {
         Ok(self.folder.object(&metadata::object_name(&self.prefix, number))?)
+    }
+
+    /// A note of what an attempt has stored; they are numbered from 1.
+    fn checkpoint(&self, number: u64) -> Result<ObjectName, Error> {
+        Ok(Folder::own(checkpoints::FOLDER).object(&metadata::object_name(&self.prefix, number))?)
     }
 }
 

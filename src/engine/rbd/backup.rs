@@ -361,7 +361,7 @@ impl Rbd {
         let begin = record.checkpoint.map_or(0, |checkpoint| checkpoint.bytes_done);
         if let Some(checkpoint) = &record.checkpoint {
             info!(bytes = begin, "going on where an attempt before this one stopped");
-            ctx.progress.add(&checkpoint.counts);
+            ctx.progress.add(&Counts { bytes_reused: begin, ..checkpoint.counts });
             ctx.progress.done(begin);
             // A list that the attempt before had finished when it died is made again.
             self.remove_lists(record, &record.object_digests).await?;

@@ -14,7 +14,7 @@ use super::{Rbd, names, open, snapshot_of};
 use crate::ceph::{Extent, Image, Pool};
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
-use crate::job::{Checkpoint, Context, Record, Sample};
+use crate::job::{Checkpoint, Context, Counts, Record, Sample};
 use crate::volume::rbd::{WINDOW_BYTES, existing, still_there};
 use crate::volume::{Before, RbdTarget, VolumeTarget};
 
@@ -213,7 +213,7 @@ fn resumed(ctx: &Context, target: &RbdTarget, volume_bytes: u64) -> u64 {
         return 0;
     };
     info!(bytes = bytes_done, "going on where an attempt before this one stopped");
-    ctx.progress.add(&counts);
+    ctx.progress.add(&Counts { bytes_reused: bytes_done, ..counts });
     ctx.progress.done(bytes_done);
     bytes_done
 }

@@ -552,6 +552,8 @@ struct CountsWire {
     bytes_zero: u64,
     bytes_hole: u64,
     bytes_unchanged: u64,
+    #[serde(default)]
+    bytes_reused: u64,
     bytes_stored: u64,
     bytes_written: u64,
     object_count: u64,

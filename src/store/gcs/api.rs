@@ -59,6 +59,13 @@ impl<'a> Request<'a> {
         Self::to(method, &["storage", "v1", "b", &place.bucket, "o", &place.key])
     }
 
+    /// That makes an object of another one.
+    pub(super) fn copy(from: &'a Place, to: &'a Place) -> Self {
+        let path =
+            ["storage", "v1", "b", &from.bucket, "o", &from.key, "rewriteTo", "b", &to.bucket, "o", &to.key];
+        Self::to(Method::POST, &path).query("fields", "done,rewriteToken")
+    }
+
     /// About the objects of a bucket.
     pub(super) fn objects(method: Method, bucket: &'a str) -> Self {
         Self::to(method, &["storage", "v1", "b", bucket, "o"])
@@ -273,6 +280,15 @@ pub(super) struct Metadata {
     /// Which write it is of; empty if it is none of ours.
     #[serde(default)]
     pub(super) backhaul_write_id: String,
+}
+
+/// How far a copy is.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Copied {
+    pub(super) done: bool,
+    /// What to go on with.
+    pub(super) rewrite_token: Option<String>,
 }
 
 /// A page of the objects of a bucket.

@@ -28,7 +28,7 @@ use serde_json::json;
 use url::Url;
 use uuid::Uuid;
 
-use self::api::{Api, Object, Page, Request, explain, parse};
+use self::api::{Api, Copied, Object, Page, Request, explain, parse};
 use self::upload::Writer;
 use super::http::{Failure, HttpSettings, Payload, server_of};
 use super::reading::{Reader, Rest};
@@ -325,6 +325,32 @@ impl ObjectStore for Gcs {
             version: HeaderName::from_static(GENERATION),
         };
         reader.start().await
+    }
+
+    async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        let (from, to) = (self.object("copy", from)?, self.object("copy", to)?);
+        let mut token: Option<String> = None;
+        loop {
+            let mut request = Request::copy(&from, &to);
+            if let Some(token) = &token {
+                request = request.query("rewriteToken", token);
+            }
+            let failed = |failure| explain("copy", &from, &from.bucket, failure);
+            let answer = match self.api.call(&request).await {
+                Err(failure) if is_missing(&failure) => return Ok(false),
+                answer => answer.map_err(failed)?,
+            };
+            let Copied { done, rewrite_token } = parse(&answer).map_err(failed)?;
+            if done {
+                return Ok(true);
+            }
+            // What is large, or goes far, is not copied at once.
+            token = rewrite_token;
+            if token.is_none() {
+                let text = "the server has not copied it, and does not say how to go on";
+                return Err(failed(Failure::unusable(ErrorKind::InvalidData, text)));
+            }
+        }
     }
 
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {

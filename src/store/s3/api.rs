@@ -113,6 +113,25 @@ impl Api {
         Ok(Self { http, settings, secret_key, sse_c })
     }
 
+    /// What names an object that is to be copied.
+    pub(super) fn source(&self, bucket: &str, key: &str) -> Vec<(&'static str, String)> {
+        let mut url = self.settings.endpoint.clone();
+        url.set_path("");
+        // Only a URL such as `mailto:` has no path.
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.push(bucket).extend(key.split('/'));
+        }
+        // Some servers take a plus sign for a blank there.
+        let mut headers = vec![("x-amz-copy-source", url.path().replace('+', "%2B"))];
+        let names = [
+            "x-amz-copy-source-server-side-encryption-customer-algorithm",
+            "x-amz-copy-source-server-side-encryption-customer-key",
+            "x-amz-copy-source-server-side-encryption-customer-key-md5",
+        ];
+        headers.extend(names.into_iter().zip(self.sse_c.iter().map(|(_, value)| value.clone())));
+        headers
+    }
+
     /// Sends a request until there is an answer, and reads the whole of it.
     pub(super) async fn call(
         &self,

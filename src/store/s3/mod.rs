@@ -299,6 +299,16 @@ impl ObjectStore for S3 {
         reader.start().await
     }
 
+    async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        let (from, to) = (self.object("copy", from)?, self.object("copy", to)?);
+        let mut request = Request::of_bytes(Method::Put, &to.bucket, &to.key);
+        request.headers.extend(self.api.source(&from.bucket, &from.key));
+        match self.api.call(&request).await {
+            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(false),
+            answer => answer.map(|_| true).map_err(|failure| explain("copy", &from, &from.bucket, failure)),
+        }
+    }
+
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
         let place = self.place("list", folder, "")?;
         let key_prefix = format!("{}{prefix}", place.key);

@@ -339,6 +339,21 @@ impl ObjectStore for Swift {
         Ok(Box::new(Writer::new(self.clone(), object.clone())))
     }
 
+    async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
+        let (from, to) = (self.object("copy", from)?, self.object("copy", to)?);
+        // Whoever knows no copies refuses the method; the header of a PUT would be passed over.
+        let Ok(method) = Method::from_bytes(b"COPY") else { return Ok(false) };
+        let target = api::lines([(&*to.container, &*to.key)].into_iter());
+        let request =
+            Request::new(method, &from.container, &from.key).header("destination", target.trim_end());
+        match self.api.call(&request).await {
+            Err(failure) if is_missing(&failure) => Ok(false),
+            answer => {
+                answer.map(|_| true).map_err(|failure| explain("copy", &from, &from.container, failure))
+            }
+        }
+    }
+
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let place = self.object("read", object)?;
         let (api, of) = (self.api.clone(), place.clone());
