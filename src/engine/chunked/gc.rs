@@ -74,6 +74,11 @@ impl Naming {
         let begun = time.to_zoned(TimeZone::UTC).ok()?.timestamp();
         Some(Prefix { volume_id: volume_id.parse().ok()?, backup_id: backup_id.parse().ok()?, begun })
     }
+
+    /// The prefix that a name is, or begins with. The last group of an id may be all digits, as the number of an object is.
+    fn prefix_in<'a>(&self, name: &'a str) -> &'a str {
+        if self.parse(name).is_some() { name } else { prefix_of(name).unwrap_or(name) }
+    }
 }
 
 /// What is under one name in a store, whether it is finished or not.
@@ -94,7 +99,7 @@ impl Chunked {
         let mut found = BTreeMap::new();
         for folder in ["checksums", checkpoints::FOLDER].map(Folder::own) {
             for name in self.names(&folder, "").await? {
-                let text = prefix_of(&name.name).unwrap_or(&name.name);
+                let text = self.naming.prefix_in(&name.name);
                 let Some(prefix) = self.naming.parse(text) else { continue };
                 let container = match records.get(&prefix.backup_id) {
                     Some(record) => record.container.clone(),
@@ -126,7 +131,7 @@ impl Chunked {
         let own = ["checksums", checkpoints::FOLDER].map(Folder::own);
         for folder in own.into_iter().chain([Folder::from(&record.container)]) {
             let names = self.names(&folder, &start).await?;
-            let texts = names.iter().map(|name| prefix_of(&name.name).unwrap_or(&name.name));
+            let texts = names.iter().map(|name| self.naming.prefix_in(&name.name));
             prefixes.extend(texts.filter(|text| self.is_earlier(text, record)).map(ToOwned::to_owned));
         }
         for prefix in prefixes {
@@ -221,6 +226,14 @@ mod tests {
 
     const ID: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
     const OTHER: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";
+
+    #[test]
+    fn an_id_that_ends_in_digits_is_not_taken_for_the_number_of_an_object() {
+        let prefix = format!("volume_{ID}_20260102140322_backup_2fd5885e-9835-4863-8fab-747060130069");
+        for name in [prefix.clone(), format!("{prefix}-00005"), format!("{prefix}_metadata")] {
+            assert_eq!(Naming::Folders.prefix_in(&name), prefix);
+        }
+    }
 
     #[test]
     fn a_prefix_tells_its_backup_and_its_time_and_nothing_else_is_one() {
