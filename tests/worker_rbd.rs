@@ -268,8 +268,7 @@ async fn kill_while(doing: Doing) {
     assert_eq!(names(image.spec()), names(&chain));
     for id in &made {
         stack.ok(&["run", "verify", "--backup-id", id]);
-        let lists = ceph.names_with("backups", &[&format!(".backhaul/digests/{id}")]);
-        assert_eq!(lists.len(), 1, "{lists:?}");
+        assert_eq!(digest_lists(&ceph, id).len(), 1, "{:?}", digest_lists(&ceph, id));
     }
     if doing != Doing::Restore {
         stack.ok(&["run", "restore", "--backup-id", made[made.len() - 1], "--target", &target]);
@@ -281,11 +280,24 @@ async fn kill_while(doing: Doing) {
         stack.ok(&["run", "delete", "--backup-id", id]);
     }
     assert_eq!(snapshots(&ceph, image.spec()), json!([]));
+    for id in [&full_id, &incremental_id] {
+        assert_eq!(digest_lists(&ceph, id), Vec::<String>::new());
+    }
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
     // What only a snapshot held goes some time after it.
     until("nothing is left", || {
         ["backups", "volumes"].iter().all(|pool| ceph.names_with(pool, &ids).is_empty())
     });
+}
+
+/// The names of the lists of digests of a backup, as the index of their folder has them; it may be gone with the last one.
+fn digest_lists(ceph: &Ceph, backup_id: &str) -> Vec<String> {
+    let index = ".backhaul/digests/.index";
+    if ceph.names_with("backups", &[index]).is_empty() {
+        return Vec::new();
+    }
+    let keys = ceph.rados(&["-p", "backups", "listomapkeys", index]);
+    keys.lines().filter(|key| key.starts_with(backup_id)).map(ToOwned::to_owned).collect()
 }
 
 #[test]
