@@ -235,6 +235,23 @@ async fn each_slot_has_one_delivery_until_that_is_settled_or_dropped() {
 }
 
 #[tokio::test]
+async fn a_delivery_that_comes_before_the_last_ones_ack_is_known_to_be_heard_is_not_given_back() {
+    let settings = Settings { queue_kind: QueueKind::Classic, ..settings(Rabbit::shared().url()) };
+    let broker = Broker::connect(settings.clone()).await.unwrap();
+    for _ in 0..500 {
+        publish(&broker, "a").await;
+    }
+
+    let mut jobs = broker.jobs(1);
+    for _ in 0..500 {
+        let delivery = next(&mut jobs).await;
+        assert!(!delivery.redelivered);
+        delivery.ack().await.unwrap();
+    }
+    assert_none(&mut jobs).await;
+}
+
+#[tokio::test]
 async fn a_requeued_job_comes_again_as_redelivered() {
     let (broker, _) = shared().await;
     publish(&broker, "a").await;

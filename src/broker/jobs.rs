@@ -128,14 +128,21 @@ impl Slot {
     }
 
     async fn hand_all_out(&self, channel: &Channel, mut consumer: Consumer) {
+        let mut early = None;
         loop {
-            let next = tokio::select! {
-                () = self.stopping.cancelled() => return,
-                () = self.link.closing.cancelled() => return,
-                next = consumer.next() => next,
+            let delivery = match early.take() {
+                Some(delivery) => delivery,
+                None => {
+                    let next = tokio::select! {
+                        () = self.stopping.cancelled() => return,
+                        () = self.link.closing.cancelled() => return,
+                        next = consumer.next() => next,
+                    };
+                    let Some(Ok(delivery)) = next else { return };
+                    delivery
+                }
             };
-            let Some(Ok(delivery)) = next else { return };
-            if !self.hand_out(delivery, channel, &mut consumer).await {
+            if !self.hand_out(delivery, channel, &mut consumer, &mut early).await {
                 return;
             }
         }
@@ -154,12 +161,14 @@ impl Slot {
         Ok((channel, consumer))
     }
 
-    /// Hands the delivery out and waits for its end. False if the channel is of no more use.
+    /// Hands the delivery out and waits for its end. False if the channel is of no more use. The broker sends the next one as
+    /// soon as it has heard an ack, which may be before we know that it has: then it is in `early`.
     async fn hand_out(
         &self,
         delivery: lapin::message::Delivery,
         channel: &Channel,
         consumer: &mut Consumer,
+        early: &mut Option<lapin::message::Delivery>,
     ) -> bool {
         let (lost, settled) = (CancellationToken::new(), CancellationToken::new());
         let acker = delivery.acker.clone();
@@ -172,15 +181,20 @@ impl Slot {
         );
         // Each slot has one delivery at most and the queue has room for all slots, so this never waits.
         let _ = self.sender.send(handed).await;
-        let usable = tokio::select! {
-            () = settled.cancelled() => true,
-            () = self.stopping.cancelled() => {
-                self.drain(channel, consumer, &settled).await;
-                false
+        let usable = loop {
+            tokio::select! {
+                () = settled.cancelled() => break true,
+                () = self.stopping.cancelled() => {
+                    self.drain(channel, consumer, &settled).await;
+                    break false;
+                }
+                () = self.link.closing.cancelled() => break false,
+                // With a prefetch of one, that is the next one or the end.
+                next = consumer.next(), if early.is_none() => match next {
+                    Some(Ok(delivery)) => *early = Some(delivery),
+                    _ => break false,
+                },
             }
-            () = self.link.closing.cancelled() => false,
-            // With a prefetch of one, nothing but its end comes from the consumer.
-            _ = consumer.next() => false,
         };
         if !settled.is_cancelled() {
             lost.cancel();
