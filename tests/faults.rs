@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use backhaul::engine::Engine;
-use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
 use backhaul::job::{
@@ -27,17 +26,10 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup_job_of, job, restore_job, run};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job_of, job, restore_job, run};
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
 
-const SETTINGS: Settings = Settings {
-    compression: Compression::Zstd,
-    object_bytes: 2048,
-    sha_block_bytes: 512,
-    unchanged_check_per_mille: 1,
-    source_snapshots_max: 1,
-};
 const NEVER: Duration = Duration::from_secs(3600);
 /// How often a job is run at most, until it has ended.
 const RUNS_MAX: u32 = 4;

@@ -8,7 +8,6 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
-use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::engine::{Begun, Cpu, Engine, Error, Garbage, KEPT, Kind as Of, Receipt};
 use backhaul::error::{Class, Problem};
 use backhaul::job::{BackupId, Container, Context, Job, JobId, Parent, Record, RecordState, VolumeId, Work};
@@ -25,8 +24,8 @@ use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 
 use crate::support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup, backup_job, conclude_delete, delete, job, overwrite, paths_of,
-    restore, run, run_in, runtime, verify,
+    Bench, Kind, MEMORY_BYTES, SETTINGS, backup, backup_job, conclude_delete, delete, job, overwrite,
+    paths_of, restore, run, run_in, runtime, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::rabbit::Rabbit;
@@ -36,14 +35,6 @@ use crate::support::volume::{Fill, Volume};
 /// Cases of a test whose number is not set from outside.
 const POSIX_CASES: u32 = 60;
 const MEMORY_CASES: u32 = 250;
-
-const SETTINGS: Settings = Settings {
-    compression: Compression::Zstd,
-    object_bytes: 2048,
-    sha_block_bytes: 512,
-    unchanged_check_per_mille: 1,
-    source_snapshots_max: 1,
-};
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(runtime);
 static CPU: LazyLock<Cpu> = LazyLock::new(|| Cpu::start(2).unwrap());

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 
-use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::engine::{Engine, Error, Receipt};
 use backhaul::error::{Class, Problem};
 use backhaul::job::{Context, Job, Parent, Record, RecordState, VolumeId, Work};
@@ -14,19 +13,11 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use crate::support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup, backup_job, cancel, conclude_delete, delete, job, overwrite, paths_of,
-    restore, restore_job, run, run_in, verify,
+    Bench, Kind, MEMORY_BYTES, SETTINGS, backup, backup_job, cancel, conclude_delete, delete, job, overwrite,
+    paths_of, restore, restore_job, run, run_in, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
-
-const SETTINGS: Settings = Settings {
-    compression: Compression::Zstd,
-    object_bytes: 2048,
-    sha_block_bytes: 512,
-    unchanged_check_per_mille: 1,
-    source_snapshots_max: 1,
-};
 
 /// A volume, perhaps with a first backup, in a store where every object is known.
 struct Scene {

@@ -17,18 +17,11 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use crate::support::engine::{
-    Bench, Kind, MEMORY_BYTES, backup_job, cancel, delete, paths_of, restore, run, verify,
+    Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, cancel, delete, paths_of, restore, run, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
 
-const SETTINGS: Settings = Settings {
-    compression: Compression::Zstd,
-    object_bytes: 2048,
-    sha_block_bytes: 512,
-    unchanged_check_per_mille: 1,
-    source_snapshots_max: 1,
-};
 const OBJECT: usize = SETTINGS.object_bytes;
 const OBJECTS: usize = 16;
 /// The one that is all zeros.

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::engine::{Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
@@ -21,17 +20,10 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup_job, job, verify};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, job, verify};
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
 
-const SETTINGS: Settings = Settings {
-    compression: Compression::Zstd,
-    object_bytes: 2048,
-    sha_block_bytes: 512,
-    unchanged_check_per_mille: 1,
-    source_snapshots_max: 1,
-};
 const NEVER: Duration = Duration::from_secs(3600);
 
 /// Remembers what it is told; refuses the end of a job while it is deaf.

@@ -25,6 +25,14 @@ pub(crate) const COMPRESSIONS: [Compression; 4] =
 
 /// Memory that is more than enough for what these tests move.
 pub(crate) const MEMORY_BYTES: usize = 256 << 20;
+/// So small that a few kilobytes make several objects of several blocks.
+pub(crate) const SETTINGS: Settings = Settings {
+    compression: Compression::Zstd,
+    object_bytes: 2048,
+    sha_block_bytes: 512,
+    unchanged_check_per_mille: 1,
+    source_snapshots_max: 1,
+};
 
 /// Volume data between two checkpoints of a backup: so little that the backups of tests have some.
 const CHECKPOINT_BYTES: u64 = 4 << 10;
