@@ -29,8 +29,8 @@ const UNDER_WAY: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// In which `/proc/PID/stat` counts: `USER_HZ`, the same on every machine that we build for.
 const TICKS_PER_SECOND: f64 = 100.0;
-/// What a worker may take more at the end, because memory comes back in pieces.
-const MEMORY_GROWTH_KIB_MAX: u64 = 16 << 10;
+/// What a worker may take more at the end: the allocator's share for each thread fills up over some thousand jobs.
+const MEMORY_GROWTH_KIB_MAX: u64 = 32 << 10;
 /// The same of files and connections, because it keeps some for its next job.
 const FILES_GROWTH_MAX: usize = 8;
 
