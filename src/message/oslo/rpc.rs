@@ -347,20 +347,16 @@ impl From<Malformed> for Failure {
 pub struct SeenIds(VecDeque<String>);
 
 impl SeenIds {
-    /// Remembers the id of a message. False if it was among those remembered.
-    pub fn is_new(&mut self, unique_id: &str) -> bool {
-        if self.0.iter().any(|seen| seen == unique_id) {
-            return false;
-        }
+    /// Whether the message is one of those.
+    pub fn has(&self, unique_id: &str) -> bool {
+        self.0.iter().any(|seen| seen == unique_id)
+    }
+
+    /// Remembers a message, and forgets the oldest one where there are too many.
+    pub fn add(&mut self, unique_id: &str) {
         if self.0.len() == SEEN_COUNT_MAX {
             self.0.pop_front();
         }
         self.0.push_back(unique_id.to_owned());
-        true
-    }
-
-    /// Forgets the id of a message that was given back and comes again.
-    pub fn forget(&mut self, unique_id: &str) {
-        self.0.retain(|seen| seen != unique_id);
     }
 }
