@@ -49,7 +49,7 @@ fn a_cast_is_read_with_its_backup_and_who_asked() {
     let request = request("create_backup.json");
 
     assert_eq!((request.method.as_str(), request.version.as_str()), ("create_backup", "2.0"));
-    assert_eq!(request.unique_id.as_deref(), Some("c0ffee00c0ffee00c0ffee00c0ffee0b"));
+    assert_eq!(request.unique_id.as_deref(), Some("c0ffee00c0ffee00c0ffee00c0ffee0d"));
     assert_eq!(request.call, None);
     assert_eq!(request.context.request_id(), Some("req-7b1f2c3d-0000-4000-8000-00000000abcd"));
     assert_eq!(request.context.project_id(), Some("project-3"));

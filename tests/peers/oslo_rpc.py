@@ -68,7 +68,7 @@ class Listener:
 
 def main():
     url, exchange, *options = sys.argv[1:]
-    conf = cfg.ConfigOpts()
+    conf = cfg.CONF
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
         file.write("\n".join(["[DEFAULT]", f"control_exchange = {exchange}", "[oslo_messaging_rabbit]", *options]))
         file.flush()

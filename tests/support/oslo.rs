@@ -19,6 +19,7 @@ impl Oslo {
             "BACKHAUL_TEST_CINDER names no Python that has Cinder: run `make test`, which installs one",
         );
         let mut process = Command::new(python)
+            .args(["-W", "ignore"])
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/oslo_rpc.py"))
             .args([transport_url, exchange])
             .args(options)
