@@ -428,6 +428,49 @@ async fn a_service_of_oslo_is_called(
     rpc.close().await;
 }
 
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn either_may_take_over_the_queues_of_the_other(
+    #[values("transient", "durable", "auto-delete", "quorum")] queues: &str,
+) {
+    let names = Names::new();
+    let (queues, options) = flavour(queues);
+    let rpc = names.rpc(queues.clone()).await;
+    let mut requests = timeout(PATIENCE, rpc.serve(&names.topic, "host-1", 0)).await.unwrap().unwrap();
+    let serve = json!({ "do": "serve", "topic": names.topic, "server": "host-1" });
+    let mut oslo = names.oslo(options);
+
+    // It declares the same queues.
+    oslo.must(&serve);
+    requests.stop();
+    // It says that it is there before it consumes, and until then a queue that goes with its last consumer may go.
+    let (again, target) = (rpc.clone(), names.on("host-1"));
+    let casting = tokio::spawn(async move {
+        loop {
+            let _ = again.cast(&target, &asking("tell", json!({ "value": "taken over" }))).await;
+            tokio::time::sleep(MOMENT).await;
+        }
+    });
+    assert_eq!(tokio::task::block_in_place(|| oslo.told()), "taken over");
+    casting.abort();
+    // So do we once more, while it is there.
+    let mut requests = timeout(PATIENCE, rpc.serve(&names.topic, "host-1", 0)).await.unwrap().unwrap();
+    drop(oslo);
+    // Which of both gets the first ones depends on when the broker sees its end.
+    let taken_back = asking("tell", json!({ "value": "taken back" }));
+    let incoming = loop {
+        rpc.cast(&names.on("host-1"), &taken_back).await.unwrap();
+        match timeout(MOMENT, requests.next()).await {
+            Ok(Some(incoming)) if incoming.request.text("value").unwrap() == "taken back" => break incoming,
+            Ok(Some(late)) => late.ack().await.unwrap(),
+            Ok(None) => panic!("no more requests"),
+            Err(_) => {}
+        }
+    };
+    incoming.ack().await.unwrap();
+    rpc.close().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_notification_reaches_whoever_listens_later_and_has_no_token() {
     let names = Names::new();

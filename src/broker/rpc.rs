@@ -623,7 +623,7 @@ impl Listener {
                         let _ = ready.send(());
                     }
                     self.hand_all_out(&channel, consumer).await;
-                    if self.stopping.is_cancelled() {
+                    if self.stopping.is_cancelled() || self.link.closing.is_cancelled() {
                         if self.queue.own {
                             let _ = channel
                                 .queue_delete(self.queue.name.clone(), QueueDeleteOptions::default())
