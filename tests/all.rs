@@ -30,6 +30,7 @@ mod interop_posix;
 mod interrupted;
 mod life_model;
 mod model;
+mod oslo;
 mod pace;
 #[cfg(feature = "ceph")]
 mod rbd;

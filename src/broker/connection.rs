@@ -17,13 +17,13 @@ use tracing::{info, warn};
 use super::dial::dial;
 use super::error::cause;
 use super::topology::Topology;
-use super::{Error, Settings, State};
+use super::{Error, Reach, State};
 use crate::error::Causes;
 
 /// How long tasks may take to give back what they have when we close.
 const CLOSE_SECONDS_MAX: u64 = 5;
 
-/// An open connection with the topology declared.
+/// An open connection, with the topology declared if it has one.
 pub(super) struct Live {
     pub connection: Connection,
     /// The channel that publishes, one message at a time: lapin gives a returned message to whichever confirm
@@ -34,8 +34,7 @@ pub(super) struct Live {
 /// What everybody who uses the connection holds.
 #[derive(Clone)]
 pub(super) struct Link {
-    pub settings: Arc<Settings>,
-    pub topology: Arc<Topology>,
+    pub reach: Arc<Reach>,
     pub live: watch::Receiver<Option<Arc<Live>>>,
     pub state: watch::Receiver<State>,
     /// Fires when the broker is to be left.
@@ -45,22 +44,21 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Starts the task that owns the connection, `first` or one that it makes itself.
-    pub(super) fn start(settings: Arc<Settings>, topology: Arc<Topology>, first: Option<Live>) -> Self {
+    /// Starts the task that owns the connection, `first` or one that it makes itself, and declares `topology` on it.
+    pub(super) fn start(reach: Reach, topology: Option<Arc<Topology>>, first: Option<Live>) -> Self {
         let (live_sender, live) = watch::channel(None);
         let (state_sender, state) = watch::channel(match first {
             Some(_) => State::Connected,
             None => State::Disconnected { why: "no connection was made yet".into() },
         });
         let link = Self {
-            settings,
-            topology,
+            reach: Arc::new(reach),
             live,
             state,
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
-        tokio::spawn(supervise(link.clone(), first, live_sender, state_sender));
+        tokio::spawn(supervise(link.clone(), topology, first, live_sender, state_sender));
         link
     }
 
@@ -82,7 +80,7 @@ impl Link {
         action: impl Fn() -> String,
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let seconds = self.settings.publish_seconds_max;
+        let seconds = self.reach.publish_seconds_max;
         match timeout(Duration::from_secs(seconds.into()), work).await {
             Ok(result) => result,
             Err(_) => {
@@ -103,24 +101,25 @@ impl Link {
 
 async fn supervise(
     link: Link,
+    topology: Option<Arc<Topology>>,
     mut first: Option<Live>,
     live_sender: watch::Sender<Option<Arc<Live>>>,
     state: watch::Sender<State>,
 ) {
-    let address = link.settings.url.address();
-    let mut pauses = pauses(&link.settings);
+    let address = link.reach.addresses();
+    let mut pauses = pauses(&link.reach);
     loop {
         let opened = match first.take() {
             Some(live) => Ok(live),
             None => tokio::select! {
                 () = link.closing.cancelled() => break,
-                opened = connect(&link.settings, &link.topology) => opened,
+                opened = connect(&link.reach, topology.as_deref()) => opened,
             },
         };
         let why = match opened {
             Ok(live) => {
                 info!(%address, "broker connected");
-                pauses = self::pauses(&link.settings);
+                pauses = self::pauses(&link.reach);
                 let live = Arc::new(live);
                 live_sender.send_replace(Some(Arc::clone(&live)));
                 state.send_replace(State::Connected);
@@ -154,9 +153,9 @@ async fn supervise(
     state.send_replace(State::Disconnected { why: "closed by this process".into() });
 }
 
-fn pauses(settings: &Settings) -> impl Iterator<Item = Duration> + use<> {
+fn pauses(reach: &Reach) -> impl Iterator<Item = Duration> + use<> {
     // The jitter adds up to as much again, so that a broker that restarts is not met by all workers at once.
-    let half = Duration::from_secs(settings.reconnect_seconds_max.into()) / 2;
+    let half = Duration::from_secs(reach.reconnect_seconds_max.into()) / 2;
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(200).min(half))
         .with_max_delay(half)
@@ -166,9 +165,11 @@ fn pauses(settings: &Settings) -> impl Iterator<Item = Duration> + use<> {
 }
 
 /// Connects once and declares the topology.
-pub(super) async fn connect(settings: &Settings, topology: &Topology) -> Result<Live, Error> {
-    let connection = dial(settings).await?;
-    topology.declare(&connection).await?;
+pub(super) async fn connect(reach: &Reach, topology: Option<&Topology>) -> Result<Live, Error> {
+    let connection = dial(reach).await?;
+    if let Some(topology) = topology {
+        topology.declare(&connection).await?;
+    }
     Ok(Live { connection, publisher: Mutex::new(None) })
 }
 

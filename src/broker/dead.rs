@@ -1,5 +1,7 @@
 //! Messages that were given up: looked at, brought back, dropped.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use lapin::options::{BasicAckOptions, BasicGetOptions};
 use lapin::{BasicProperties, Channel};
@@ -7,7 +9,7 @@ use lapin::{BasicProperties, Channel};
 use super::connection::Link;
 use super::message::Death;
 use super::publisher::{self, Routed};
-use super::topology::open_channel;
+use super::topology::{Topology, open_channel};
 use super::{Error, Properties, message};
 
 /// The messages in the dead-letter queue, one after the other. Those that are neither brought back nor dropped go back
@@ -15,6 +17,7 @@ use super::{Error, Properties, message};
 pub struct DeadLetters {
     channel: Channel,
     link: Link,
+    topology: Arc<Topology>,
     /// How many of those are to come that were there when the first one was read.
     left: Option<u32>,
 }
@@ -35,13 +38,13 @@ pub struct DeadLetter {
 }
 
 impl DeadLetters {
-    pub(super) async fn open(link: &Link) -> Result<Self, Error> {
+    pub(super) async fn open(link: &Link, topology: &Arc<Topology>) -> Result<Self, Error> {
         let open = async {
             let live = link.live().await?;
             open_channel(&live.connection).await
         };
         let channel = link.bounded(|| "open the dead-letter queue".into(), open).await?;
-        Ok(Self { channel, link: link.clone(), left: None })
+        Ok(Self { channel, link: link.clone(), topology: Arc::clone(topology), left: None })
     }
 
     /// The next one; none when all were seen that were there at the first. One that is brought back, and is given up again,
@@ -50,7 +53,7 @@ impl DeadLetters {
         if self.left == Some(0) {
             return Ok(None);
         }
-        let queue = self.link.topology.dead.clone();
+        let queue = self.topology.dead.clone();
         let got = self.channel.basic_get(queue.clone(), BasicGetOptions::default()).await;
         let got = got.map_err(|error| Error::doing(format!("read queue {queue}"), &error))?;
         if let Some(got) = &got {

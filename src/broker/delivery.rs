@@ -1,5 +1,6 @@
 //! A message that was handed to us, and the ways to settle it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOw
 
 use super::connection::Link;
 use super::publisher::{self, Routed};
+use super::topology::Topology;
 use super::{Error, Properties, message};
 
 /// A message that is ours until we settle it. Dropped unsettled, it goes back to its queue.
@@ -28,6 +30,7 @@ pub struct Delivery {
     acker: lapin::Acker,
     channel: Channel,
     link: Link,
+    topology: Arc<Topology>,
     lost: CancellationToken,
     /// Tells the slot that it may go on.
     _held: DropGuard,
@@ -38,11 +41,12 @@ impl Delivery {
         delivery: lapin::message::Delivery,
         channel: Channel,
         link: Link,
+        topology: Arc<Topology>,
         lost: CancellationToken,
         held: DropGuard,
     ) -> Self {
         Self {
-            oversize: delivery.data.len() > link.settings.message_bytes_max,
+            oversize: delivery.data.len() > topology.settings.message_bytes_max,
             body: delivery.data.into(),
             properties: message::read(&delivery.properties),
             redelivered: delivery.redelivered,
@@ -52,6 +56,7 @@ impl Delivery {
             acker: delivery.acker,
             channel,
             link,
+            topology,
             lost,
             _held: held,
         }
@@ -89,7 +94,7 @@ impl Delivery {
     /// queue, and once the broker has that safely, the message itself is gone. It waits for a time by chance, up to a
     /// limit that doubles with each attempt, so that those that failed together do not come back together.
     pub async fn retry_later(self, story: &str) -> Result<(), Error> {
-        let settings = &self.link.settings;
+        let settings = &self.topology.settings;
         let doubled = 1_u64 << self.properties.attempt.saturating_sub(1).min(32);
         let longest = settings.retry_delay_seconds_max.max(settings.retry_delay_seconds);
         let limit = (u64::from(settings.retry_delay_seconds) * doubled).min(longest.into());
@@ -100,7 +105,7 @@ impl Delivery {
 
     /// Puts the message off for `retry_delay_seconds`, because another worker has its job; that is no attempt.
     pub async fn park(self) -> Result<(), Error> {
-        let wait = Duration::from_secs(self.link.settings.retry_delay_seconds.into());
+        let wait = Duration::from_secs(self.topology.settings.retry_delay_seconds.into());
         let properties = message::parked(&self.raw, wait);
         self.put_off(wait, properties).await
     }
@@ -109,7 +114,7 @@ impl Delivery {
     /// twice as long each time after it, up to `retry_delay_seconds`.
     pub async fn await_turn(self) -> Result<(), Error> {
         let doubled = 1_u64 << message::wait_count(&self.raw).min(32);
-        let wait = Duration::from_secs(doubled.min(self.link.settings.retry_delay_seconds.into()));
+        let wait = Duration::from_secs(doubled.min(self.topology.settings.retry_delay_seconds.into()));
         let properties = match self.redelivered {
             // The copy would be taken for one that nobody was handed before.
             true => message::waiting(&message::parked(&self.raw, wait), wait),
@@ -119,7 +124,7 @@ impl Delivery {
     }
 
     async fn put_off(self, wait: Duration, properties: BasicProperties) -> Result<(), Error> {
-        let delay = self.link.topology.delay(wait).cloned().unwrap_or_default();
+        let delay = self.topology.delay(wait).cloned().unwrap_or_default();
         self.move_to(ShortString::default(), delay, properties).await
     }
 
@@ -127,7 +132,7 @@ impl Delivery {
     /// once the broker has that safely, the message itself is gone.
     pub async fn dead_letter(self, reason: &str) -> Result<(), Error> {
         let properties = message::dead(&self.raw, reason, self.exchange.as_str(), self.routing_key.as_str());
-        let dead = self.link.topology.dead.clone();
+        let dead = self.topology.dead.clone();
         let routing_key = self.routing_key.clone();
         self.move_to(dead, routing_key, properties).await
     }

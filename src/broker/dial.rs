@@ -14,23 +14,34 @@ use lapin::{Connection, ConnectionProperties, ErrorKind};
 use tokio::time::timeout;
 
 use super::error::{cause, is_access_refused, is_not_allowed};
-use super::{Error, Settings, Tls};
+use super::{AmqpUrl, Error, Reach, Tls};
 
 /// How long the broker may take from the first packet to an open connection.
 const CONNECT_SECONDS_MAX: u64 = 20;
 
-/// Connects once.
-pub(super) async fn dial(settings: &Settings) -> Result<Connection, Error> {
-    let mut uri = settings.url.uri().clone();
-    if settings.heartbeat_seconds > 0 {
-        uri.query.heartbeat = Some(settings.heartbeat_seconds);
+/// Connects once, to the first broker that lets us.
+pub(super) async fn dial(reach: &Reach) -> Result<Connection, Error> {
+    let mut dialled = dial_one(reach, &reach.url).await;
+    for url in &reach.other_urls {
+        if dialled.is_ok() {
+            break;
+        }
+        dialled = dial_one(reach, url).await;
+    }
+    dialled
+}
+
+async fn dial_one(reach: &Reach, url: &AmqpUrl) -> Result<Connection, Error> {
+    let mut uri = url.uri().clone();
+    if reach.heartbeat_seconds > 0 {
+        uri.query.heartbeat = Some(reach.heartbeat_seconds);
     }
     let tls = match uri.scheme {
         AMQPScheme::AMQP => None,
-        AMQPScheme::AMQPS => Some(tls(&settings.tls)?),
+        AMQPScheme::AMQPS => Some(tls(&reach.tls)?),
     };
     let properties = ConnectionProperties::default()
-        .with_connection_name(settings.connection_name.as_str().into())
+        .with_connection_name(reach.connection_name.as_str().into())
         .with_client_property("product".into(), env!("CARGO_PKG_NAME").into())
         .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
     let socket = Arc::new(Mutex::new(None));
@@ -39,14 +50,14 @@ pub(super) async fn dial(settings: &Settings) -> Result<Connection, Error> {
     // Taken out in any case, for the connection ends only with the last handle on its socket.
     let socket: Option<TcpStream> = socket.lock().unwrap_or_else(PoisonError::into_inner).take();
     match result {
-        Ok(result) => result.map_err(|error| refused(settings, &error)),
+        Ok(result) => result.map_err(|error| refused(url, &error)),
         Err(_) => {
             // Without this lapin's thread would wait as long as the other side is silent.
             if let Some(socket) = socket {
                 let _ = socket.shutdown(Shutdown::Both);
             }
             let why = format!("no answer within {CONNECT_SECONDS_MAX} seconds");
-            Err(Error::Unreachable { address: settings.url.address(), source: why.into() })
+            Err(Error::Unreachable { address: url.address(), source: why.into() })
         }
     }
 }
@@ -80,17 +91,17 @@ async fn handshake(
     Connection::connector(uri, runtime, connect, properties).await
 }
 
-fn refused(settings: &Settings, error: &lapin::Error) -> Error {
-    let (address, source) = (settings.url.address(), cause(error));
+fn refused(url: &AmqpUrl, error: &lapin::Error) -> Error {
+    let (address, source) = (url.address(), cause(error));
     if is_access_refused(error) {
-        let user = settings.url.uri().authority.userinfo.username.clone();
+        let user = url.uri().authority.userinfo.username.clone();
         return Error::Credentials { address, user, source };
     }
     if is_not_allowed(error) {
-        return Error::VirtualHost { address, vhost: settings.url.uri().vhost.clone(), source };
+        return Error::VirtualHost { address, vhost: url.uri().vhost.clone(), source };
     }
     match error.kind() {
-        ErrorKind::IOError(error) if is_tls(error.kind(), settings) => Error::Tls { address, source },
+        ErrorKind::IOError(error) if is_tls(error.kind(), url) => Error::Tls { address, source },
         ErrorKind::ParsingError(_) | ErrorKind::InvalidProtocolVersion(_) => {
             Error::Protocol { address, source }
         }
@@ -98,13 +109,13 @@ fn refused(settings: &Settings, error: &lapin::Error) -> Error {
     }
 }
 
-fn is_tls(kind: io::ErrorKind, settings: &Settings) -> bool {
+fn is_tls(kind: io::ErrorKind, url: &AmqpUrl) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
     match kind {
         // So rustls calls everything that it finds wrong.
         InvalidData => true,
         // So a broker that wants another client certificate may end it before its alert arrives.
-        ConnectionAborted | ConnectionReset | UnexpectedEof => settings.url.uri().scheme == AMQPScheme::AMQPS,
+        ConnectionAborted | ConnectionReset | UnexpectedEof => url.uri().scheme == AMQPScheme::AMQPS,
         _ => false,
     }
 }

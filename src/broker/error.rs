@@ -91,6 +91,18 @@ pub enum Error {
         /// What the broker said.
         source: Cause,
     },
+    /// A queue or an exchange that services of OpenStack share exists, but is not as their options here say.
+    #[error(
+        "{name} exists on the broker with other properties than the options here ask for: set those of \
+         [oslo_messaging_rabbit] (amqp_durable_queues, rabbit_quorum_queue, amqp_auto_delete, …) as the other services \
+         have them, or delete it once it is empty"
+    )]
+    Flavour {
+        /// The queue or exchange.
+        name: String,
+        /// What the broker said.
+        source: Cause,
+    },
     /// The broker refused what we asked for.
     #[error("the broker refused to {action}: check that the user may configure, write and read there")]
     Refused {
@@ -164,6 +176,7 @@ impl Error {
             | Self::VirtualHost { .. }
             | Self::Protocol { .. }
             | Self::Mismatch { .. }
+            | Self::Flavour { .. }
             | Self::Refused { .. }
             | Self::TooLong { .. }
             | Self::NoRoute { .. } => Class::Permanent,

@@ -3,6 +3,7 @@
 //! A slot per running job means that a channel which the broker closes, say because a job ran for longer than the
 //! broker's patience, takes nothing with it but that one delivery.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::connection::{Link, Live};
-use super::topology::open_channel;
+use super::topology::{Topology, open_channel};
 use super::{Delivery, Error};
 use crate::error::{Causes, Class};
 
@@ -34,13 +35,19 @@ pub struct Jobs {
 }
 
 impl Jobs {
-    pub(super) fn start(link: &Link, queue: &ShortString, slot_count: usize) -> Self {
+    pub(super) fn start(
+        link: &Link,
+        topology: &Arc<Topology>,
+        queue: &ShortString,
+        slot_count: usize,
+    ) -> Self {
         let (sender, deliveries) = mpsc::channel(slot_count.max(1));
         let stopping = CancellationToken::new();
         let (consuming_sender, consuming) = watch::channel(0);
         for _ in 0..slot_count {
             let slot = Slot {
                 link: link.clone(),
+                topology: Arc::clone(topology),
                 queue: queue.clone(),
                 sender: sender.clone(),
                 stopping: stopping.clone(),
@@ -77,6 +84,7 @@ impl Drop for Jobs {
 
 struct Slot {
     link: Link,
+    topology: Arc<Topology>,
     queue: ShortString,
     sender: mpsc::Sender<Delivery>,
     stopping: CancellationToken,
@@ -108,7 +116,7 @@ impl Slot {
     /// Declares everything again, for somebody may have deleted the queue. Says how long to wait then.
     async fn redeclare(&self, live: &Live, error: &Error) -> Duration {
         warn!(error = %Causes(error), "job queue not consumed, trying again");
-        match self.link.topology.declare(&live.connection).await {
+        match self.topology.declare(&live.connection).await {
             Ok(()) => REOPEN_PAUSE,
             Err(error) => {
                 warn!(error = %Causes(&error), "topology not declared, trying again");
@@ -176,6 +184,7 @@ impl Slot {
             delivery,
             channel.clone(),
             self.link.clone(),
+            Arc::clone(&self.topology),
             lost.clone(),
             settled.clone().drop_guard(),
         );

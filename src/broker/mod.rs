@@ -15,6 +15,7 @@ mod error;
 mod jobs;
 mod message;
 mod publisher;
+mod rpc;
 mod settings;
 mod subscription;
 mod topology;
@@ -26,7 +27,8 @@ pub use error::{Cause, Error};
 pub use jobs::Jobs;
 pub use message::Properties;
 pub use publisher::{Outgoing, Routed};
-pub use settings::{AmqpUrl, InvalidUrl, QueueKind, Settings, Tls};
+pub use rpc::{Replies, Rpc, RpcDeliveries, RpcDelivery, RpcQueues, RpcSettings};
+pub use settings::{AmqpUrl, InvalidTransportUrl, InvalidUrl, QueueKind, Reach, Settings, Tls, TransportUrl};
 pub use subscription::{Notice, Subscription};
 pub use turn::Turn;
 
@@ -39,7 +41,7 @@ use tokio_util::sync::DropGuard;
 
 use lapin::types::ShortString;
 
-use connection::Link;
+use connection::{Link, Live};
 use message::short;
 use topology::{JOB, Topology};
 
@@ -68,26 +70,30 @@ impl fmt::Display for State {
 #[derive(Clone)]
 pub struct Broker {
     link: Link,
+    topology: Arc<Topology>,
     _guard: Arc<DropGuard>,
 }
 
 impl Broker {
     /// Connects and declares the topology. Tries once; a connection that is lost later is made again.
     pub async fn connect(settings: Settings) -> Result<Self, Error> {
-        let topology = Topology::new(&settings)?;
-        let live = connection::connect(&settings, &topology).await?;
-        Ok(Self::with(Link::start(Arc::new(settings), Arc::new(topology), Some(live))))
+        let reach = settings.reach();
+        let topology = Topology::new(settings)?;
+        let live = connection::connect(&reach, Some(&topology)).await?;
+        Ok(Self::with(reach, topology, Some(live)))
     }
 
     /// Returns at once and keeps trying to connect. Fails only if the settings cannot be used at all.
     pub fn start(settings: Settings) -> Result<Self, Error> {
-        let topology = Topology::new(&settings)?;
-        Ok(Self::with(Link::start(Arc::new(settings), Arc::new(topology), None)))
+        let reach = settings.reach();
+        Ok(Self::with(reach, Topology::new(settings)?, None))
     }
 
-    fn with(link: Link) -> Self {
+    fn with(reach: Reach, topology: Topology, live: Option<Live>) -> Self {
+        let topology = Arc::new(topology);
+        let link = Link::start(reach, Some(Arc::clone(&topology)), live);
         let guard = Arc::new(link.closing.clone().drop_guard());
-        Self { link, _guard: guard }
+        Self { link, topology, _guard: guard }
     }
 
     /// Tells how it stands with the connection, now and at every change.
@@ -98,18 +104,20 @@ impl Broker {
     /// Publishes a message and waits until the broker has it safely, over reconnects, for `publish_seconds_max`.
     /// After an error, and after a reconnect, the broker may have it none the less, or twice.
     pub async fn publish(&self, outgoing: Outgoing) -> Result<Routed, Error> {
-        publisher::publish(&self.link, &outgoing).await
+        let properties = message::write(&outgoing.properties)?;
+        publisher::publish(&self.link, &outgoing.exchange, &outgoing.routing_key, &outgoing.body, properties)
+            .await
     }
 
     /// Publishes a job.
     pub async fn publish_job(&self, body: Bytes, properties: Properties) -> Result<Routed, Error> {
-        let exchange = self.link.topology.jobs.to_string();
+        let exchange = self.topology.jobs.to_string();
         self.publish(Outgoing { exchange, routing_key: JOB.into(), body, properties }).await
     }
 
     /// Publishes a message to all workers, and to a queue for one of them to keep.
     pub async fn publish_control(&self, body: Bytes, properties: Properties) -> Result<Routed, Error> {
-        let exchange = self.link.topology.control.to_string();
+        let exchange = self.topology.control.to_string();
         self.publish(Outgoing { exchange, routing_key: String::new(), body, properties }).await
     }
 
@@ -120,7 +128,7 @@ impl Broker {
         body: Bytes,
         properties: Properties,
     ) -> Result<Routed, Error> {
-        let exchange = self.link.topology.events.to_string();
+        let exchange = self.topology.events.to_string();
         self.publish(Outgoing { exchange, routing_key: routing_key.into(), body, properties }).await
     }
 
@@ -136,17 +144,17 @@ impl Broker {
 
     /// Takes jobs, at most `slot_count` at a time: the next one comes when one of those was settled or dropped.
     pub fn jobs(&self, slot_count: usize) -> Jobs {
-        Jobs::start(&self.link, &self.link.topology.jobs, slot_count)
+        Jobs::start(&self.link, &self.topology, &self.topology.jobs, slot_count)
     }
 
     /// Takes what is published to all workers once for all of them, one at a time, so that one of them keeps it.
     pub fn cancels(&self) -> Jobs {
-        Jobs::start(&self.link, &self.link.topology.cancels, 1)
+        Jobs::start(&self.link, &self.topology, &self.topology.cancels, 1)
     }
 
     /// Listens to what is published to all workers, from the moment on that there is a connection.
     pub fn control(&self) -> Subscription {
-        let exchange = self.link.topology.control.clone();
+        let exchange = self.topology.control.clone();
         // Nobody waits for the first time.
         let (ready, _) = oneshot::channel();
         Subscription::start(&self.link, exchange, ShortString::default(), ready)
@@ -156,7 +164,7 @@ impl Broker {
     /// published after this returned is not missed.
     pub async fn events(&self, pattern: &str) -> Result<Subscription, Error> {
         let pattern = short("the pattern of events", pattern)?;
-        let exchange = self.link.topology.events.clone();
+        let exchange = self.topology.events.clone();
         let (ready, opened) = oneshot::channel();
         let subscription = Subscription::start(&self.link, exchange, pattern, ready);
         let opened = async { opened.await.unwrap_or(Err(Error::Closed)) };
@@ -166,12 +174,12 @@ impl Broker {
 
     /// Takes a name for this connection alone; none if another one has it.
     pub async fn turn(&self, name: &str) -> Result<Option<Turn>, Error> {
-        Turn::take(&self.link, name).await
+        Turn::take(&self.link, &self.topology.settings.prefix, name).await
     }
 
     /// Opens the queue of messages that were given up.
     pub async fn dead_letters(&self) -> Result<DeadLetters, Error> {
-        DeadLetters::open(&self.link).await
+        DeadLetters::open(&self.link, &self.topology).await
     }
 
     /// Leaves the broker. What was handed out and not settled goes back.

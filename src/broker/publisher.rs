@@ -9,7 +9,7 @@ use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::sleep;
 
 use super::connection::{Link, Live};
-use super::message::{self, short};
+use super::message::short;
 use super::topology::open_channel;
 use super::{Error, Properties};
 
@@ -36,14 +36,19 @@ pub enum Routed {
 }
 
 /// Publishes and waits for the confirm, over as many connections as it takes; so the message may be there twice.
-pub(super) async fn publish(link: &Link, outgoing: &Outgoing) -> Result<Routed, Error> {
-    let exchange = short("the name of an exchange", &outgoing.exchange)?;
-    let routing_key = short("a routing key", &outgoing.routing_key)?;
-    let properties = message::write(&outgoing.properties)?;
+pub(super) async fn publish(
+    link: &Link,
+    exchange: &str,
+    routing_key: &str,
+    body: &[u8],
+    properties: BasicProperties,
+) -> Result<Routed, Error> {
+    let exchange = short("the name of an exchange", exchange)?;
+    let routing_key = short("a routing key", routing_key)?;
     let persist = async {
         loop {
             let live = link.live().await?;
-            match publish_once(&live, &exchange, &routing_key, &outgoing.body, properties.clone()).await {
+            match publish_once(&live, &exchange, &routing_key, body, properties.clone()).await {
                 // The supervisor may not have noticed yet.
                 Err(Error::Lost { .. }) => sleep(Duration::from_millis(100)).await,
                 result => return result,

@@ -23,9 +23,10 @@ const PRIORITY_MAX: u8 = 9;
 /// How many times as long as in the one before it a message waits in a delay queue.
 const DELAY_STEP: u32 = 4;
 
-/// The names of our exchanges and queues.
+/// The names of our exchanges and queues, and how they are used.
 #[derive(Debug)]
 pub(super) struct Topology {
+    pub settings: Settings,
     /// The exchange and the queue of jobs.
     pub jobs: ShortString,
     /// The exchange of messages to all workers.
@@ -42,7 +43,7 @@ pub(super) struct Topology {
 }
 
 impl Topology {
-    pub(super) fn new(settings: &Settings) -> Result<Self, Error> {
+    pub(super) fn new(settings: Settings) -> Result<Self, Error> {
         let name =
             |what: &str| short("a name below the broker's prefix", &format!("{}.{what}", settings.prefix));
         Ok(Self {
@@ -51,11 +52,12 @@ impl Topology {
             cancels: name("cancels")?,
             events: name("events")?,
             dead: name("dead")?,
-            delays: delay_seconds(settings)
+            delays: delay_seconds(&settings)
                 // The delay is part of the name, for a queue cannot change it.
                 .map(|seconds| Ok((seconds, name(&format!("delay.{seconds}s"))?)))
                 .collect::<Result<_, Error>>()?,
             kind: settings.queue_kind,
+            settings,
         })
     }
 

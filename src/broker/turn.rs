@@ -22,8 +22,8 @@ pub struct Turn {
 
 impl Turn {
     /// Takes the name; none if another connection has it. Our own connection may take it twice.
-    pub(super) async fn take(link: &Link, name: &str) -> Result<Option<Self>, Error> {
-        let queue = short("the name of a turn", &format!("{}.turn.{name}", link.settings.prefix))?;
+    pub(super) async fn take(link: &Link, prefix: &str, name: &str) -> Result<Option<Self>, Error> {
+        let queue = short("the name of a turn", &format!("{prefix}.turn.{name}"))?;
         let action = || format!("declare queue {queue}");
         let taken = async {
             let live = link.live().await?;

@@ -5,6 +5,7 @@
 
 mod json;
 mod native;
+pub mod oslo;
 mod rejection;
 
 pub use native::{

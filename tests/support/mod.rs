@@ -11,6 +11,7 @@ pub(crate) mod engine;
 pub(crate) mod faulty;
 pub(crate) mod gcs;
 pub(crate) mod link;
+pub(crate) mod oslo;
 pub(crate) mod rabbit;
 pub(crate) mod s3;
 pub(crate) mod stack;
