@@ -343,3 +343,23 @@ fn number(text: &str) -> Option<String> {
     });
     (!text.is_empty()).then(|| kept.map(|(_, character)| *character).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_wins_over_files() {
+        let file = file::parse("a.conf".as_ref(), "[DEFAULT]\nhost = a\nbackup_ceph_user = $host").unwrap();
+        let environment = vec![("OS_DEFAULT__HOST".to_owned(), "b".to_owned())];
+        let settings = Settings { files: vec![file], environment };
+
+        let value = |name| {
+            let option = OPTIONS[0].iter().find(|option| option.name == name).unwrap();
+            settings.value(option).unwrap()
+        };
+
+        assert_eq!(value("host"), Value::Text("b".into()));
+        assert_eq!(value("backup_ceph_user"), Value::Text("b".into()));
+    }
+}

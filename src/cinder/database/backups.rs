@@ -4,7 +4,7 @@ use jiff::civil::DateTime;
 use sqlx::AnyConnection;
 
 use super::sql::{Bound, now, table};
-use super::{Changes, Database, Error, QuotaRefresh, Result};
+use super::{Changes, Database, Error, QuotaRefresh, Result, VolumeRow};
 
 table! {
     /// A backup. What is NULL is nothing, or zero for a number.
@@ -108,7 +108,7 @@ impl Database {
         self.again(&format!("change backup {id}"), attempt).await
     }
 
-    /// Ends a backup whose data are complete: it becomes `available` with `changes`, unless it is no longer `creating`; its
+    /// Ends a backup whose data are complete: it becomes `available`, as large as its volume and with `changes`, unless it is no longer `creating`; its
     /// parent counts it; its volume gets back the status it had, or its snapshot is `available`. Doing it again changes
     /// nothing.
     pub async fn finish_backup(&self, id: &str, changes: &Changes) -> Result<Finished> {
@@ -117,7 +117,13 @@ impl Database {
             let Some(backup) = self.locked_backup(&mut transaction, id).await? else { return Ok(None) };
             self.release_source(&mut transaction, &backup, "backing-up").await?;
             let finished = if backup.status == "creating" && !backup.deleted {
-                let changes = Changes::new().text("status", "available").and(changes.clone());
+                let mut all = Changes::new().text("status", "available");
+                let volume =
+                    self.dialect.read(&mut transaction, "id = ?", &[Bound::from(&backup.volume_id)]).await?;
+                if let Some(VolumeRow { size, .. }) = volume.into_iter().next() {
+                    all = all.integer("size", size);
+                }
+                let changes = all.and(changes.clone());
                 self.change(&mut transaction, "backups", id, &[], &changes).await?;
                 // The changes can have made it a full one.
                 let parent =
@@ -181,7 +187,11 @@ impl Database {
     }
 
     /// The backup, even if deleted, which nobody else changes until the transaction ends.
-    async fn locked_backup(&self, from: &mut AnyConnection, id: &str) -> sqlx::Result<Option<BackupRow>> {
+    pub(super) async fn locked_backup(
+        &self,
+        from: &mut AnyConnection,
+        id: &str,
+    ) -> sqlx::Result<Option<BackupRow>> {
         Ok(self.dialect.read(from, "id = ? FOR UPDATE", &[id.into()]).await?.pop())
     }
 

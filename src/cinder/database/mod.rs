@@ -6,8 +6,10 @@
 //! changes nothing.
 
 mod backups;
+mod columns;
 mod messages;
 mod quotas;
+mod restores;
 mod services;
 mod sql;
 mod url;
@@ -25,6 +27,7 @@ use crate::error::{Causes, Class};
 pub use backups::{BackupRow, Finished};
 pub use messages::UserMessage;
 pub use quotas::QuotaRefresh;
+pub use restores::Restored;
 pub use services::{Registration, ServiceRow};
 use sql::{Bound, Dialect, Table, now};
 pub use url::DatabaseUrl;

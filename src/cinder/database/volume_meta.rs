@@ -4,11 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use jiff::civil::DateTime;
 use serde_json::{Map, Value, json};
-use sqlx::{AnyConnection, Row};
+use sqlx::AnyConnection;
 
-use super::sql::{Bound, Dialect, Kind, now, table};
+use super::sql::{Bound, now, table};
 use super::{Changes, Database, Error, Result, VolumeRow};
 
 /// Cinder's mark of a volume that was made to be restored to; such a name may be replaced.
@@ -27,11 +26,7 @@ table! {
 impl Database {
     /// What a backup of the volume is to keep of it.
     pub async fn volume_meta(&self, volume_id: &str) -> Result<String> {
-        let attempt = || async {
-            let mut connection = self.pool.acquire().await?;
-            self.volume_columns(&mut connection, volume_id).await
-        };
-        let base = self.again(&format!("read all of volume {volume_id}"), attempt).await?;
+        let base = self.volume_columns(volume_id).await?;
         let base = base.ok_or_else(|| Error::NotThere { what: "volume", id: volume_id.into() })?;
         let mut whole = json!({ "version": 2, "volume-base-metadata": base });
         let metadata = self.volume_metadata(volume_id).await?;
@@ -46,38 +41,6 @@ impl Database {
             whole["volume-glance-metadata"] = json!(glance);
         }
         Ok(whole.to_string())
-    }
-
-    /// All columns of the volume's row, whichever this version of Cinder has.
-    async fn volume_columns(
-        &self,
-        from: &mut AnyConnection,
-        volume_id: &str,
-    ) -> sqlx::Result<Option<Map<String, Value>>> {
-        let mut columns = Vec::new();
-        for row in self.dialect.rows(from, self.dialect.columns_of_volumes(), &[]).await? {
-            let name: String = row.try_get("name")?;
-            columns.push((name, Kind::of(&row.try_get::<String, _>("kind")?)));
-        }
-        let selected: Vec<String> =
-            columns.iter().map(|(name, kind)| self.dialect.selected(name, *kind)).collect();
-        let sql = format!("SELECT {} FROM volumes WHERE id = ? AND deleted = false", selected.join(", "));
-        let rows = self.dialect.rows(from, &sql, &[volume_id.into()]).await?;
-        let Some(row) = rows.first() else { return Ok(None) };
-        let mut values = Map::new();
-        for (name, kind) in columns {
-            let value = match kind {
-                Kind::Text => json!(row.try_get::<Option<String>, _>(name.as_str())?),
-                Kind::Integer => json!(row.try_get::<Option<i64>, _>(name.as_str())?),
-                Kind::Bool => json!(row.try_get::<Option<i64>, _>(name.as_str())?.map(|value| value != 0)),
-                Kind::Time => {
-                    let time = <Option<DateTime> as super::sql::Column>::of(row, &name)?;
-                    json!(time.map(|time| time.strftime("%Y-%m-%dT%H:%M:%S.%6f").to_string()))
-                }
-            };
-            values.insert(name, value);
-        }
-        Ok(Some(values))
     }
 
     /// Puts back what a backup kept of its volume, in version 1 or 2, as Cinder does: the name only to a volume that has none
@@ -161,36 +124,5 @@ impl Database {
             values.push(key.into());
         }
         self.dialect.execute(to, &sql, &values).await.map(|_| ())
-    }
-}
-
-impl Dialect {
-    /// Asks for `name` and `kind` of each column of the table `volumes`.
-    fn columns_of_volumes(self) -> &'static str {
-        match self {
-            Self::MySql => {
-                "SELECT CAST(column_name AS CHAR) AS name, CAST(data_type AS CHAR) AS kind FROM information_schema.columns \
-                 WHERE table_name = 'volumes' AND table_schema = DATABASE() ORDER BY ordinal_position"
-            }
-            Self::Postgres => {
-                "SELECT CAST(column_name AS TEXT) AS name, CAST(data_type AS TEXT) AS kind FROM information_schema.columns \
-                 WHERE table_name = 'volumes' AND table_schema = current_schema() ORDER BY ordinal_position"
-            }
-            Self::Sqlite => "SELECT name, type AS kind FROM pragma_table_info('volumes') ORDER BY cid",
-        }
-    }
-}
-
-impl Kind {
-    /// What the database calls the type of a column.
-    fn of(name: &str) -> Self {
-        let name = name.to_lowercase();
-        match name.as_str() {
-            // MariaDB has no other truth.
-            "tinyint" | "boolean" => Self::Bool,
-            _ if name.contains("int") => Self::Integer,
-            _ if name.starts_with("datetime") || name.starts_with("timestamp") => Self::Time,
-            _ => Self::Text,
-        }
     }
 }

@@ -116,6 +116,18 @@ impl Database {
         self.again(&format!("write metadata of volume {volume_id}"), attempt).await
     }
 
+    /// What the user, or Cinder, wrote to the volume under this key.
+    pub(super) async fn pair_of(
+        &self,
+        from: &mut AnyConnection,
+        volume_id: &str,
+        key: &str,
+    ) -> sqlx::Result<Option<String>> {
+        let condition = "volume_id = ? AND volume_metadata.key = ? AND deleted = false";
+        let pairs: Vec<Pair> = self.dialect.read(from, condition, &[volume_id.into(), key.into()]).await?;
+        Ok(pairs.into_iter().next().and_then(|pair| pair.value))
+    }
+
     pub(super) async fn merge_pairs(
         &self,
         to: &mut AnyConnection,
