@@ -13,6 +13,7 @@ mod ceph;
 #[cfg(feature = "ceph")]
 mod chaos;
 mod cinder_conf;
+mod cinder_database;
 mod cinder_fixtures;
 mod config;
 mod contracts;

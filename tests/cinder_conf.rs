@@ -22,7 +22,7 @@ impl Oslo {
     fn start() -> Self {
         let python =
             std::env::var_os("BACKHAUL_TEST_CINDER").expect("run `make test`, which installs Cinder");
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/oslo_config.py");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_options.py");
         let mut process = Command::new(python)
             .arg(script)
             .stdin(Stdio::piped())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the real oslo.config makes of files, for tests.
 
-    oslo_config.py < COMMANDS
+    cinder_options.py < COMMANDS
 
 Needs the Python that `dev/cinder.sh` prints. A command is a line of JSON, {"arguments": [...], "options": [[GROUP, NAME], ...]},
 with arguments such as --config-file; the answer is a line with a list of what each option is, [VALUE] or, where it is not
