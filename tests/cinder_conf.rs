@@ -234,7 +234,10 @@ fn value() -> impl Strategy<Value = String> {
 }
 
 fn line() -> impl Strategy<Value = String> {
-    let names: Vec<&str> = options().map(|option| option.name).collect();
+    // Of an address oslo.config looks at more than at its beginning.
+    let addresses = ["backup_swift_url", "backup_swift_auth_url", "backup_gcs_proxy_url"];
+    let names: Vec<&str> =
+        options().map(|option| option.name).filter(|name| !addresses.contains(name)).collect();
     let old = vec![
         "backup_driver_status_check_interval",
         "rpc_thread_pool_size",

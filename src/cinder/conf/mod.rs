@@ -139,6 +139,7 @@ impl Field for Vec<String> {
 
 const TEXT: Kind = Kind::Text;
 const URI: Kind = Kind::Uri;
+const HOST: Kind = Kind::Host;
 const BOOL: Kind = Kind::Bool;
 const LIST: Kind = Kind::List;
 const MULTI: Kind = Kind::Multi;
@@ -200,7 +201,7 @@ section! {
     /// The section `[DEFAULT]`.
     Default "DEFAULT" {
         host: String = TEXT, Preset::HostName;
-        my_ip: String = TEXT, Preset::OwnAddress;
+        my_ip: String = HOST, Preset::OwnAddress;
         storage_availability_zone: String = TEXT, is("nova");
         state_path: String = TEXT, is("/var/lib/cinder");
         transport_url: Secret = TEXT, is("rabbit://");

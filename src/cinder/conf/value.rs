@@ -1,6 +1,6 @@
 //! What the text of an option stands for: its type, its default, and the options that it refers to.
 
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
 
 use super::file::{self, File, Source, is_space};
 use super::{Error, OPTIONS};
@@ -26,6 +26,8 @@ pub struct Opt {
 pub(super) enum Kind {
     Text,
     Uri,
+    /// An address or the name of a host.
+    Host,
     Choice(&'static [&'static str]),
     /// The same in capitals.
     ChoiceInAnyCase(&'static [&'static str]),
@@ -284,6 +286,24 @@ impl Kind {
                     return Err("write scheme://host".into());
                 }
                 Ok(Value::Text(text))
+            }
+            Self::Host if text.parse::<IpAddr>().is_ok() => Ok(Value::Text(text)),
+            Self::Host => {
+                let name = text.strip_suffix('.').unwrap_or(&text);
+                let is_part = |part: &str| {
+                    (1..=63).contains(&part.len())
+                        && part.chars().all(|character| character.is_ascii_alphanumeric() || character == '-')
+                        && !part.starts_with('-')
+                        && !part.ends_with('-')
+                };
+                let is_number = name
+                    .rsplit('.')
+                    .next()
+                    .is_none_or(|last| last.chars().all(|digit| digit.is_ascii_digit()));
+                if text.len() > 253 || is_number || !name.split('.').all(is_part) {
+                    return Err("write an address or the name of a host".into());
+                }
+                Ok(Value::Text(name.into()))
             }
             Self::Choice(choices) if choices.contains(&text.as_str()) => Ok(Value::Text(text)),
             Self::ChoiceInAnyCase(choices) if choices.contains(&text.to_lowercase().as_str()) => {
