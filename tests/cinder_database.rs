@@ -378,8 +378,8 @@ async fn a_deleted_backup_leaves_quotas_and_its_parent_once(
 
     // All at once, and each twice: deadlocks are tried again, and nothing is counted twice.
     let mut deletes = tokio::task::JoinSet::new();
-    for id in children.iter().chain(&children).cloned() {
-        let database = stage.database.clone();
+    for id in children.iter().chain(&children) {
+        let (database, id) = (stage.database.clone(), id.clone());
         deletes.spawn(async move { database.delete_backup(&id, &REFRESH).await.unwrap() });
     }
     let done = deletes.join_all().await;
@@ -494,6 +494,67 @@ async fn the_service_is_up_while_it_reports(#[values(Sqlite, MariaDb, Postgres)]
     };
     assert_eq!(comparable("ours"), comparable("theirs"));
     assert_eq!(rows.as_array().unwrap().len(), 2);
+}
+
+#[rstest]
+#[tokio::test]
+async fn an_imported_backup_has_all_that_was_exported(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let exported = stage.backup(&volume, None);
+    let changes =
+        Changes::new().text("service_metadata", "{}").integer("object_count", 3).text("container", "pool");
+    stage.database.finish_backup(&exported, &changes).await.unwrap();
+    stage.ask(
+        "set",
+        json!({ "table": "backups", "id": exported, "parent_id": volume, "user_id": "somebody" }),
+    );
+    let mut fields = stage.database.backup_columns(&exported).await.unwrap().unwrap();
+
+    let target = stage.backup("00000000-0000-0000-0000-000000000000", None);
+    fields["id"] = target.as_str().into();
+    fields["deleted"] = true.into();
+    fields["metadata"] = json!({ "a": "c", "new": "d" });
+    fields.insert("unknown".into(), 1.into());
+    let ours = Changes::new().text("host", "importer").text("service", "driver");
+    for (name, wrong) in [
+        ("size", json!("2")),
+        ("container", json!(1)),
+        ("created_at", json!("yesterday")),
+        ("id", json!(exported)),
+    ] {
+        let mut fields = fields.clone();
+        fields[name] = wrong;
+        let error = stage.database.import_backup(&target, &fields, &ours).await.unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+    assert!(stage.database.import_backup(&target, &fields, &ours).await.unwrap());
+    assert!(!stage.database.import_backup(&target, &fields, &ours).await.unwrap());
+
+    let theirs = stage.ask("backup_object", json!({ "id": target }));
+    for (name, expected) in [
+        ("host", json!("importer")),
+        ("service", json!("driver")),
+        ("status", json!("available")),
+        ("user_id", json!("user")),
+        ("project_id", json!(stage.project)),
+        ("deleted", json!(false)),
+        ("metadata", fields["metadata"].clone()),
+    ] {
+        assert_eq!(theirs[name], expected, "{name}");
+    }
+    for name in [
+        "volume_id",
+        "parent_id",
+        "size",
+        "object_count",
+        "container",
+        "service_metadata",
+        "data_timestamp",
+        "created_at",
+    ] {
+        assert_eq!(theirs[name], fields[name], "{name}");
+    }
 }
 
 #[rstest]

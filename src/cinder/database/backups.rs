@@ -130,7 +130,7 @@ impl Database {
                     "id = (SELECT parent_id FROM (SELECT parent_id FROM backups WHERE id = ?) AS child)";
                 let count = "num_dependent_backups = COALESCE(num_dependent_backups, 0) + 1";
                 let sql = format!("UPDATE backups SET {count}, updated_at = ?time WHERE {parent}");
-                self.dialect.execute(&mut transaction, &sql, &[Bound::Time(now()), id.into()]).await?;
+                self.dialect.execute(&mut transaction, &sql, &[now().into(), id.into()]).await?;
                 Finished::Available
             } else if backup.status == "available" {
                 Finished::Available
@@ -171,13 +171,13 @@ impl Database {
             // Cinder leaves `updated_at` as it is.
             let sql =
                 "UPDATE backups SET status = 'deleted', deleted = true, deleted_at = ?time WHERE id = ?";
-            self.dialect.execute(&mut transaction, sql, &[Bound::Time(now()), id.into()]).await?;
+            self.dialect.execute(&mut transaction, sql, &[now().into(), id.into()]).await?;
             let sql = "UPDATE backup_metadata SET deleted = true, deleted_at = ?time WHERE backup_id = ? AND deleted = false";
-            self.dialect.execute(&mut transaction, sql, &[Bound::Time(now()), id.into()]).await?;
+            self.dialect.execute(&mut transaction, sql, &[now().into(), id.into()]).await?;
             if let Some(parent) = &backup.parent_id {
                 let sql = "UPDATE backups SET num_dependent_backups = num_dependent_backups - 1, updated_at = ?time \
                            WHERE id = ? AND deleted = false AND num_dependent_backups >= 1";
-                self.dialect.execute(&mut transaction, sql, &[Bound::Time(now()), parent.into()]).await?;
+                self.dialect.execute(&mut transaction, sql, &[now().into(), parent.into()]).await?;
             }
             self.give_back_quota(&mut transaction, &backup, refresh).await?;
             transaction.commit().await?;
@@ -211,7 +211,7 @@ impl Database {
                 // In this order, since MariaDB goes from left to right.
                 let sql = "UPDATE volumes SET status = COALESCE(previous_status, 'available'), previous_status = ?, \
                            updated_at = ?time WHERE id = ? AND status = 'backing-up' AND deleted = false";
-                let values = [previous.into(), Bound::Time(now()), Bound::from(&backup.volume_id)];
+                let values = [previous.into(), now().into(), Bound::from(&backup.volume_id)];
                 self.dialect.execute(to, sql, &values).await?;
             }
         }

@@ -46,7 +46,7 @@ impl Database {
                    VALUES (?, ?time, false, ?, ?, ?, ?, ?, ?, ?, ?, ?time)";
         let values = [
             Bound::from(&Uuid::new_v4().to_string()),
-            Bound::Time(created),
+            created.into(),
             project_id.into(),
             request_id.into(),
             level.into(),
@@ -55,7 +55,7 @@ impl Database {
             action_id.into(),
             detail_id.into(),
             Bound::from(&format!("VOLUME_{resource_type}_{action_id}_{detail_id}")),
-            Bound::Time(created.saturating_add(ttl)),
+            created.saturating_add(ttl).into(),
         ];
         self.execute(&format!("leave a message about {resource_id}"), sql, &values).await.map(|_| ())
     }

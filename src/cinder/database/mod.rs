@@ -7,6 +7,7 @@
 
 mod backups;
 mod columns;
+mod imports;
 mod messages;
 mod quotas;
 mod restores;
@@ -62,6 +63,14 @@ pub enum Error {
         what: &'static str,
         /// The id looked for.
         id: String,
+    },
+    /// An exported record does not say what a backup's row needs.
+    #[error("import backup {id}: {problem}")]
+    Import {
+        /// The backup.
+        id: String,
+        /// Which field, and what is wrong with it.
+        problem: String,
     },
     /// The metadata of a volume that a backup holds cannot be put back.
     #[error("put back the metadata of volume {volume_id}: {problem}")]
@@ -166,7 +175,7 @@ impl Database {
         changes: &Changes,
     ) -> sqlx::Result<bool> {
         let mut sql = format!("UPDATE {table} SET updated_at = ?time");
-        let mut values = vec![Bound::Time(now())];
+        let mut values = vec![now().into()];
         for (column, value) in &changes.0 {
             sql.push_str(&format!(", {column} = {}", value.place()));
             values.push(value.clone());
@@ -231,7 +240,7 @@ impl Changes {
     /// Sets a point in time, in UTC.
     #[must_use]
     pub fn time(mut self, column: &'static str, time: jiff::civil::DateTime) -> Self {
-        self.0.push((column, Bound::Time(time)));
+        self.0.push((column, time.into()));
         self
     }
 

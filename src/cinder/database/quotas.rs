@@ -68,21 +68,21 @@ impl Database {
             let until_refresh = further.map_or(until_refresh.clone(), Bound::from);
             let sql =
                 "UPDATE quota_usages SET in_use = ?, until_refresh = ?, updated_at = ?time WHERE id = ?";
-            let values = [in_use.into(), until_refresh, Bound::Time(now()), usage.id.into()];
+            let values = [in_use.into(), until_refresh, now().into(), usage.id.into()];
             self.dialect.execute(to, sql, &values).await?;
             let held =
                 SignedDuration::from_secs(i64::try_from(refresh.reservation_seconds).unwrap_or(i64::MAX));
             let sql = "INSERT INTO reservations (created_at, deleted, deleted_at, uuid, usage_id, project_id, resource, delta, \
                        expire) VALUES (?time, true, ?time, ?, ?, ?, ?, ?, ?time)";
             let values = [
-                Bound::Time(now()),
-                Bound::Time(now()),
+                now().into(),
+                now().into(),
                 Bound::from(&Uuid::new_v4().to_string()),
                 usage.id.into(),
                 project.into(),
                 resource.into(),
                 delta.into(),
-                Bound::Time(now().saturating_add(held)),
+                now().saturating_add(held).into(),
             ];
             self.dialect.execute(to, sql, &values).await?;
         }

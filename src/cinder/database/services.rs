@@ -65,7 +65,7 @@ impl Database {
                     self.dialect.quoted("binary")
                 );
                 let uuid = Uuid::new_v4().to_string();
-                let (time, disabled) = (Bound::Time(now()), Bound::Bool(!enabled));
+                let (time, disabled) = (Bound::from(now()), Bound::Bool(!enabled));
                 let values = [
                     time.clone(),
                     time,
@@ -99,7 +99,7 @@ impl Database {
     pub async fn report_service(&self, id: i64, availability_zone: &str) -> Result<bool> {
         let sql = "UPDATE services SET report_count = report_count + 1, updated_at = ?time, availability_zone = ? \
                    WHERE id = ? AND deleted = false";
-        let values = [Bound::Time(now()), availability_zone.into(), id.into()];
+        let values = [now().into(), availability_zone.into(), id.into()];
         let reported = async {
             let mut connection = self.pool.acquire().await?;
             self.dialect.execute(&mut connection, sql, &values).await

@@ -116,7 +116,7 @@ pub(super) enum Bound {
     Integer(Option<i64>),
     Bool(bool),
     /// For `?time`.
-    Time(DateTime),
+    Time(Option<DateTime>),
 }
 
 type Query<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
@@ -128,7 +128,9 @@ impl Bound {
             Self::Integer(number) => query.bind(*number),
             Self::Bool(value) => query.bind(*value),
             // As SQLAlchemy writes it into SQLite, where it is a text to be compared with others.
-            Self::Time(time) => query.bind(time.strftime("%Y-%m-%d %H:%M:%S.%6f").to_string()),
+            Self::Time(time) => {
+                query.bind(time.map(|time| time.strftime("%Y-%m-%d %H:%M:%S.%6f").to_string()))
+            }
         }
     }
 
@@ -153,6 +155,12 @@ impl From<&String> for Bound {
 impl From<Option<&str>> for Bound {
     fn from(text: Option<&str>) -> Self {
         Self::Text(text.map(Into::into))
+    }
+}
+
+impl From<DateTime> for Bound {
+    fn from(time: DateTime) -> Self {
+        Self::Time(Some(time))
     }
 }
 

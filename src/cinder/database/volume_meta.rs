@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 use sqlx::AnyConnection;
 
-use super::sql::{Bound, now, table};
+use super::sql::{now, table};
 use super::{Changes, Database, Error, Result, VolumeRow};
 
 /// Cinder's mark of a volume that was made to be restored to; such a name may be replaced.
@@ -92,8 +92,8 @@ impl Database {
             if let Some(glance) = &glance {
                 self.remove_pairs(&mut transaction, "volume_glance_metadata", volume_id, [].iter()).await?;
                 for (key, value) in glance {
-                    self.insert_pair(&mut transaction, "volume_glance_metadata", volume_id, key, value)
-                        .await?;
+                    let place = ("volume_glance_metadata", "volume_id", volume_id);
+                    self.insert_pair(&mut transaction, place, key, value).await?;
                 }
                 changes = changes.bool("bootable", true);
             }
@@ -118,7 +118,7 @@ impl Database {
         let mut sql = format!(
             "UPDATE {table} SET deleted = true, deleted_at = ?time WHERE volume_id = ? AND deleted = false"
         );
-        let mut values = vec![Bound::Time(now()), volume_id.into()];
+        let mut values = vec![now().into(), volume_id.into()];
         for key in but {
             sql.push_str(&format!(" AND {table}.key <> ?"));
             values.push(key.into());

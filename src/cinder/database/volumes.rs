@@ -140,26 +140,25 @@ impl Database {
         for (key, value) in metadata {
             let sql = "UPDATE volume_metadata SET value = ?, updated_at = ?time \
                        WHERE volume_id = ? AND volume_metadata.key = ? AND deleted = false";
-            let values = [Bound::from(value), Bound::Time(now()), volume_id.into(), key.into()];
+            let values = [Bound::from(value), now().into(), volume_id.into(), key.into()];
             if self.dialect.execute(to, sql, &values).await? == 0 {
-                self.insert_pair(to, "volume_metadata", volume_id, key, value).await?;
+                self.insert_pair(to, ("volume_metadata", "volume_id", volume_id), key, value).await?;
             }
         }
         Ok(())
     }
 
-    /// Adds a pair to a table of metadata of volumes.
+    /// Adds a pair to the metadata of what has the id `owner` in the column `of`.
     pub(super) async fn insert_pair(
         &self,
         to: &mut AnyConnection,
-        table: &str,
-        volume_id: &str,
+        (table, of, owner): (&str, &str, &str),
         key: &str,
         value: &str,
     ) -> sqlx::Result<()> {
-        let columns = format!("created_at, deleted, volume_id, {}, value", self.dialect.quoted("key"));
+        let columns = format!("created_at, deleted, {of}, {}, value", self.dialect.quoted("key"));
         let sql = format!("INSERT INTO {table} ({columns}) VALUES (?time, false, ?, ?, ?)");
-        let values = [Bound::Time(now()), volume_id.into(), key.into(), value.into()];
+        let values = [now().into(), owner.into(), key.into(), value.into()];
         self.dialect.execute(to, &sql, &values).await.map(|_| ())
     }
 }
