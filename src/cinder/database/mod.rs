@@ -213,21 +213,21 @@ impl Changes {
     #[must_use]
     pub fn text_or_null(mut self, column: &'static str, text: Option<&str>) -> Self {
         let text = text.map(|text| text.chars().take(TEXT_CHARACTERS_MAX).collect());
-        self.0.push((column, Bound::Text(text)));
+        self.set(column, Bound::Text(text));
         self
     }
 
     /// Sets a number.
     #[must_use]
     pub fn integer(mut self, column: &'static str, number: i64) -> Self {
-        self.0.push((column, number.into()));
+        self.set(column, number.into());
         self
     }
 
     /// Sets yes or no.
     #[must_use]
     pub fn bool(mut self, column: &'static str, value: bool) -> Self {
-        self.0.push((column, Bound::Bool(value)));
+        self.set(column, Bound::Bool(value));
         self
     }
 
@@ -240,15 +240,23 @@ impl Changes {
     /// Sets a point in time, in UTC.
     #[must_use]
     pub fn time(mut self, column: &'static str, time: jiff::civil::DateTime) -> Self {
-        self.0.push((column, time.into()));
+        self.set(column, time.into());
         self
     }
 
-    /// These, and then those.
+    /// These, and those, which win.
     #[must_use]
     pub fn and(mut self, others: Self) -> Self {
-        self.0.extend(others.0);
+        for (column, value) in others.0 {
+            self.set(column, value);
+        }
         self
+    }
+
+    // PostgreSQL refuses a statement that sets a column twice.
+    fn set(&mut self, column: &'static str, value: Bound) {
+        self.0.retain(|(name, _)| *name != column);
+        self.0.push((column, value));
     }
 }
 
