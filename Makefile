@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install build demo demo-ceph bench test chaos check advisories fmt clean clean-demo
+.PHONY: help install build demo demo-ceph bench test chaos soak check advisories fmt clean clean-demo
 
 help: ## List what there is to make
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -32,6 +32,10 @@ chaos: ## Play SEEDS=20 rounds of random jobs while workers, the broker and stor
 	@dev/install.sh test
 	BACKHAUL_CHAOS_SEEDS=$(SEEDS) $(addprefix BACKHAUL_CHAOS_FIRST_SEED=,$(FIRST_SEED)) \
 		cargo test --locked --test all chaos:: -- --nocapture
+
+soak: JOBS ?= 100000
+soak: ## Send JOBS=100000 tiny jobs through one worker, then through four: how many a second, and whether anything grows
+	@dev/bench.sh jobs $(JOBS)
 
 check: ## Check format, lints, licences, scripts and container files
 	@dev/install.sh check

@@ -2,6 +2,7 @@
 # Measures the figures that the documentation gives, and prints them as the table that stands there.
 #   bench.sh sparse   a volume of 1 TiB that holds 64 MiB
 #   bench.sh full     a volume of 8 GiB, full of real files
+#   bench.sh jobs [N] many tiny jobs through a broker: N (2000) through one worker, and as many through four
 #   bench.sh peers    beside Cinder's drivers, restic and borg, and the machine's limit; bench-peers.sh says what may follow
 #   bench.sh ceph     RBD volumes on private Ceph clusters; bench-ceph.sh says what may follow
 # Needs about 25 GB of disk below the target folder, and removes what it made.
@@ -26,7 +27,12 @@ work=$target/bench
 rm -rf "$work"
 mkdir -p "$work"/{volumes,backups}
 cd "$work"
-trap 'cd / && rm -rf "$work"' EXIT
+finish() {
+  "$repository/dev/rabbit.sh" down "$work/rabbit" >/dev/null 2>&1 || true
+  cd /
+  rm -rf "$work"
+}
+trap finish EXIT
 
 configure() {
   printf '[worker]\nfile_roots = ["volumes"]\n[store.local]\nkind = "posix"\npath = "backups"\ncompression = "%s"\n' \
@@ -114,12 +120,27 @@ full() {
   rm -f volumes/*
 }
 
+jobs() {
+  local soak url
+  soak=$(cd "$repository" && cargo build --locked --release --bench soak --message-format json 2>/dev/null |
+    jq --raw-output 'select(.reason == "compiler-artifact" and .target.name == "soak") | .executable')
+  "$repository/dev/rabbit.sh" up "$work/rabbit" >rabbit.log 2>&1 || die "no broker: $(<rabbit.log)"
+  url=$(<rabbit/url)
+  printf '\n%s\n\n' "Backups of a volume of 1 MiB into a folder, and their deletes, each sent when an earlier job has ended"
+  echo '| workers | jobs | jobs/s | worker ms a job | memory MiB, after a tenth and at the end | open files |'
+  echo '|---:|---:|---:|---:|---:|---:|'
+  "$soak" "$url" "$1"
+  "$repository/dev/rabbit.sh" down "$work/rabbit" >/dev/null
+}
+
 case ${1:-} in
 sparse) sparse ;;
 full) full ;;
+jobs) jobs "${2:-2000}" ;;
 *)
   sparse
   full
+  jobs 2000
   ;;
 esac
 printf '\nOn %s cores. "cores" is processor time over wall time, "memory" the peak of the process.\n' "$(nproc)"

@@ -52,6 +52,10 @@ BACKHAUL_TEST_S3_TLS=$(<"$work/ceph-1/s3-tls")
 export BACKHAUL_TEST_AMQP_URL BACKHAUL_TEST_S3 BACKHAUL_TEST_S3_TLS BACKHAUL_TEST_S3_CA=$work/ceph-1/ca.pem
 export BACKHAUL_TEST_GCS=$work/gcs BACKHAUL_TEST_SWIFT=$work/swift BACKHAUL_TEST_SWIFT_GATEWAY=$work/ceph-1/swift
 
+# Most tests wait for a server for longer than they compute; more at once would only wait for each other.
+threads=$((2 * $(nproc)))
+export NEXTEST_TEST_THREADS=${NEXTEST_TEST_THREADS:-$((threads < 8 ? threads : 8))}
+
 cargo nextest run --locked --no-default-features --no-run
 wait "$openstack"
 BACKHAUL_TEST_CINDER=$(<"$work/cinder")

@@ -837,7 +837,8 @@ async fn a_delivery_that_took_too_long_for_the_broker_is_lost_and_comes_again() 
     assert_none(&mut jobs).await;
 }
 
-#[tokio::test]
+// On several threads, so that heartbeats go on while `rabbitmqctl` is waited for.
+#[tokio::test(flavor = "multi_thread")]
 async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name);

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use jiff::Timestamp;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
@@ -24,6 +24,8 @@ use super::{
 
 const FOLDER_MODE: u32 = 0o770;
 const FILE_MODE: u32 = 0o660;
+/// What is read of an object at once at least.
+const SMALL_PIECE_BYTES: u64 = 4 << 10;
 /// How long whoever changes an object waits for others who do. Each has it for as long as a small file takes to write.
 const LOCK_MAX: Duration = Duration::from_secs(10);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
@@ -114,20 +116,21 @@ impl ObjectStore for Posix {
         let (sender, pieces) = Pieces::channel();
         let object = object.clone();
         tokio::task::spawn_blocking(move || {
+            // Most objects are records and lists, far smaller than a piece.
+            let mut bytes_left = file.metadata().map_or(0, |metadata| metadata.len());
             loop {
-                let mut piece = BytesMut::zeroed(PIECE_BYTES);
-                let read = match file.read(&mut piece) {
+                let room = bytes_left.clamp(SMALL_PIECE_BYTES, PIECE_BYTES as u64);
+                let mut piece = Vec::with_capacity(room as usize);
+                match (&mut file).take(room).read_to_end(&mut piece) {
                     Ok(0) => return,
-                    Ok(read) => read,
-                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Ok(read) => bytes_left = bytes_left.saturating_sub(read as u64),
                     Err(error) => {
                         // Nobody may be there to hear it: the reader was dropped.
                         sender.blocking_send(Err(Error::io("read", &object, error))).ok();
                         return;
                     }
-                };
-                piece.truncate(read);
-                if sender.blocking_send(Ok(piece.freeze())).is_err() {
+                }
+                if sender.blocking_send(Ok(piece.into())).is_err() {
                     return;
                 }
             }
