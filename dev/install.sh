@@ -20,7 +20,8 @@ case ${1:-run} in
 run) ;;
 ceph) packages+=("${cluster_packages[@]}") ;;
 test)
-  packages+=("${cluster_packages[@]}" memcached openssl python3-rados python3-rbd python3-venv radosgw)
+  packages+=("${cluster_packages[@]}" mariadb-client-core mariadb-server-core memcached openssl postgresql-15 python3-rados
+    python3-rbd python3-venv radosgw)
   tools=(cargo-nextest@0.9.143)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
@@ -92,6 +93,9 @@ install_packages() {
   fi
   if [[ " $* " == *" memcached "* ]]; then
     as_root systemctl --quiet disable memcached.service >&2 || true # the tests start one of their own
+  fi
+  if [[ " $* " == *" postgresql-15 "* ]]; then
+    as_root systemctl --quiet disable postgresql.service >&2 || true # the tests start one of their own
   fi
   if [[ " $* " == *" rabbitmq-server "* ]]; then
     say "the new rabbitmq-server is not to start at boot; if you want it to: systemctl enable --now rabbitmq-server"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test, with and without the feature `ceph`, against a RabbitMQ, an OpenStack Swift with a Keystone, emulators of
-# Google Cloud Storage, and two Ceph clusters of its own, one of them with a gateway for S3 and Swift, which it stops at the
-# end, and with OpenStack's Cinder. What is of OpenStack, and the emulators, dev/cinder.sh installs.
+# Google Cloud Storage, a MariaDB and a PostgreSQL, and two Ceph clusters of its own, one of them with a gateway for S3 and
+# Swift, which it stops at the end, and with OpenStack's Cinder. What is of OpenStack, and the emulators, dev/cinder.sh installs.
 # Block devices are tested where losetup makes them; where not, it says so at its end.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
@@ -20,6 +20,8 @@ finish() {
   dev/swift.sh down "$work/swift" || true
   dev/gcs.sh down "$work/gcs" || true
   dev/rabbit.sh down "$work/rabbit" || true
+  dev/mariadb.sh down "$work/mariadb" || true
+  dev/postgres.sh down "$work/postgres" || true
   rm -rf "$work"
 }
 trap finish EXIT
@@ -39,6 +41,9 @@ first_cluster=$!
 dev/ceph.sh up "$work/ceph-2" >/dev/null &
 second_cluster=$!
 dev/rabbit.sh up "$work/rabbit" >&2
+BACKHAUL_TEST_MARIADB=$(dev/mariadb.sh up "$work/mariadb")
+BACKHAUL_TEST_POSTGRES=$(dev/postgres.sh up "$work/postgres")
+export BACKHAUL_TEST_MARIADB BACKHAUL_TEST_POSTGRES
 wait "$first_cluster"
 dev/ceph.sh gateway "$work/ceph-1" >/dev/null
 BACKHAUL_TEST_AMQP_URL=$(<"$work/rabbit/url")

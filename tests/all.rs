@@ -12,6 +12,8 @@ mod broker;
 mod ceph;
 #[cfg(feature = "ceph")]
 mod chaos;
+mod cinder_conf;
+mod cinder_database;
 mod cinder_fixtures;
 mod config;
 mod contracts;

@@ -1,0 +1,428 @@
+//! `cinder.conf`: the options of Cinder that a backup worker obeys, read as Cinder's own worker reads them.
+//!
+//! `file` takes files apart, `value` says what their texts stand for, and here stand the options themselves. The options'
+//! names, types and defaults are those of Cinder 29 (2026.2); what they mean stands in Cinder's documentation.
+
+mod file;
+mod value;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+pub use file::Source;
+use value::{Kind, Preset};
+pub use value::{Opt, Settings, Value};
+
+/// Says which file, line and option is wrong, why, and what to write. It never shows a value, which may be a password.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or a folder is not there or not readable, or a file is not UTF-8.
+    #[error("read {}", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A line that is neither section, option, comment nor continuation.
+    #[error("{}:{line}: {problem}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Counts from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The value of an option is not valid.
+    #[error("[{group}] {name} ({origin}): {problem}")]
+    Option {
+        /// Its section.
+        group: &'static str,
+        /// Its name there.
+        name: &'static str,
+        /// The file and line, or the environment variable, that sets it.
+        origin: String,
+        /// What is wrong and what to write.
+        problem: String,
+    },
+}
+
+/// A text with a password in it: it is not shown by `Debug`, and cannot be serialised.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself, for whoever sends it where it belongs.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+/// A field that an option's value can be put into.
+trait Field: Sized {
+    /// Fails with what is wrong and what to write.
+    fn of(value: Value) -> Result<Self, &'static str>;
+}
+
+const MUST_BE_SET: &str = "must be set";
+
+impl Field for String {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        Option::of(value)?.ok_or(MUST_BE_SET)
+    }
+}
+
+impl Field for Option<String> {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        match value {
+            Value::Text(text) => Ok(Some(text)),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Field for Secret {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        String::of(value).map(Self)
+    }
+}
+
+impl Field for Option<Secret> {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        Ok(Option::of(value)?.map(Secret))
+    }
+}
+
+impl Field for bool {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        if let Value::Bool(value) = value { Ok(value) } else { Err(MUST_BE_SET) }
+    }
+}
+
+impl Field for i64 {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        if let Value::Integer(value) = value { Ok(value) } else { Err(MUST_BE_SET) }
+    }
+}
+
+impl Field for u64 {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        i64::of(value)?.try_into().map_err(|_| "must not be negative")
+    }
+}
+
+impl Field for u32 {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        i64::of(value)?.try_into().map_err(|_| "must be from 0 to 4294967295")
+    }
+}
+
+impl Field for f64 {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        if let Value::Float(value) = value { Ok(value) } else { Err(MUST_BE_SET) }
+    }
+}
+
+impl Field for Vec<String> {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        if let Value::List(items) = value { Ok(items) } else { Ok(Vec::new()) }
+    }
+}
+
+const TEXT: Kind = Kind::Text;
+const URI: Kind = Kind::Uri;
+const HOST: Kind = Kind::Host;
+const BOOL: Kind = Kind::Bool;
+const LIST: Kind = Kind::List;
+const MULTI: Kind = Kind::Multi;
+const INTEGER: Kind = Kind::Integer { min: i64::MIN, max: i64::MAX };
+const FLOAT: Kind = Kind::Float { min: f64::NEG_INFINITY, max: f64::INFINITY };
+
+const fn at_least(min: i64) -> Kind {
+    Kind::Integer { min, max: i64::MAX }
+}
+
+const fn is(text: &'static str) -> Preset {
+    Preset::Text(text)
+}
+
+const NOTHING: Preset = Preset::Nothing;
+
+const COMPRESSIONS: Kind =
+    Kind::ChoiceInAnyCase(&["none", "off", "no", "zlib", "gzip", "bz2", "bzip2", "zstd"]);
+const FAILOVERS: Kind = Kind::Choice(&["round-robin", "shuffle"]);
+const LOGINS: Kind = Kind::Choice(&["PLAIN", "AMQPLAIN", "EXTERNAL", "RABBIT-CR-DEMO"]);
+const SWIFT_AUTHS: Kind = Kind::Choice(&["per_user", "single_user"]);
+
+/// Makes of the options of a section a struct with a field for each and the list of them.
+macro_rules! section {
+    ($(#[$about:meta])* $section:ident $group:literal { $($name:ident: $type:ty = $kind:expr, $default:expr $(, was $old:literal)?;)* }) => {
+        $(#[$about])*
+        #[derive(Debug, Clone)]
+        #[allow(missing_docs, reason = "Cinder's documentation has them, with these names")]
+        pub struct $section {
+            $(pub $name: $type,)*
+        }
+
+        impl $section {
+            const OPTIONS: &[Opt] = &[$(Opt {
+                group: $group,
+                name: stringify!($name),
+                old_name: { let old: &[&str] = &[$($old)?]; if old.is_empty() { None } else { Some(old[0]) } },
+                kind: $kind,
+                default: $default,
+            },)*];
+
+            fn read(settings: &Settings) -> Result<Self, Error> {
+                let mut options = Self::OPTIONS.iter();
+                Ok(Self { $($name: field(settings, options.next(), stringify!($name))?,)* })
+            }
+        }
+    };
+}
+
+/// Reads the value of an option into its field.
+fn field<T: Field>(settings: &Settings, option: Option<&Opt>, name: &'static str) -> Result<T, Error> {
+    let value = option.map_or(Ok(Value::Nothing), |option| settings.value(option))?;
+    let group = option.map_or("DEFAULT", |option| option.group);
+    let origin = || option.map_or_else(String::new, |option| settings.origin(option));
+    T::of(value).map_err(|problem| Error::Option { group, name, origin: origin(), problem: problem.into() })
+}
+
+section! {
+    /// The section `[DEFAULT]`.
+    Default "DEFAULT" {
+        host: String = TEXT, Preset::HostName;
+        my_ip: String = HOST, Preset::OwnAddress;
+        storage_availability_zone: String = TEXT, is("nova");
+        state_path: String = TEXT, is("/var/lib/cinder");
+        transport_url: Secret = TEXT, is("rabbit://");
+        control_exchange: String = TEXT, is("openstack");
+        rpc_response_timeout: u64 = INTEGER, is("60");
+        rpc_ping_enabled: bool = BOOL, is("false");
+        executor_thread_pool_size: u64 = INTEGER, is("64"), was "rpc_thread_pool_size";
+        report_interval: u64 = INTEGER, is("10");
+        periodic_interval: u64 = INTEGER, is("60");
+        periodic_fuzzy_delay: u64 = INTEGER, is("60");
+        service_down_time: u64 = INTEGER, is("60");
+        enable_new_services: bool = BOOL, is("true");
+        message_ttl: u64 = INTEGER, is("2592000");
+        volume_name_template: String = TEXT, is("volume-%s");
+        backup_name_template: String = TEXT, is("backup-%s");
+        use_multipath_for_image_xfer: bool = BOOL, is("false");
+        num_volume_device_scan_tries: u64 = INTEGER, is("3");
+        quota_backups: i64 = INTEGER, is("10");
+        quota_backup_gigabytes: i64 = INTEGER, is("1000");
+        reservation_expire: u64 = INTEGER, is("86400");
+        until_refresh: u32 = INTEGER, is("0");
+        max_age: u64 = INTEGER, is("0");
+        rootwrap_config: String = TEXT, is("/etc/cinder/rootwrap.conf");
+        debug: bool = BOOL, is("false");
+
+        backup_driver: String = TEXT, is("cinder.backup.drivers.swift.SwiftBackupDriver");
+        backup_driver_init_check_interval: u64 = at_least(5), is("60");
+        backup_driver_stats_polling_interval: u64 = at_least(10), is("60"), was "backup_driver_status_check_interval";
+        backup_service_inithost_offload: bool = BOOL, is("true");
+        backup_native_threads_pool_size: u64 = at_least(20), is("60");
+        backup_use_same_host: bool = BOOL, is("false");
+        backup_workers: u64 = at_least(1), is("1");
+        backup_max_operations: u64 = at_least(0), is("15");
+        backup_metadata_version: i64 = INTEGER, is("2");
+        backup_object_number_per_notification: i64 = INTEGER, is("10");
+        backup_timer_interval: i64 = INTEGER, is("120");
+        backup_compression_algorithm: String = COMPRESSIONS, is("zlib");
+        backup_create_containers: bool = BOOL, is("true");
+
+        backup_file_size: u64 = INTEGER, is("1999994880");
+        backup_sha_block_size_bytes: u64 = INTEGER, is("32768");
+        backup_enable_progress_timer: bool = BOOL, is("true");
+        backup_posix_path: String = TEXT, is("$state_path/backup");
+        backup_container: Option<String> = TEXT, NOTHING;
+        backup_mount_point_base: String = TEXT, is("$state_path/backup_mount");
+        backup_share: Option<String> = TEXT, NOTHING;
+        backup_mount_options: Option<String> = TEXT, NOTHING;
+        backup_mount_attempts: u64 = at_least(1), is("3");
+        glusterfs_backup_mount_point: String = TEXT, is("$state_path/backup_mount");
+        glusterfs_backup_share: Option<String> = TEXT, NOTHING;
+
+        backup_ceph_conf: String = TEXT, is("/etc/ceph/ceph.conf");
+        backup_ceph_user: String = TEXT, is("cinder");
+        backup_ceph_chunk_size: u64 = INTEGER, is("134217728");
+        backup_ceph_pool: String = TEXT, is("backups");
+        backup_ceph_stripe_unit: u64 = INTEGER, is("0");
+        backup_ceph_stripe_count: u64 = INTEGER, is("0");
+        backup_ceph_image_journals: bool = BOOL, is("false");
+        backup_ceph_max_snapshots: u64 = INTEGER, is("0");
+        restore_discard_excess_bytes: bool = BOOL, is("true");
+
+        backup_swift_url: Option<String> = URI, NOTHING;
+        backup_swift_auth_url: Option<String> = URI, NOTHING;
+        swift_catalog_info: String = TEXT, is("object-store:swift:publicURL");
+        keystone_catalog_info: String = TEXT, is("identity:Identity Service:publicURL");
+        backup_swift_auth: String = SWIFT_AUTHS, is("per_user");
+        backup_swift_auth_version: String = TEXT, is("1");
+        backup_swift_tenant: Option<String> = TEXT, NOTHING;
+        backup_swift_user_domain: Option<String> = TEXT, NOTHING;
+        backup_swift_project_domain: Option<String> = TEXT, NOTHING;
+        backup_swift_project: Option<String> = TEXT, NOTHING;
+        backup_swift_user: Option<String> = TEXT, NOTHING;
+        backup_swift_key: Option<Secret> = TEXT, NOTHING;
+        backup_swift_container: String = TEXT, is("volumebackups");
+        backup_swift_create_storage_policy: Option<String> = TEXT, NOTHING;
+        backup_swift_object_size: u64 = INTEGER, is("52428800");
+        backup_swift_block_size: u64 = INTEGER, is("32768");
+        backup_swift_retry_attempts: u64 = INTEGER, is("3");
+        backup_swift_retry_backoff: u64 = INTEGER, is("2");
+        backup_swift_enable_progress_timer: bool = BOOL, is("true");
+        backup_swift_ca_cert_file: Option<String> = TEXT, NOTHING;
+        backup_swift_auth_insecure: bool = BOOL, is("false");
+        backup_swift_service_auth: bool = BOOL, is("false");
+        backup_swift_region_name: Option<String> = TEXT, NOTHING;
+
+        backup_s3_endpoint_url: Option<String> = TEXT, NOTHING;
+        backup_s3_store_access_key: Option<Secret> = TEXT, NOTHING;
+        backup_s3_store_secret_key: Option<Secret> = TEXT, NOTHING;
+        backup_s3_store_bucket: String = TEXT, is("volumebackups");
+        backup_s3_object_size: u64 = INTEGER, is("52428800");
+        backup_s3_block_size: u64 = INTEGER, is("32768");
+        backup_s3_enable_progress_timer: bool = BOOL, is("true");
+        backup_s3_http_proxy: String = TEXT, is("");
+        backup_s3_https_proxy: String = TEXT, is("");
+        backup_s3_timeout: f64 = FLOAT, is("60");
+        backup_s3_max_pool_connections: u64 = INTEGER, is("10");
+        backup_s3_retry_max_attempts: u64 = INTEGER, is("4");
+        backup_s3_retry_mode: String = TEXT, is("legacy");
+        backup_s3_verify_ssl: bool = BOOL, is("true");
+        backup_s3_ca_cert_file: Option<String> = TEXT, NOTHING;
+        backup_s3_md5_validation: bool = BOOL, is("true");
+        backup_s3_sse_customer_key: Option<Secret> = TEXT, NOTHING;
+        backup_s3_sse_customer_algorithm: Option<String> = TEXT, NOTHING;
+
+        backup_gcs_bucket: Option<String> = TEXT, NOTHING;
+        backup_gcs_object_size: u64 = INTEGER, is("52428800");
+        backup_gcs_block_size: u64 = INTEGER, is("32768");
+        backup_gcs_reader_chunk_size: u64 = INTEGER, is("2097152");
+        backup_gcs_writer_chunk_size: u64 = INTEGER, is("2097152");
+        backup_gcs_num_retries: u64 = INTEGER, is("3");
+        backup_gcs_retry_error_codes: Vec<String> = LIST, is("429");
+        backup_gcs_bucket_location: String = TEXT, is("US");
+        backup_gcs_storage_class: String = TEXT, is("NEARLINE");
+        backup_gcs_credential_file: Option<String> = TEXT, NOTHING;
+        backup_gcs_project_id: Option<String> = TEXT, NOTHING;
+        backup_gcs_user_agent: String = TEXT, is("gcscinder");
+        backup_gcs_enable_progress_timer: bool = BOOL, is("true");
+        backup_gcs_proxy_url: Option<Secret> = URI, NOTHING;
+    }
+}
+
+section! {
+    /// The section `[database]`.
+    Database "database" {
+        // What Cinder sets in the place of oslo.db's default, which is nothing.
+        connection: Secret = TEXT, is("sqlite:///$state_path/cinder.sqlite");
+        max_pool_size: u32 = INTEGER, is("5");
+        connection_recycle_time: i64 = INTEGER, is("3600");
+    }
+}
+
+section! {
+    /// The section `[oslo_messaging_rabbit]`.
+    Rabbit "oslo_messaging_rabbit" {
+        amqp_durable_queues: bool = BOOL, is("false");
+        amqp_auto_delete: bool = BOOL, is("false");
+        ssl: bool = BOOL, is("false");
+        ssl_version: String = TEXT, is("");
+        ssl_key_file: String = TEXT, is("");
+        ssl_cert_file: String = TEXT, is("");
+        ssl_ca_file: String = TEXT, is("");
+        ssl_enforce_hostname_verification: bool = BOOL, is("true");
+        kombu_reconnect_delay: f64 = Kind::Float { min: 0.0, max: 4.5 }, is("1.0");
+        kombu_missing_consumer_retry_timeout: u64 = INTEGER, is("60"), was "kombu_reconnect_timeout";
+        kombu_failover_strategy: String = FAILOVERS, is("round-robin");
+        rabbit_login_method: String = LOGINS, is("AMQPLAIN");
+        rabbit_retry_interval: u64 = at_least(1), is("1");
+        rabbit_retry_backoff: u64 = at_least(0), is("2");
+        rabbit_interval_max: u64 = at_least(1), is("30");
+        rabbit_ha_queues: bool = BOOL, is("false");
+        rabbit_quorum_queue: bool = BOOL, is("false");
+        rabbit_transient_quorum_queue: bool = BOOL, is("false");
+        rabbit_quorum_delivery_limit: u64 = INTEGER, is("0");
+        rabbit_quorum_max_memory_length: u64 = INTEGER, is("0");
+        rabbit_quorum_max_memory_bytes: u64 = INTEGER, is("0");
+        rabbit_transient_queues_ttl: u64 = at_least(0), is("1800");
+        rabbit_qos_prefetch_count: u64 = INTEGER, is("0");
+        heartbeat_timeout_threshold: u64 = INTEGER, is("60");
+        heartbeat_rate: u64 = INTEGER, is("3");
+        direct_mandatory_flag: bool = BOOL, is("true");
+        enable_cancel_on_failover: bool = BOOL, is("false");
+        use_queue_manager: bool = BOOL, is("false");
+        rabbit_stream_fanout: bool = BOOL, is("false");
+    }
+}
+
+section! {
+    /// The section `[oslo_messaging_notifications]`.
+    Notifications "oslo_messaging_notifications" {
+        driver: Vec<String> = MULTI, NOTHING;
+        transport_url: Option<Secret> = TEXT, NOTHING;
+        topics: Vec<String> = LIST, is("notifications");
+        retry: i64 = INTEGER, is("-1");
+    }
+}
+
+/// All options that are known here, by section.
+pub const OPTIONS: [&[Opt]; 4] =
+    [Default::OPTIONS, Database::OPTIONS, Rabbit::OPTIONS, Notifications::OPTIONS];
+
+/// What Cinder's worker obeys and this one does not, and why.
+pub const NOT_OBEYED: &[(&str, &str)] = &[
+    ("backup_workers", "one process uses all processors"),
+    ("backup_native_threads_pool_size", "deletes run beside backups, with no threads of their own"),
+    ("backup_service_inithost_offload", "nothing is done in the way of the start"),
+    ("backup_metadata_version", "metadata are written in version 2"),
+    ("executor_thread_pool_size", "requests need no threads of their own"),
+    ("periodic_fuzzy_delay", "reports begin at once"),
+    ("rootwrap_config", "no command is run as root"),
+];
+
+/// All that `cinder.conf` says to a backup worker. The fields are called as the options are.
+#[derive(Debug, Clone)]
+pub struct Conf {
+    /// `[DEFAULT]`.
+    pub default: Default,
+    /// `[database]`.
+    pub database: Database,
+    /// `[oslo_messaging_rabbit]`.
+    pub rabbit: Rabbit,
+    /// `[oslo_messaging_notifications]`.
+    pub notifications: Notifications,
+}
+
+impl Conf {
+    /// Reads every option. The error names the file, the line and the option.
+    pub fn new(settings: &Settings) -> Result<Self, Error> {
+        Ok(Self {
+            default: Default::read(settings)?,
+            database: Database::read(settings)?,
+            rabbit: Rabbit::read(settings)?,
+            notifications: Notifications::read(settings)?,
+        })
+    }
+}
+
+impl Settings {
+    /// Those of [`NOT_OBEYED`] that are set, for one line of the log.
+    pub fn not_obeyed(&self) -> Vec<(&'static str, &'static str)> {
+        let set =
+            |name: &str| Default::OPTIONS.iter().any(|option| option.name == name && self.is_set(option));
+        NOT_OBEYED.iter().filter(|(name, _)| set(name)).copied().collect()
+    }
+}

@@ -1,0 +1,65 @@
+//! The end of restoring a backup.
+
+use std::collections::BTreeMap;
+
+use super::{Changes, Database, Error, Result, VolumeRow};
+
+/// How a restore ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restored {
+    /// The volume is what was backed up.
+    Done,
+    /// Somebody set the backup to another status in between.
+    Cancelled,
+    /// The volume is neither what it was nor what was backed up.
+    Failed,
+}
+
+/// What Cinder writes to a volume that a backup of another one was restored to.
+const SOURCE: &str = "src_backup_id";
+
+impl Database {
+    /// Ends a restore: the volume becomes `available`, `error` if it was cancelled, or `error_restoring`, if it still waits for
+    /// that; the backup becomes `available`, if it is still `restoring`. A volume that holds another one's backup now says
+    /// so. Doing it again changes nothing.
+    pub async fn finish_restore(&self, id: &str, volume_id: &str, restored: Restored) -> Result<()> {
+        let attempt = || async {
+            let mut transaction = self.begin().await?;
+            let Some(backup) = self.locked_backup(&mut transaction, id).await? else {
+                return Ok(Some("backup"));
+            };
+            let condition = "id = ? AND deleted = false FOR UPDATE";
+            let volumes: Vec<VolumeRow> =
+                self.dialect.read(&mut transaction, condition, &[volume_id.into()]).await?;
+            let Some(volume) = volumes.into_iter().next() else { return Ok(Some("volume")) };
+            let status = match restored {
+                Restored::Done => "available",
+                Restored::Cancelled => "error",
+                Restored::Failed => "error_restoring",
+            };
+            let mut changes = Changes::new().text("status", status);
+            if restored == Restored::Done && volume.status == "creating" {
+                changes = changes.now("launched_at");
+            }
+            let waiting = ["restoring-backup", "creating"];
+            let changed = self.change(&mut transaction, "volumes", volume_id, &waiting, &changes).await?;
+            if changed && restored != Restored::Failed {
+                let before = self.pair_of(&mut transaction, volume_id, SOURCE).await?;
+                if backup.volume_id != volume_id
+                    || before.is_some_and(|before| !before.is_empty() && before != id)
+                {
+                    let source = BTreeMap::from([(SOURCE.to_owned(), id.to_owned())]);
+                    self.merge_pairs(&mut transaction, volume_id, &source).await?;
+                }
+            }
+            let available = Changes::new().text("status", "available");
+            self.change(&mut transaction, "backups", id, &["restoring"], &available).await?;
+            transaction.commit().await?;
+            Ok(None)
+        };
+        let missing =
+            self.again(&format!("finish the restore of backup {id} to volume {volume_id}"), attempt).await?;
+        let id = |what| if what == "volume" { volume_id } else { id };
+        missing.map_or(Ok(()), |what| Err(Error::NotThere { what, id: id(what).into() }))
+    }
+}

@@ -1,0 +1,585 @@
+//! Cinder's database as we read and write it, and as Cinder's own code does: on SQLite, MariaDB and PostgreSQL, with the
+//! schema that Cinder makes.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use backhaul::cinder::database::{
+    Changes, Database, DatabaseUrl, Error, Finished, QuotaRefresh, Registration, Restored, UserMessage,
+};
+use backhaul::error::Class;
+use rstest::rstest;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use Server::{MariaDb, Postgres, Sqlite};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Server {
+    Sqlite,
+    MariaDb,
+    Postgres,
+}
+
+/// A database, and Cinder's own code at it. Tests share the servers' databases, and so have projects and hosts of their own.
+struct Stage {
+    database: Database,
+    process: Child,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    project: String,
+    _folder: TempDir,
+}
+
+impl Stage {
+    async fn on(server: Server) -> Self {
+        let python =
+            std::env::var_os("BACKHAUL_TEST_CINDER").expect("run `make test`, which installs Cinder");
+        let folder = TempDir::new().unwrap();
+        let variable =
+            |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `make test`"));
+        let connection = match server {
+            Sqlite => format!("sqlite:///{}/cinder.sqlite", folder.path().display()),
+            MariaDb => variable("BACKHAUL_TEST_MARIADB"),
+            Postgres => variable("BACKHAUL_TEST_POSTGRES"),
+        };
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_database.py");
+        let mut process = Command::new(python);
+        process.arg(script).arg(&connection).arg(folder.path());
+        let mut process = process.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (commands, answers) =
+            (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        let url = DatabaseUrl::parse(&connection).unwrap();
+        let project = Uuid::new_v4().simple().to_string();
+        // It answers its first command when the schema is there.
+        let (commands, answers) = asked(commands, answers);
+        let database = Database::connect(&url, 5).await.unwrap();
+        Self { database, process, commands, answers, project, _folder: folder }
+    }
+
+    /// Runs a command of Cinder's that must succeed.
+    fn ask(&mut self, command: &str, arguments: Value) -> Value {
+        let answer = ask(&mut self.commands, &mut self.answers, command, arguments);
+        assert!(answer.get("error").is_none(), "Cinder's {command}: {answer}");
+        answer["ok"].clone()
+    }
+
+    fn create(&mut self, table: &str, mut values: Value) -> String {
+        values["table"] = table.into();
+        values["project_id"] = self.project.as_str().into();
+        self.ask("create", values).as_str().unwrap().into()
+    }
+
+    /// A volume of 2 GiB that is being backed up.
+    fn volume(&mut self) -> String {
+        let values = json!({
+            "size": 2, "status": "backing-up", "previous_status": "in-use", "display_name": "data", "host": "node1@rbd#pool",
+            "bootable": false, "availability_zone": "nova",
+        });
+        self.create("volumes", values)
+    }
+
+    /// A backup of it that is being created.
+    fn backup(&mut self, volume: &str, parent: Option<&str>) -> String {
+        let values = json!({
+            "volume_id": volume, "user_id": "user", "status": "creating", "size": 1, "host": format!("host-{}", self.project),
+            "parent_id": parent, "display_name": "näme", "metadata": { "a": "b" }, "data_timestamp": "2026-01-02T03:04:05Z",
+        });
+        self.create("backups", values)
+    }
+
+    /// The row of that table with this id.
+    fn row(&mut self, table: &str, id: &str) -> Value {
+        self.rows(table, "id", id).as_array().unwrap()[0].clone()
+    }
+
+    fn rows(&mut self, table: &str, column: &str, value: &str) -> Value {
+        self.ask("rows", json!({ "table": table, column: value }))
+    }
+
+    /// Columns of a row.
+    fn columns(&mut self, table: &str, id: &str, names: &[&str]) -> Vec<Value> {
+        let row = self.row(table, id);
+        names.iter().map(|name| row[*name].clone()).collect()
+    }
+
+    /// What the project uses of `backups` and `backup_gigabytes`.
+    fn used(&mut self) -> (i64, i64) {
+        let project = self.project.clone();
+        let rows = self.rows("quota_usages", "project_id", &project);
+        let of = |resource| {
+            let row = rows.as_array().unwrap().iter().find(|row| row["resource"] == resource).unwrap();
+            assert_eq!(row["reserved"], 0);
+            row["in_use"].as_i64().unwrap()
+        };
+        (of("backups"), of("backup_gigabytes"))
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn ask(
+    commands: &mut ChildStdin,
+    answers: &mut BufReader<ChildStdout>,
+    command: &str,
+    mut arguments: Value,
+) -> Value {
+    arguments["do"] = command.into();
+    writeln!(commands, "{arguments}").unwrap();
+    let mut answer = String::new();
+    answers.read_line(&mut answer).unwrap();
+    serde_json::from_str(&answer).unwrap_or_else(|error| panic!("Cinder's {command}: {error}: {answer:?}"))
+}
+
+fn asked(
+    mut commands: ChildStdin,
+    mut answers: BufReader<ChildStdout>,
+) -> (ChildStdin, BufReader<ChildStdout>) {
+    ask(&mut commands, &mut answers, "rows", json!({ "table": "services", "host": "nobody" }));
+    (commands, answers)
+}
+
+fn texts<const N: usize>(texts: [&str; N]) -> Vec<Value> {
+    texts.into_iter().map(Value::from).collect()
+}
+
+const REFRESH: QuotaRefresh =
+    QuotaRefresh { until_refresh: 0, max_age_seconds: 0, reservation_seconds: 86_400 };
+
+#[rstest]
+#[tokio::test]
+async fn rows_are_read_as_cinder_reads_them(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let backup = stage.backup(&volume, None);
+
+    let row = stage.database.backup(&backup).await.unwrap().unwrap();
+    assert_eq!((row.volume_id.as_str(), row.status.as_str(), row.size), (volume.as_str(), "creating", 1));
+    assert_eq!(row.display_name.as_deref(), Some("näme"));
+    assert_eq!(row.data_timestamp.unwrap().to_string(), "2026-01-02T03:04:05");
+    assert!(row.created_at.is_some() && !row.deleted && row.parent_id.is_none() && row.deleted_at.is_none());
+    let listed =
+        stage.database.backups_of_host(&row.host.clone().unwrap(), &["error", "creating"]).await.unwrap();
+    assert_eq!(listed, [row]);
+    assert!(stage.database.backups_of_host("elsewhere", &["creating"]).await.unwrap().is_empty());
+    assert!(stage.database.backup("nowhere").await.unwrap().is_none());
+
+    let mut theirs = stage.ask("backup_object", json!({ "id": backup }));
+    theirs.as_object_mut().unwrap().remove("parent");
+    assert_eq!(Value::from(stage.database.backup_columns(&backup).await.unwrap().unwrap()), theirs);
+
+    let row = stage.database.volume(&volume).await.unwrap().unwrap();
+    assert_eq!(
+        (row.size, row.status.as_str(), row.previous_status.as_deref()),
+        (2, "backing-up", Some("in-use"))
+    );
+    assert_eq!(row.host.as_deref(), Some("node1@rbd#pool"));
+    let snapshot =
+        stage.create("snapshots", json!({ "volume_id": volume, "status": "backing-up", "volume_size": 2 }));
+    let row = stage.database.snapshot(&snapshot).await.unwrap().unwrap();
+    assert_eq!((row.volume_id.as_str(), row.status.as_str()), (volume.as_str(), "backing-up"));
+}
+
+#[rstest]
+#[tokio::test]
+async fn what_a_backup_keeps_of_its_volume_is_what_cinder_keeps(
+    #[values(Sqlite, MariaDb, Postgres)] server: Server,
+) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let ours = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+    let theirs = stage.ask("volume_meta", json!({ "volume_id": volume }));
+    assert_eq!(ours(&stage.database.volume_meta(&volume).await.unwrap()), theirs);
+
+    stage.ask("set_metadata", json!({ "volume_id": volume, "pairs": { "kéy": "value", "other": "" } }));
+    stage.ask(
+        "set_glance_metadata",
+        json!({ "volume_id": volume, "pairs": { "image_id": "i", "min_ram": "0" } }),
+    );
+    let theirs = stage.ask("volume_meta", json!({ "volume_id": volume }));
+    let text = stage.database.volume_meta(&volume).await.unwrap();
+    assert_eq!(ours(&text), theirs);
+
+    // A volume made for the restore gets the name, one of the user's keeps its own; both get all metadata.
+    for (name, expected) in [("restore_backup_1", "data"), ("", "data"), ("mine", "mine")] {
+        let by_us =
+            stage.create("volumes", json!({ "size": 2, "status": "restoring-backup", "display_name": name }));
+        let by_cinder =
+            stage.create("volumes", json!({ "size": 2, "status": "restoring-backup", "display_name": name }));
+        let mut after = Vec::new();
+        for id in [&by_us, &by_cinder] {
+            stage.ask("set_metadata", json!({ "volume_id": id, "pairs": { "kéy": "old", "gone": "x" } }));
+            stage.ask("set_glance_metadata", json!({ "volume_id": id, "pairs": { "image_id": "old" } }));
+            if *id == by_us {
+                stage.database.restore_volume_meta(id, &text).await.unwrap();
+            } else {
+                stage.ask("restore_volume_meta", json!({ "volume_id": id, "text": text }));
+            }
+            after.push((
+                stage.columns(
+                    "volumes",
+                    id,
+                    &["display_name", "display_description", "bootable", "status", "encryption_key_id"],
+                ),
+                stage.ask("volume_metadata", json!({ "volume_id": id })),
+                stage.ask("glance_metadata", json!({ "volume_id": id })),
+            ));
+        }
+        assert_eq!(after[0], after[1], "{name}");
+        assert_eq!(after[0].0[0], expected);
+        assert_eq!(after[0].1, json!({ "kéy": "value", "other": "" }));
+    }
+
+    let encrypted =
+        json!({ "version": 2, "volume-base-metadata": { "encryption_key_id": "key" } }).to_string();
+    for text in [encrypted.as_str(), "{}", "[]", "no", r#"{"version": 3}"#] {
+        let error = stage.database.restore_volume_meta(&volume, text).await.unwrap_err();
+        assert!(matches!(error, Error::VolumeMeta { .. }) && error.class() == Class::Permanent, "{error}");
+    }
+    let error = stage.database.volume_meta("nowhere").await.unwrap_err();
+    assert_eq!(error.to_string(), "Cinder's database has no volume nowhere");
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_backup_ends_once_and_gives_its_volume_back(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let parent = stage.backup(&volume, None);
+    let child = stage.backup(&volume, Some(&parent));
+    let state = ["status", "previous_status"];
+
+    let changes = Changes::new()
+        .text("service_metadata", "{}")
+        .integer("object_count", 3)
+        .text("fail_reason", &"é".repeat(300));
+    // Twice, as after a lost connection.
+    for _ in 0..2 {
+        assert_eq!(stage.database.finish_backup(&child, &changes).await.unwrap(), Finished::Available);
+        let row = stage.database.backup(&child).await.unwrap().unwrap();
+        assert_eq!((row.status.as_str(), row.size, row.object_count), ("available", 2, 3));
+        assert_eq!(row.service_metadata.as_deref(), Some("{}"));
+        assert_eq!(row.fail_reason.unwrap().chars().count(), 255);
+        assert!(row.updated_at.is_some());
+        assert_eq!(stage.columns("volumes", &volume, &state), texts(["in-use", "backing-up"]));
+        assert_eq!(stage.database.backup(&parent).await.unwrap().unwrap().num_dependent_backups, 1);
+    }
+
+    // A full one after all has no parent to count it.
+    let second = stage.backup(&volume, Some(&parent));
+    let full = Changes::new().text_or_null("parent_id", None);
+    stage.database.finish_backup(&second, &full).await.unwrap();
+    assert_eq!(stage.database.backup(&parent).await.unwrap().unwrap().num_dependent_backups, 1);
+
+    // What somebody else did in between stays.
+    let aborted = stage.backup(&volume, Some(&parent));
+    assert!(
+        stage
+            .database
+            .change_backup(&aborted, &["creating"], &Changes::new().text("status", "deleting"))
+            .await
+            .unwrap()
+    );
+    let finished = stage.database.finish_backup(&aborted, &changes).await.unwrap();
+    assert_eq!(finished, Finished::Aborted("deleting".into()));
+    assert!(!stage.database.fail_backup(&aborted, "reason").await.unwrap());
+    assert!(!stage.database.change_backup(&aborted, &["creating"], &changes).await.unwrap());
+    let row = stage.database.backup(&aborted).await.unwrap().unwrap();
+    assert_eq!((row.status.as_str(), row.object_count, row.fail_reason), ("deleting", 0, None));
+    assert_eq!(stage.database.backup(&parent).await.unwrap().unwrap().num_dependent_backups, 1);
+
+    // A failure.
+    let volume = stage.volume();
+    let failed = stage.backup(&volume, None);
+    assert!(stage.database.fail_backup(&failed, "the store is full").await.unwrap());
+    assert!(!stage.database.fail_backup(&failed, "another").await.unwrap());
+    let state_of = |row: Value| [row["status"].clone(), row["fail_reason"].clone()];
+    assert_eq!(state_of(stage.row("backups", &failed)).to_vec(), texts(["error", "the store is full"]));
+    assert_eq!(stage.columns("volumes", &volume, &state), texts(["in-use", "error_backing-up"]));
+
+    // Of a snapshot: the volume is left alone.
+    let volume = stage.volume();
+    let snapshot =
+        stage.create("snapshots", json!({ "volume_id": volume, "status": "backing-up", "volume_size": 2 }));
+    let of_snapshot = stage.backup(&volume, None);
+    stage.ask("set", json!({ "table": "backups", "id": of_snapshot, "snapshot_id": snapshot }));
+    stage.database.finish_backup(&of_snapshot, &Changes::new()).await.unwrap();
+    assert_eq!(stage.columns("snapshots", &snapshot, &["status"]), texts(["available"]));
+    assert_eq!(stage.columns("volumes", &volume, &state), texts(["backing-up", "in-use"]));
+
+    let error = stage.database.finish_backup("nowhere", &Changes::new()).await.unwrap_err();
+    assert!(matches!(error, Error::NotThere { what: "backup", .. }), "{error}");
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_restore_ends_in_the_status_that_cinder_gives(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let original = stage.volume();
+    let backup = stage.backup(&original, None);
+    for (restored, before, after, launched, marked) in [
+        (Restored::Done, "creating", "available", true, true),
+        (Restored::Done, "restoring-backup", "available", false, true),
+        (Restored::Cancelled, "restoring-backup", "error", false, true),
+        (Restored::Failed, "restoring-backup", "error_restoring", false, false),
+        (Restored::Done, "deleting", "deleting", false, false),
+    ] {
+        let target = stage.create("volumes", json!({ "size": 2, "status": before }));
+        stage.ask("set", json!({ "table": "backups", "id": backup, "status": "restoring" }));
+        for _ in 0..2 {
+            stage.database.finish_restore(&backup, &target, restored).await.unwrap();
+            let row = stage.database.volume(&target).await.unwrap().unwrap();
+            assert_eq!(
+                (row.status.as_str(), row.launched_at.is_some()),
+                (after, launched),
+                "{restored:?} {before}"
+            );
+            let metadata = stage.database.volume_metadata(&target).await.unwrap();
+            let expected = BTreeMap::from([("src_backup_id".to_owned(), backup.clone())]);
+            assert_eq!(metadata, if marked { expected } else { BTreeMap::new() }, "{restored:?} {before}");
+            assert_eq!(stage.database.backup(&backup).await.unwrap().unwrap().status, "available");
+        }
+    }
+    // In its own place it is marked only if it held another backup.
+    for (mark, expected) in [(None, None), (Some("other"), Some(backup.clone()))] {
+        stage.ask("set", json!({ "table": "volumes", "id": original, "status": "restoring-backup" }));
+        if let Some(mark) = mark {
+            stage.ask("set_metadata", json!({ "volume_id": original, "pairs": { "src_backup_id": mark } }));
+        }
+        stage.database.finish_restore(&backup, &original, Restored::Done).await.unwrap();
+        assert_eq!(
+            stage.database.volume_metadata(&original).await.unwrap().get("src_backup_id").cloned(),
+            expected
+        );
+    }
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_deleted_backup_leaves_quotas_and_its_parent_once(
+    #[values(Sqlite, MariaDb, Postgres)] server: Server,
+) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let parent = stage.backup(&volume, None);
+    let children: Vec<String> = (0..12).map(|_| stage.backup(&volume, Some(&parent))).collect();
+    stage.ask("set", json!({ "table": "backups", "id": parent, "num_dependent_backups": 12 }));
+    // The first use counts what is there, thirteen, and adds to it.
+    let project = stage.project.clone();
+    stage.ask("use", json!({ "project": project, "backups": 1, "backup_gigabytes": 10 }));
+    assert_eq!(stage.used(), (14, 23));
+
+    // All at once, and each twice: deadlocks are tried again, and nothing is counted twice.
+    let mut deletes = tokio::task::JoinSet::new();
+    for id in children.iter().chain(&children) {
+        let (database, id) = (stage.database.clone(), id.clone());
+        deletes.spawn(async move { database.delete_backup(&id, &REFRESH).await.unwrap() });
+    }
+    let done = deletes.join_all().await;
+    assert_eq!(done.iter().filter(|done| **done).count(), 12);
+    assert_eq!(stage.used(), (2, 11));
+    assert_eq!(stage.database.backup(&parent).await.unwrap().unwrap().num_dependent_backups, 0);
+    assert!(stage.database.backup(&children[0]).await.unwrap().is_none());
+    let row = stage.database.backup_even_if_deleted(&children[0]).await.unwrap().unwrap();
+    assert!(row.deleted && row.status == "deleted" && row.deleted_at.is_some());
+    assert_eq!(row.updated_at, None);
+    for row in stage.rows("backup_metadata", "backup_id", &children[0]).as_array().unwrap() {
+        assert_eq!(row["deleted"], true);
+    }
+    let reservations = stage.rows("reservations", "project_id", &project);
+    assert!(
+        reservations
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|row| row["deleted"] == true && row["expire"].is_string())
+    );
+    assert_eq!(reservations.as_array().unwrap().len(), 2 + 24);
+
+    // Never below nothing, as when the counts were wrong before; and counted anew where the operator wants that.
+    let usages = stage.rows("quota_usages", "project_id", &project);
+    let ids: Vec<i64> = usages.as_array().unwrap().iter().map(|row| row["id"].as_i64().unwrap()).collect();
+    for (in_use, until, refresh, expected) in [
+        (0, None, REFRESH, (0, 0, Value::Null)),
+        (9, Some(1), QuotaRefresh { until_refresh: 5, ..REFRESH }, (1, 1, json!(5))),
+        (9, Some(4), QuotaRefresh { until_refresh: 5, ..REFRESH }, (8, 8, json!(3))),
+        (9, Some(9), QuotaRefresh { until_refresh: 5, ..REFRESH }, (8, 8, json!(5))),
+        (9, None, QuotaRefresh { until_refresh: 5, ..REFRESH }, (8, 8, json!(5))),
+        (9, Some(4), REFRESH, (8, 8, Value::Null)),
+        (-3, None, REFRESH, (1, 1, Value::Null)),
+        (9, None, QuotaRefresh { max_age_seconds: 1_000_000, ..REFRESH }, (8, 8, Value::Null)),
+    ] {
+        for id in &ids {
+            let values =
+                json!({ "table": "quota_usages", "id": id, "in_use": in_use, "until_refresh": until });
+            stage.ask("set", values);
+        }
+        let backup = stage.backup(&volume, None);
+        assert!(stage.database.delete_backup(&backup, &refresh).await.unwrap());
+        let usage = stage.rows("quota_usages", "project_id", &project)[0].clone();
+        let (backups, gigabytes) = stage.used();
+        assert_eq!(
+            (backups, gigabytes, usage["until_refresh"].clone()),
+            expected,
+            "{in_use} {until:?} {refresh:?}"
+        );
+    }
+    assert!(!stage.database.delete_backup("nowhere", &REFRESH).await.unwrap());
+}
+
+#[rstest]
+#[tokio::test]
+async fn the_service_is_up_while_it_reports(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let host = format!("host-{}", stage.project);
+    let registration = |rpc_version, enabled| Registration {
+        host: &host,
+        availability_zone: "zone",
+        rpc_version,
+        object_version: "1.39",
+        enabled,
+    };
+
+    let service = stage.database.register_service(&registration("2.3", true)).await.unwrap();
+    assert_eq!((service.report_count, service.disabled), (0, false));
+    let again = stage.database.register_service(&registration("2.4", true)).await.unwrap();
+    assert_eq!((again.id, again.uuid, again.updated_at), (service.id, service.uuid, service.updated_at));
+    assert!(stage.database.report_service(service.id, "other").await.unwrap());
+    assert!(stage.database.report_service(service.id, "nova").await.unwrap());
+    let theirs = stage.ask("service", json!({ "host": host }));
+    let expected = json!({
+        "is_up": true, "id": service.id, "disabled": false, "availability_zone": "nova", "report_count": 2,
+        "rpc_current_version": "2.4", "object_current_version": "1.39",
+    });
+    assert_eq!(theirs, expected);
+
+    stage.ask("set", json!({ "table": "services", "id": service.id, "disabled": true }));
+    assert!(stage.database.register_service(&registration("2.4", true)).await.unwrap().disabled);
+    stage.ask("remove_service", json!({ "id": service.id }));
+    assert!(!stage.database.report_service(service.id, "nova").await.unwrap());
+    let anew = stage.database.register_service(&registration("2.4", false)).await.unwrap();
+    assert!(anew.id != service.id && anew.disabled);
+
+    // A message as Cinder's.
+    let project = stage.project.clone();
+    stage.ask("message", json!({ "project": project, "resource_id": "theirs" }));
+    let message = UserMessage {
+        project_id: &project,
+        request_id: Some("req-1"),
+        level: "ERROR",
+        resource_type: "VOLUME_BACKUP",
+        resource_id: "ours",
+        action_id: "013",
+        detail_id: "020",
+        ttl_seconds: 2_592_000,
+    };
+    stage.database.add_message(&message).await.unwrap();
+    let rows = stage.rows("messages", "project_id", &project);
+    let comparable = |id: &str| {
+        let row = rows.as_array().unwrap().iter().find(|row| row["resource_uuid"] == id).unwrap();
+        let mut row = row.as_object().unwrap().clone();
+        let days = (
+            row["expires_at"].as_str().unwrap()[..10].to_owned(),
+            row["created_at"].as_str().unwrap()[..10].to_owned(),
+        );
+        row.retain(|name, _| !["id", "resource_uuid", "created_at", "expires_at"].contains(&name.as_str()));
+        (row, days)
+    };
+    assert_eq!(comparable("ours"), comparable("theirs"));
+    assert_eq!(rows.as_array().unwrap().len(), 2);
+}
+
+#[rstest]
+#[tokio::test]
+async fn an_imported_backup_has_all_that_was_exported(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let exported = stage.backup(&volume, None);
+    let changes =
+        Changes::new().text("service_metadata", "{}").integer("object_count", 3).text("container", "pool");
+    stage.database.finish_backup(&exported, &changes).await.unwrap();
+    stage.ask(
+        "set",
+        json!({ "table": "backups", "id": exported, "parent_id": volume, "user_id": "somebody" }),
+    );
+    let mut fields = stage.database.backup_columns(&exported).await.unwrap().unwrap();
+
+    let target = stage.backup("00000000-0000-0000-0000-000000000000", None);
+    fields["id"] = target.as_str().into();
+    fields["deleted"] = true.into();
+    fields["metadata"] = json!({ "a": "c", "new": "d" });
+    fields.insert("unknown".into(), 1.into());
+    let ours = Changes::new().text("host", "importer").text("service", "driver");
+    for (name, wrong) in [
+        ("size", json!("2")),
+        ("container", json!(1)),
+        ("created_at", json!("yesterday")),
+        ("id", json!(exported)),
+    ] {
+        let mut fields = fields.clone();
+        fields[name] = wrong;
+        let error = stage.database.import_backup(&target, &fields, &ours).await.unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+    assert!(stage.database.import_backup(&target, &fields, &ours).await.unwrap());
+    assert!(!stage.database.import_backup(&target, &fields, &ours).await.unwrap());
+
+    let theirs = stage.ask("backup_object", json!({ "id": target }));
+    for (name, expected) in [
+        ("host", json!("importer")),
+        ("service", json!("driver")),
+        ("status", json!("available")),
+        ("user_id", json!("user")),
+        ("project_id", json!(stage.project)),
+        ("deleted", json!(false)),
+        ("metadata", fields["metadata"].clone()),
+    ] {
+        assert_eq!(theirs[name], expected, "{name}");
+    }
+    for name in [
+        "volume_id",
+        "parent_id",
+        "size",
+        "object_count",
+        "container",
+        "service_metadata",
+        "data_timestamp",
+        "created_at",
+    ] {
+        assert_eq!(theirs[name], fields[name], "{name}");
+    }
+}
+
+#[rstest]
+#[tokio::test]
+async fn two_transactions_that_end_each_other_are_both_done(
+    #[values(Sqlite, MariaDb, Postgres)] server: Server,
+) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    // Each wants, in the other order, the rows that the other has.
+    let one = stage.backup(&volume, None);
+    let two = stage.backup(&volume, Some(&one));
+    stage.ask("set", json!({ "table": "backups", "id": one, "parent_id": two }));
+    for round in 1..=10 {
+        for id in [&one, &two] {
+            stage.ask("set", json!({ "table": "backups", "id": id, "status": "creating" }));
+        }
+        let finish = |id: &str| {
+            let (database, id) = (stage.database.clone(), id.to_owned());
+            tokio::spawn(async move { database.finish_backup(&id, &Changes::new()).await.unwrap() })
+        };
+        let (first, second) = tokio::join!(finish(&one), finish(&two));
+        assert_eq!((first.unwrap(), second.unwrap()), (Finished::Available, Finished::Available));
+        for id in [&one, &two] {
+            assert_eq!(stage.database.backup(id).await.unwrap().unwrap().num_dependent_backups, round);
+        }
+    }
+}
