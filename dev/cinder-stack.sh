@@ -1,0 +1,165 @@
+#!/usr/bin/env bash
+# The control plane of OpenStack's Cinder, but for its backup service and its HTTP API, on loopback, for tests and trials:
+# cinder-scheduler, cinder-volume on RBD, and a MariaDB and a RabbitMQ of their own. dev/cinder.sh installs Cinder.
+#   dev/cinder-stack.sh up DIR CEPH_CONF    start it, its files in DIR, with the volumes in a cluster of dev/ceph.sh;
+#                                           prints the path of its cinder.conf. One that runs already is left as it is
+#   dev/cinder-stack.sh api DIR             take requests as the HTTP API would, one a line; see dev/cinder-api
+#   dev/cinder-stack.sh down DIR            stop all; the files stay until the next `up`
+# It needs root: whoever attaches an RBD volume of Cinder takes the key from /etc/ceph, where `up` puts one in a file with a
+# name of its own, and `down` removes it.
+set -euo pipefail
+umask 077
+
+here=$(dirname "$(realpath "$0")")
+
+die() {
+    echo "cinder-stack.sh: $*" >&2
+    exit 1
+}
+
+usage() {
+    sed -n '4,7s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+
+# An old pid file may name a process that is not ours; ours have the path of cinder.conf on their command line.
+ours() { grep -qzxF -- "--config-file=$conf" "/proc/$1/cmdline" 2>/dev/null; }
+
+# Prints the process id of a service, such as volume, if it runs.
+running() {
+    local pid
+    [[ -s $dir/run/$1.pid ]] || return 1
+    pid=$(<"$dir/run/$1.pid")
+    ours "$pid" || return 1
+    echo "$pid"
+}
+
+# Each in a session of its own, so that its own processes end with it.
+start() {
+    PYTHONWARNINGS=ignore setsid "$python" "${python%/*}/cinder-$1" --config-file="$conf" >"$dir/log/$1.log" 2>&1 </dev/null &
+    echo $! >"$dir/run/$1.pid"
+    disown
+}
+
+stop() {
+    local pid
+    if pid=$(running "$1"); then
+        kill "$pid" 2>/dev/null || true
+        for _ in {1..100}; do
+            ours "$pid" || break
+            sleep 0.1
+        done
+        kill -9 -- "-$pid" 2>/dev/null || true
+    fi
+    rm -f "$dir/run/$1.pid"
+}
+
+# Waits until the scheduler has heard of the volume service, as long as that runs.
+await_report() {
+    for _ in {1..600}; do
+        if grep -q 'Received volume service update from .*node1@rbd1' "$dir/log/scheduler.log"; then return; fi
+        running volume >/dev/null || break
+        sleep 0.2
+    done
+    tail -n 20 "$dir/log/volume.log" >&2
+    die "cinder-volume did not start, see $dir/log"
+}
+
+write_conf() {
+    local rabbit=$1 database=$2 ceph_conf=$3
+    cat <<END
+[DEFAULT]
+host = node1
+my_ip = 127.0.0.1
+state_path = $dir/state
+storage_availability_zone = nova
+transport_url = ${rabbit/amqp:/rabbit:}
+enabled_backends = rbd1
+default_volume_type = __DEFAULT__
+# Tests must not wait long for a word of each other.
+report_interval = 2
+periodic_interval = 5
+periodic_fuzzy_delay = 0
+backup_driver_stats_polling_interval = 10
+graceful_shutdown_timeout = 5
+debug = true
+[rbd1]
+volume_driver = cinder.volume.drivers.rbd.RBDDriver
+volume_backend_name = rbd1
+rbd_pool = volumes
+rbd_ceph_conf = $ceph_conf
+rbd_user = cinder
+rbd_cluster_name = $(<"$dir/cluster")
+[database]
+connection = $database
+[oslo_concurrency]
+lock_path = $dir/locks
+[coordination]
+backend_url = file://$dir/coordination
+[oslo_messaging_notifications]
+driver = messagingv2
+[privsep_osbrick]
+helper_command = $python ${python%/*}/privsep-helper --config-file=$conf
+[cinder_sys_admin]
+helper_command = $python ${python%/*}/privsep-helper --config-file=$conf
+END
+}
+
+up() {
+    local ceph_conf rabbit database port
+    ceph_conf=$(realpath "$1")
+    if running volume >/dev/null && [[ -e $dir/ready ]]; then
+        echo "$conf"
+        return
+    fi
+    [[ $(id -u) == 0 ]] || die "it needs root, for a file in /etc/ceph"
+    if [[ ! -e $dir/.cinder && -n $(ls -A "$dir" 2>/dev/null) ]]; then
+        die "$dir holds something else"
+    fi
+    mkdir -p "$dir" /etc/ceph
+    touch "$dir/.cinder"
+    if [[ -e $dir/cluster ]]; then down; fi
+    rm -rf "$dir"/{run,log,state,locks,coordination,ready}
+    mkdir -p "$dir"/{run,log,state,locks,coordination}
+    "$here/cinder.sh" >"$dir/python"
+    python=$(<"$dir/python")
+    rabbit=$("$here/rabbit.sh" up "$dir/rabbit")
+    database=$("$here/mariadb.sh" up "$dir/mariadb")
+    # A name that no other cluster has.
+    port=${rabbit##*:}
+    echo "backhaul-${port%%/*}" >"$dir/cluster"
+    ceph-authtool "${ceph_conf%/*}/keyring" -n client.cinder --print-key |
+        sed '1s/^/[client.cinder]\n\tkey = /' >"/etc/ceph/$(<"$dir/cluster").client.cinder.keyring"
+    write_conf "$rabbit" "$database" "$ceph_conf" >"$conf"
+    PYTHONWARNINGS=ignore "$python" "${python%/*}/cinder-manage" --config-file="$conf" db sync >"$dir/log/sync.log" 2>&1 ||
+        die "the tables were not made, see $dir/log/sync.log"
+    start scheduler
+    start volume
+    await_report
+    touch "$dir/ready"
+    echo "$conf"
+}
+
+down() {
+    stop volume
+    stop scheduler
+    rm -f "/etc/ceph/$(<"$dir/cluster").client.cinder.keyring"
+    "$here/rabbit.sh" down "$dir/rabbit" || true
+    "$here/mariadb.sh" down "$dir/mariadb" || true
+}
+
+(($# >= 2)) || usage
+command=$1
+dir=$(realpath -m "$2")
+conf=$dir/cinder.conf
+shift 2
+if [[ $command != up ]]; then
+    [[ -e $dir/cluster ]] || die "nothing was started in $dir"
+    python=$(<"$dir/python")
+fi
+case "$command $#" in
+"up 1") up "$@" ;;
+"api 0") PYTHONWARNINGS=ignore exec "$python" "$here/cinder-api" "$conf" 2>>"$dir/log/api.log" ;;
+"down 0") down ;;
+*) usage ;;
+esac
