@@ -113,6 +113,21 @@ impl Engine {
         }
     }
 
+    /// The same engine on the same store, for volumes that are elsewhere.
+    pub fn with_volumes(&self, volumes: Volumes) -> Self {
+        Self { volumes, ..self.clone() }
+    }
+
+    /// The metadata of the volume that was kept with a backup, as Cinder writes it.
+    pub async fn volume_meta(&self, id: BackupId) -> Result<Option<String>, Error> {
+        let record = self.catalog.available(id).await?;
+        match &self.format {
+            Format::Chunked(chunked) => chunked.volume_meta(&record).await,
+            #[cfg(feature = "ceph")]
+            Format::Rbd(rbd) => rbd.volume_meta(&record).await,
+        }
+    }
+
     /// The records of the store.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
@@ -721,6 +736,12 @@ impl Engine {
             }
             result => result.map(|()| record),
         }
+    }
+
+    /// Takes in what there is of a backup of Cinder's that is no whole one, and why it is not, only to be deleted.
+    pub async fn import_to_delete(&self, mut record: Record, problem: Problem) -> Result<(), Error> {
+        record.state = RecordState::Error(problem);
+        self.catalog.create(&record).await
     }
 }
 

@@ -263,6 +263,13 @@ impl Chunked {
         Ok(self.store.tidy(&names.checksums.folder, names.prefix()).await?)
     }
 
+    /// The metadata of the volume that was kept with a backup.
+    pub async fn volume_meta(&self, record: &Record) -> Result<Option<String>, Error> {
+        let lists = self.object_lists(record).await?;
+        let head = blocking(move || lists.read(|_| Ok(()))).await??;
+        Ok(head.volume_meta)
+    }
+
     /// Reads the lists of a backup that Cinder wrote, and checks them against its record and its parent. Completes the
     /// record with their digests, and with the exact size of the volume, which Cinder writes down nowhere: where the
     /// last object of the full backup ends.

@@ -53,6 +53,9 @@ pub struct Settings {
 /// How far apart checkpoints are: far enough to cost little beside the work that they save.
 pub const CHECKPOINT_BYTES: u64 = 1 << 30;
 
+/// The metadata of a volume has a few kB.
+const METADATA_BYTES_MAX: usize = 1 << 20;
+
 /// The RBD engine on one store.
 #[derive(Debug, Clone)]
 pub struct Rbd {
@@ -144,6 +147,21 @@ impl Rbd {
         record.service_metadata = names::service_metadata(&name);
         (record.image_id, record.volume_bytes) = (Some(image_id), bytes);
         Ok(())
+    }
+
+    /// The metadata of the volume that was kept with a backup.
+    pub async fn volume_meta(&self, record: &Record) -> Result<Option<String>, Error> {
+        let (engine, record) = (self.clone(), record.clone());
+        blocking(move || {
+            let pool = engine.pool(&engine.connect()?, &record)?;
+            let name = names::metadata_object(record.backup_id);
+            if pool.object_bytes(&name)?.is_none() {
+                return Ok(None);
+            }
+            let bytes = pool.read_object(&name, 0, METADATA_BYTES_MAX)?;
+            Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+        })
+        .await?
     }
 
     /// Finds what holds a backup that Cinder made: name and id of the image, and the size of the volume.
