@@ -237,26 +237,36 @@ pub fn encode(record: &Record) -> ExportRecord {
     }
 }
 
+/// Makes the export record of a backup out of all its fields.
+pub fn of_row(service: String, mut fields: Map<String, Value>) -> ExportRecord {
+    fields.insert("driver_info".into(), json!({}));
+    ExportRecord {
+        backup_service: service,
+        backup_url: BASE64_STANDARD.encode(Value::Object(fields).to_string()),
+    }
+}
+
 /// Makes the record of a backup out of its export record, as [`import`] does.
 pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
     let ExportRecord { backup_service: service, backup_url } = export;
-    let own: &[_] = match form {
-        Form::Files => &FILE_DRIVERS,
-        Form::Buckets => &BUCKET_DRIVERS,
-        Form::Images { .. } => &IMAGE_DRIVERS,
-    };
-    if !is_of(own, &service) {
-        let known = [&FILE_DRIVERS[..], &BUCKET_DRIVERS, &IMAGE_DRIVERS].concat();
-        return Err(match is_of(&known, &service) {
-            true => Error::OtherStore { service, form: form.to_string() },
-            false => Error::ForeignDriver { service },
-        });
-    }
+    check_driver(&service, form)?;
+    of_fields(service, fields_of(&backup_url)?, form)
+}
+
+/// Takes the fields of a backup out of the `backup_url` of its export record.
+pub fn fields_of(backup_url: &str) -> Result<Map<String, Value>, Error> {
     let json = BASE64_STANDARD.decode(backup_url).map_err(Error::NotBase64)?;
-    let mut fields = Fields(serde_json::from_slice(&json).map_err(Error::NotJson)?);
-    if let Some(missing) = NEEDED_BY_CINDER.into_iter().find(|field| !fields.0.contains_key(*field)) {
-        return Err(Error::MissingField(missing));
+    let fields: Map<String, Value> = serde_json::from_slice(&json).map_err(Error::NotJson)?;
+    match NEEDED_BY_CINDER.into_iter().find(|field| !fields.contains_key(*field)) {
+        Some(missing) => Err(Error::MissingField(missing)),
+        None => Ok(fields),
     }
+}
+
+/// Makes the record of a backup out of all its fields.
+pub fn of_fields(service: String, fields: Map<String, Value>, form: &Form) -> Result<Record, Error> {
+    check_driver(&service, form)?;
+    let mut fields = Fields(fields);
     match fields.take("service")? {
         Some(inner) if inner != service => return Err(Error::OtherService { outer: service, inner }),
         _ => {}
@@ -305,6 +315,24 @@ pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
         image_id: None,
         fallback_reason: None,
         cinder_fields: fields.0,
+    })
+}
+
+/// Refuses backups that this form of store does not keep.
+fn check_driver(service: &str, form: &Form) -> Result<(), Error> {
+    let own: &[_] = match form {
+        Form::Files => &FILE_DRIVERS,
+        Form::Buckets => &BUCKET_DRIVERS,
+        Form::Images { .. } => &IMAGE_DRIVERS,
+    };
+    if is_of(own, service) {
+        return Ok(());
+    }
+    let known = [&FILE_DRIVERS[..], &BUCKET_DRIVERS, &IMAGE_DRIVERS].concat();
+    let service = service.to_owned();
+    Err(match is_of(&known, &service) {
+        true => Error::OtherStore { service, form: form.to_string() },
+        false => Error::ForeignDriver { service },
     })
 }
 

@@ -7,3 +7,5 @@ pub mod conf;
 pub mod database;
 pub mod export_record;
 pub mod rpc;
+pub mod scheduler;
+pub mod volumes;

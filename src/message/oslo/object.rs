@@ -9,6 +9,7 @@ use super::envelope::{Malformed, cut};
 use crate::job::{BackupId, VolumeId};
 
 const NAME: &str = "versioned_object.name";
+const NAMESPACE: &str = "versioned_object.namespace";
 const VERSION: &str = "versioned_object.version";
 const DATA: &str = "versioned_object.data";
 
@@ -22,6 +23,15 @@ pub struct Object {
 }
 
 impl Object {
+    /// Makes an object of Cinder's.
+    pub fn new(name: &str, version: &str, fields: Map<String, Value>) -> Self {
+        let mut shell = Map::new();
+        shell.insert(NAME.into(), name.into());
+        shell.insert(NAMESPACE.into(), "cinder".into());
+        shell.insert(VERSION.into(), version.into());
+        Self { name: name.into(), shell, fields }
+    }
+
     /// Reads an object. Its fields are looked at when they are asked for.
     pub fn read(value: &Value) -> Result<Self, Malformed> {
         let Some((shell, name)) =

@@ -1,0 +1,322 @@
+//! What is asked of Cinder's volume service, which owns the volumes, and what it answers.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use super::rpc::{CallError, Rpc, Target};
+use crate::job::VolumeId;
+use crate::message::oslo::{Context, Object, Request};
+
+/// The version of its interface that knows all of the methods here but one.
+const VERSION: &str = "3.0";
+/// The version that knows `get_backup_device` with the answer as a message of its own.
+const VERSION_OF_DEVICES: &str = "3.17";
+
+/// The fields of a volume that are columns of its row.
+const FIELDS: [&str; 40] = [
+    "id",
+    "_name_id",
+    "ec2_id",
+    "user_id",
+    "project_id",
+    "use_quota",
+    "snapshot_id",
+    "cluster_name",
+    "host",
+    "size",
+    "availability_zone",
+    "status",
+    "attach_status",
+    "migration_status",
+    "scheduled_at",
+    "launched_at",
+    "terminated_at",
+    "display_name",
+    "display_description",
+    "provider_id",
+    "provider_location",
+    "provider_auth",
+    "provider_geometry",
+    "volume_type_id",
+    "source_volid",
+    "encryption_key_id",
+    "consistencygroup_id",
+    "group_id",
+    "deleted",
+    "bootable",
+    "multiattach",
+    "replication_status",
+    "replication_extended_status",
+    "replication_driver_data",
+    "previous_status",
+    "service_uuid",
+    "shared_targets",
+    "created_at",
+    "updated_at",
+    "deleted_at",
+];
+
+/// Why a volume could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The volume names no service that has it.
+    #[error("volume {0} is on no host: its service cannot be asked for it")]
+    Homeless(VolumeId),
+    /// The service does not answer, or says no.
+    #[error("the service of volume {volume_id} was asked in vain")]
+    Call {
+        /// The volume.
+        volume_id: VolumeId,
+        /// What happened.
+        source: CallError,
+    },
+    /// The volume is attached in a way that is not known here.
+    #[error(
+        "volume {volume_id} is attached by {kind:?}: only volumes in Ceph, which say \"rbd\", can be read and written"
+    )]
+    OtherKind {
+        /// The volume.
+        volume_id: VolumeId,
+        /// What the service calls the way.
+        kind: String,
+    },
+    /// The service says something that makes no sense.
+    #[error("the way to volume {volume_id} that {service} tells cannot be used: {why}")]
+    Nonsense {
+        /// The volume.
+        volume_id: VolumeId,
+        /// The service.
+        service: String,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// The service that has a volume.
+#[derive(Clone, Copy)]
+pub struct VolumeService<'a> {
+    rpc: &'a Rpc,
+    /// `host@backend`, or the name of a cluster of such services.
+    service: &'a str,
+    context: &'a Context,
+    volume_id: VolumeId,
+    reply_time_max: Duration,
+}
+
+impl<'a> VolumeService<'a> {
+    /// `service` is the volume's `cluster_name`, or else its `host`, without the pool behind `#`.
+    pub fn new(
+        rpc: &'a Rpc,
+        service: &'a str,
+        context: &'a Context,
+        volume_id: VolumeId,
+        reply_time_max: Duration,
+    ) -> Self {
+        Self { rpc, service, context, volume_id, reply_time_max }
+    }
+
+    /// Asks for what is to be read for a backup; the answer comes as a `continue_backup`.
+    pub async fn get_backup_device(&self, backup: Value) -> Result<(), Error> {
+        let mut args = Map::new();
+        args.insert("backup".into(), backup);
+        args.insert("want_objects".into(), json!(true));
+        args.insert("async_call".into(), json!(true));
+        self.cast("get_backup_device", VERSION_OF_DEVICES, args).await
+    }
+
+    /// Asks for the way to a volume, which `volume` describes as it came.
+    pub async fn initialize_connection(
+        &self,
+        connector: &Value,
+        volume: Value,
+    ) -> Result<RbdConnection, Error> {
+        let mut args = Map::new();
+        args.insert("connector".into(), connector.clone());
+        args.insert("volume".into(), volume);
+        let connection = self.call("initialize_connection", args).await?;
+        match connection.get("driver_volume_type").and_then(Value::as_str).unwrap_or_default() {
+            "rbd" => RbdConnection::parse(connection.get("data").unwrap_or(&Value::Null)).map_err(|why| {
+                Error::Nonsense { volume_id: self.volume_id, service: self.service.to_owned(), why }
+            }),
+            kind => {
+                Err(Error::OtherKind { volume_id: self.volume_id, kind: kind.chars().take(64).collect() })
+            }
+        }
+    }
+
+    /// Says that nobody here uses the volume any more.
+    pub async fn terminate_connection(&self, connector: &Value) -> Result<(), Error> {
+        let mut args = Map::new();
+        args.insert("volume_id".into(), json!(self.volume_id));
+        args.insert("connector".into(), connector.clone());
+        args.insert("force".into(), json!(true));
+        self.call("terminate_connection", args).await?;
+        let mut args = Map::new();
+        args.insert("volume_id".into(), json!(self.volume_id));
+        self.call("remove_export", args).await.map(drop)
+    }
+
+    /// Asks for the end of a volume that was made for a backup alone.
+    pub async fn delete_volume(&self, volume: &Object) -> Result<(), Error> {
+        let mut args = Map::new();
+        args.insert("volume".into(), volume.to_json());
+        args.insert("unmanage_only".into(), json!(false));
+        args.insert("cascade".into(), json!(false));
+        self.cast("delete_volume", VERSION, args).await
+    }
+
+    async fn cast(&self, method: &'static str, version: &str, args: Map<String, Value>) -> Result<(), Error> {
+        let request = Request::new(self.context.clone(), method, version, args);
+        self.rpc
+            .cast(&Target::volume_service(self.service), &request)
+            .await
+            .map_err(|source| self.failed(source))
+    }
+
+    async fn call(&self, method: &'static str, args: Map<String, Value>) -> Result<Value, Error> {
+        let request = Request::new(self.context.clone(), method, VERSION, args);
+        let called = self.rpc.call(&Target::volume_service(self.service), request, self.reply_time_max).await;
+        called.map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: CallError) -> Error {
+        Error::Call { volume_id: self.volume_id, source }
+    }
+}
+
+/// Cinder's volume object with the fields that its row has; what else belongs to it the volume service looks up itself.
+pub fn object_of(columns: Map<String, Value>) -> Object {
+    let mut fields = Map::new();
+    for (name, value) in columns {
+        if !FIELDS.contains(&name.as_str()) {
+            continue;
+        }
+        let value = match value {
+            // Whole seconds, as its objects have them.
+            Value::String(text) if name.ends_with("_at") => json!(format!("{:.19}Z", text.replace(' ', "T"))),
+            other => other,
+        };
+        fields.insert(name, value);
+    }
+    Object::new("Volume", "1.9", fields)
+}
+
+/// The way to a volume that is an RBD image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RbdConnection {
+    /// The pool.
+    pub pool: String,
+    /// The image.
+    pub image: String,
+    /// The monitors, each `address:port`.
+    pub monitors: Vec<String>,
+    /// The cluster's name, by which the file with the key is called.
+    pub cluster: String,
+    /// The user, without `client.`.
+    pub user: String,
+}
+
+impl RbdConnection {
+    fn parse(data: &Value) -> Result<Self, String> {
+        let text = |name: &str| match data.get(name).and_then(Value::as_str) {
+            Some(text) if !text.is_empty() && !text.chars().any(|c| c.is_control() || "#;\"".contains(c)) => {
+                Ok(text)
+            }
+            _ => Err(format!("its {name} is {}", data.get(name).unwrap_or(&Value::Null))),
+        };
+        let list = |name: &str| {
+            let values = data.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
+            values
+                .iter()
+                .map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+                .collect::<Vec<_>>()
+        };
+        let (pool, image) = text("name")?.split_once('/').ok_or("its name is not pool/image")?;
+        if pool.is_empty() || image.is_empty() || image.contains(['/', '@']) {
+            return Err("its name is not pool/image".into());
+        }
+        let (hosts, ports) = (list("hosts"), list("ports"));
+        if hosts.is_empty() || hosts.len() != ports.len() {
+            return Err(format!("it has {} hosts and {} ports", hosts.len(), ports.len()));
+        }
+        // They come to stand in a configuration file.
+        let is_plain =
+            |text: &String| text.chars().all(|c| c.is_ascii_alphanumeric() || "[]:.-_%".contains(c));
+        if !hosts.iter().chain(&ports).all(is_plain) {
+            return Err("its hosts or ports are no addresses".into());
+        }
+        let (cluster, user) = (text("cluster_name")?, text("auth_username")?);
+        if [cluster, user].iter().any(|name| name.contains('/')) {
+            return Err("its cluster_name or auth_username has a slash".into());
+        }
+        Ok(Self {
+            pool: pool.into(),
+            image: image.into(),
+            monitors: hosts.iter().zip(&ports).map(|(host, port)| format!("{host}:{port}")).collect(),
+            cluster: cluster.into(),
+            user: user.into(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data() -> Value {
+        json!({
+            "name": "volumes/volume-0b2f6f0e-2f5e-4a3c-8a54-0f8f6d8e2c11", "hosts": ["192.0.2.1", "[2001:db8::1]"],
+            "ports": ["6789", 3300], "cluster_name": "ceph", "auth_username": "cinder", "secret_uuid": null,
+        })
+    }
+
+    #[test]
+    fn the_way_to_an_image_is_read() {
+        let connection = RbdConnection::parse(&data()).unwrap();
+        assert_eq!(connection.pool, "volumes");
+        assert_eq!(connection.image, "volume-0b2f6f0e-2f5e-4a3c-8a54-0f8f6d8e2c11");
+        assert_eq!(connection.monitors, ["192.0.2.1:6789", "[2001:db8::1]:3300"]);
+    }
+
+    #[test]
+    fn a_row_becomes_the_object_that_the_volume_service_takes() {
+        let Value::Object(columns) = json!({
+            "id": "0b2f6f0e-2f5e-4a3c-8a54-0f8f6d8e2c11", "size": 1, "created_at": "2026-03-01T10:00:00.123456",
+            "deleted_at": null, "something_new": 1,
+        }) else {
+            panic!("an object is an object");
+        };
+
+        let object = object_of(columns).to_json();
+
+        let data = json!({
+            "id": "0b2f6f0e-2f5e-4a3c-8a54-0f8f6d8e2c11", "size": 1, "created_at": "2026-03-01T10:00:00Z",
+            "deleted_at": null,
+        });
+        assert_eq!(
+            (&object["versioned_object.name"], &object["versioned_object.data"]),
+            (&json!("Volume"), &data)
+        );
+    }
+
+    #[test]
+    fn a_way_that_makes_no_sense_is_refused() {
+        for (name, value) in [
+            ("name", json!("volumes")),
+            ("name", json!("a/b/c")),
+            ("name", json!("a/b@c")),
+            ("name", json!(null)),
+            ("hosts", json!([])),
+            ("hosts", json!(["192.0.2.1\nkeyring = /x", "b"])),
+            ("ports", json!(["6789"])),
+            ("cluster_name", json!("../../tmp/x")),
+            ("auth_username", json!("a\n[global]")),
+            ("auth_username", json!(null)),
+        ] {
+            let mut data = data();
+            data[name] = value.clone();
+            assert!(RbdConnection::parse(&data).is_err(), "{name}: {value}");
+        }
+    }
+}
