@@ -14,7 +14,11 @@ finish() {
   if [[ -n ${BACKHAUL_TEST_NO_BLOCK_DEVICES-} ]]; then
     echo "test.sh: losetup gives no block devices here, mostly because it wants root: none were tested" >&2
   fi
+  if [[ -n ${BACKHAUL_TEST_NO_CINDER_STACK-} ]]; then
+    echo "test.sh: Cinder's volume service wants root here: the worker in the place of cinder-backup was not tested" >&2
+  fi
   wait # what still starts cannot be stopped
+  if [[ -e $work/stack ]]; then dev/cinder-stack.sh down "$work/stack" || true; fi
   dev/ceph.sh down "$work/ceph-1" || true
   dev/ceph.sh down "$work/ceph-2" || true
   dev/swift.sh down "$work/swift" || true
@@ -65,5 +69,11 @@ cargo nextest run --locked --no-default-features "$@"
 
 wait "$second_cluster"
 export BACKHAUL_TEST_CEPH_CONF=$work/ceph-1/ceph.conf BACKHAUL_TEST_CEPH_CONF_2=$work/ceph-2/ceph.conf
+if [[ $(id -u) == 0 ]]; then
+  dev/cinder-stack.sh up "$work/stack" "$work/ceph-1/ceph.conf" >/dev/null
+  export BACKHAUL_TEST_CINDER_STACK=$work/stack
+else
+  export BACKHAUL_TEST_NO_CINDER_STACK=1
+fi
 echo "test.sh: with all features" >&2
 cargo nextest run --locked "$@"

@@ -15,6 +15,8 @@ pub mod health;
 pub mod job;
 pub mod message;
 pub mod runner;
+#[cfg(feature = "ceph")]
+pub mod stand_in;
 pub mod store;
 pub mod volume;
 pub mod worker;

@@ -209,7 +209,7 @@ impl Stores {
         let volumes = Volumes {
             file_roots: FileRoots::new(&config.worker.file_roots),
             #[cfg(feature = "ceph")]
-            clusters: clusters(config),
+            clusters: ceph::Clusters::new(access(config)),
         };
         let mut stores = BTreeMap::new();
         for (name, store) in &config.stores {
@@ -335,13 +335,13 @@ fn chunked_settings(chunking: &Chunking) -> chunked::Settings {
 
 /// The clusters of the configuration, in the words of the Ceph room.
 #[cfg(feature = "ceph")]
-fn clusters(config: &Config) -> ceph::Clusters {
+pub fn access(config: &Config) -> BTreeMap<String, ceph::Access> {
     let access = |cluster: &config::Ceph| ceph::Access {
         conf: cluster.conf.clone(),
         user: cluster.user.clone(),
         operation_seconds_max: cluster.operation_seconds_max,
     };
-    ceph::Clusters::new(config.ceph.iter().map(|(name, cluster)| (name.clone(), access(cluster))).collect())
+    config.ceph.iter().map(|(name, cluster)| (name.clone(), access(cluster))).collect()
 }
 
 /// How to reach the broker, in the words of the broker's room. `purpose` tells this connection from others in the

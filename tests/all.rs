@@ -32,6 +32,8 @@ mod interop_posix;
 mod interrupted;
 mod life_model;
 mod model;
+#[cfg(feature = "ceph")]
+mod openstack;
 mod oslo;
 mod pace;
 #[cfg(feature = "ceph")]

@@ -78,6 +78,24 @@ Examples:
   backhaul worker --config /etc/backhaul/backhaul.toml --log-format json")]
     Worker,
 
+    /// Work in the place of OpenStack's cinder-backup, with its cinder.conf, until told to stop.
+    #[cfg(feature = "ceph")]
+    #[command(after_help = "\
+It needs no configuration of Backhaul's own. SIGTERM or SIGINT lets what runs come to an end first; what takes longer than a
+minute, or is cut short by a second signal, the next start goes on with.
+
+Examples:
+  backhaul cinder
+  backhaul cinder --config-file /etc/cinder/cinder.conf --config-dir /etc/cinder/cinder.conf.d")]
+    Cinder {
+        /// Read these files, a later one over those before it [default: those that Cinder reads].
+        #[arg(long, value_name = "FILE")]
+        config_file: Vec<PathBuf>,
+        /// Read all *.conf in these folders, in the order of their names, over the files.
+        #[arg(long, value_name = "DIR")]
+        config_dir: Vec<PathBuf>,
+    },
+
     /// Send a job to the workers, through the broker.
     #[command(after_help = "\
 The id of the job is printed; with --wait, how it ended.
@@ -439,6 +457,8 @@ impl Args {
         self.log.as_deref().unwrap_or(match self.command {
             // What lapin has to tell is told by the broker's room; its own lines show messages, and at `trace` the login.
             Command::Worker => "info,lapin=off",
+            #[cfg(feature = "ceph")]
+            Command::Cinder { .. } => "info,lapin=off",
             // How the job ends is told anyway.
             Command::Run(_) => "error,lapin=off",
             _ => "warn,lapin=off",

@@ -4,6 +4,8 @@
 
 pub mod args;
 mod check;
+#[cfg(feature = "ceph")]
+mod cinder;
 mod dead;
 mod gc;
 mod jobs;
@@ -20,12 +22,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 
 use crate::broker;
-use crate::cinder::export_record;
+use crate::cinder::{conf, export_record};
 use crate::config::{Config, ConfigError};
 use crate::engine::{self, Engine};
 use crate::error::Problem;
 use crate::event;
 use crate::job::StoreName;
+#[cfg(feature = "ceph")]
+use crate::stand_in;
 use crate::worker::{self, Shutdown, Stores};
 
 /// A job failed, or something that is not the caller's fault.
@@ -58,6 +62,13 @@ enum Error {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// `cinder.conf` cannot be used.
+    #[error(transparent)]
+    CinderConf(#[from] conf::Error),
+    /// The worker in the place of Cinder's could not begin.
+    #[cfg(feature = "ceph")]
+    #[error(transparent)]
+    StandIn(#[from] stand_in::Error),
     /// The rooms could not be put together.
     #[error(transparent)]
     Worker(#[from] worker::Error),
@@ -95,7 +106,13 @@ enum Error {
 impl Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) | Self::MetadataFile(_) | Self::RecordFile { .. } | Self::Config(_) => USAGE,
+            Self::Usage(_)
+            | Self::MetadataFile(_)
+            | Self::RecordFile { .. }
+            | Self::Config(_)
+            | Self::CinderConf(_) => USAGE,
+            #[cfg(feature = "ceph")]
+            Self::StandIn(stand_in::Error::Conf(_) | stand_in::Error::TransportUrl(_)) => USAGE,
             Self::Worker(worker::Error::Config(_)) => USAGE,
             _ => FAILED,
         }
@@ -118,9 +135,16 @@ pub async fn run(args: Args) -> ExitCode {
 }
 
 async fn dispatch(args: Args) -> Result<u8, Error> {
+    #[cfg(feature = "ceph")]
+    if let Command::Cinder { config_file, config_dir } = args.command {
+        return cinder::work(config_file, config_dir).await;
+    }
     let config = Config::load(args.config.as_deref())?;
     match args.command {
-        Command::Worker => work(&config).await,
+        Command::Worker => until_stopped(|shutdown| worker::work(&config, shutdown)).await,
+        // It has a configuration of its own.
+        #[cfg(feature = "ceph")]
+        Command::Cinder { .. } => Ok(USAGE),
         Command::Submit(args) => jobs::submit(&config, &args).await,
         Command::Run(args) => jobs::run(&config, &args).await,
         Command::Dead(command) => dead::run(&config, &command).await,
@@ -139,7 +163,12 @@ async fn dispatch(args: Args) -> Result<u8, Error> {
     }
 }
 
-async fn work(config: &Config) -> Result<u8, Error> {
+/// Runs a worker until it is told to stop.
+async fn until_stopped<W, E>(work: impl FnOnce(Shutdown) -> W) -> Result<u8, Error>
+where
+    W: Future<Output = Result<(), E>>,
+    Error: From<E>,
+{
     let shutdown = Shutdown::default();
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     let signals = async {
@@ -154,7 +183,7 @@ async fn work(config: &Config) -> Result<u8, Error> {
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        result = worker::work(config, shutdown.clone()) => result?,
+        result = work(shutdown.clone()) => result?,
         () = signals => {}
     }
     Ok(0)

@@ -11,6 +11,8 @@ pub(crate) mod engine;
 pub(crate) mod faulty;
 pub(crate) mod gcs;
 pub(crate) mod link;
+#[cfg(feature = "ceph")]
+pub(crate) mod openstack;
 pub(crate) mod oslo;
 pub(crate) mod rabbit;
 pub(crate) mod s3;

@@ -1,0 +1,597 @@
+//! What Cinder asks for: a backup made, restored, deleted. What each changes in the database is what Cinder's own service would
+//! change, but that a message which comes a second time, after all was done, changes nothing.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::attach::Attached;
+use super::jobs::{Ran, later};
+use super::{Driver, StandIn, TOPIC, Trouble};
+use crate::cinder::database::{BackupRow, Changes, QuotaRefresh, Restored, UserMessage, VolumeRow};
+use crate::cinder::export_record;
+use crate::cinder::rpc::Target;
+use crate::cinder::volumes::{VolumeService, object_of};
+use crate::error::{Causes, Class, Problem};
+use crate::job::{BackupId, BackupWork, Job, JobId, Parent, Record, RestoreWork, VolumeId, Work};
+use crate::message::oslo::{self, BackupDevice, BackupDeviceInfo, Failure, Request};
+
+const CREATE: Action = Action { id: "013", name: "create backup" };
+const DELETE: Action = Action { id: "014", name: "delete backup" };
+const RESTORE: Action = Action { id: "015", name: "restore backup" };
+
+/// What is done with a backup, in the words of Cinder's messages to users.
+#[derive(Clone, Copy)]
+struct Action {
+    id: &'static str,
+    name: &'static str,
+}
+
+/// Why it came to nothing, in the numbers of the same.
+#[derive(Clone, Copy)]
+enum Detail {
+    Create,
+    Attach,
+    Delete,
+    Restore,
+}
+
+impl Detail {
+    fn id(self) -> &'static str {
+        match self {
+            Self::Create => "020",
+            Self::Attach => "021",
+            Self::Delete => "025",
+            Self::Restore => "026",
+        }
+    }
+}
+
+impl StandIn {
+    /// Whether a backup can be deleted while it is made or restored.
+    pub(super) fn can_force_delete(&self) -> bool {
+        match self.driver {
+            // As Cinder has it.
+            Driver::Ceph => false,
+            Driver::Posix => true,
+        }
+    }
+
+    /// Takes a new backup on, and asks the volume service for what is to be read for it.
+    pub(super) async fn create_backup(&self, request: &Request) -> Result<Value, Trouble> {
+        let mut backup = oslo::Backup::read(request.arg("backup")?)?;
+        let id = backup.id;
+        let row = self.row(id).await?;
+        if row.status != "creating" {
+            // Cinder would call it failed; but it may have been made already.
+            info!(backup = %id, status = row.status, "not to be made any more");
+            return Ok(Value::Null);
+        }
+        let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
+        let Some(volume) = self.database.volume(&row.volume_id).await? else {
+            let reason = format!("Volume {} could not be found.", row.volume_id);
+            return fail(Detail::Create, &reason).await;
+        };
+        let (what, status) = match &row.snapshot_id {
+            Some(id) => {
+                ("snapshot", self.database.snapshot(id).await?.map_or_else(String::new, |found| found.status))
+            }
+            None => ("volume", volume.status.clone()),
+        };
+        if status != "backing-up" {
+            let reason =
+                format!("Create backup aborted, expected {what} status backing-up but got {status}.");
+            return fail(Detail::Create, &reason).await;
+        }
+        if volume.encryption_key_id.is_some() {
+            let reason = "Backhaul makes no backups of encrypted volumes yet.";
+            return fail(Detail::Create, reason).await;
+        }
+        let (service, zone) = (self.driver.class(), &self.capabilities.availability_zone);
+        let mut changes = Changes::new().text("service", service);
+        backup.object.set("service", json!(service));
+        if row.availability_zone.is_none() {
+            changes = changes.text("availability_zone", zone);
+            backup.object.set("availability_zone", json!(zone));
+        }
+        if !self.database.change_backup(&row.id, &["creating"], &changes).await? {
+            return Ok(Value::Null);
+        }
+        let context = context_of(request, id, CREATE);
+        let asked = match self.volume_service(&volume, &context) {
+            Ok(volumes) => {
+                volumes.get_backup_device(backup.object.to_json()).await.map_err(|error| problem(&error))
+            }
+            Err(homeless) => Err(homeless),
+        };
+        if let Err(problem) = asked {
+            return fail(Detail::Attach, &problem.to_string()).await;
+        }
+        info!(backup = %id, volume = row.volume_id, "backup taken on");
+        Ok(Value::Null)
+    }
+
+    /// Makes a backup of what the volume service gives for it.
+    pub(super) async fn continue_backup(&self, request: &Request) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+        let device = BackupDeviceInfo::read(request.arg("backup_device")?)?.device;
+        let used = self.use_of(id);
+        let _turn = used.turn.lock().await;
+        let row = self.row(id).await?;
+        if row.status != "creating" {
+            info!(backup = %id, status = row.status, "not to be made any more");
+            return Ok(Value::Null);
+        }
+        let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
+        let volume = match device {
+            BackupDevice::Volume(volume) => volume,
+            BackupDevice::Snapshot(_) => {
+                let reason = "A snapshot that is attached itself cannot be read yet: set backup_use_temp_snapshot = False \
+                              for the volume service.";
+                return fail(Detail::Attach, reason).await;
+            }
+        };
+        let Some(service) = volume.service() else {
+            return fail(Detail::Attach, &format!("Volume {} is on no host.", volume.id)).await;
+        };
+        let _slot = self.slot().await?;
+        let context = context_of(request, id, CREATE);
+        let volumes = VolumeService::new(&self.rpc, service, &context, volume.id, self.reply_time_max());
+        let attached = self.attach(&volumes, volume.object.to_json()).await;
+        let ran = match &attached {
+            Ok(attached) => self.make(id, &row, attached, &used.cancel).await,
+            Err(problem) => Ok(Ran::Failed(problem.clone())),
+        };
+        self.detach(&volumes).await;
+        let ran = ran?;
+        if volume.id.to_string() != row.volume_id {
+            match volumes.delete_volume(&volume.object).await {
+                Ok(()) => {
+                    let changes = Changes::new().text_or_null("temp_volume_id", None);
+                    self.database.change_backup(&row.id, &[], &changes).await?;
+                }
+                Err(error) => {
+                    warn!(volume = %volume.id, error = %Causes(&error), "the volume that was made for the backup stays");
+                }
+            }
+        }
+        match ran {
+            Ran::Succeeded => {
+                let record = self.engine().await?.catalog().available(id).await.map_err(later)?;
+                let ended = self.database.finish_backup(&row.id, &self.changes_of(&record)).await?;
+                info!(backup = %id, ?ended, "backup made");
+                Ok(Value::Null)
+            }
+            Ran::Failed(problem) => {
+                let detail = if attached.is_err() { Detail::Attach } else { Detail::Create };
+                fail(detail, &problem.to_string()).await
+            }
+            Ran::Cancelled => {
+                // Its row says what it has become, and only the volume is given back.
+                self.database.fail_backup(&row.id, "The backup was cancelled.").await?;
+                Ok(Value::Null)
+            }
+        }
+    }
+
+    async fn make(
+        &self,
+        id: BackupId,
+        row: &BackupRow,
+        attached: &Attached,
+        cancel: &CancellationToken,
+    ) -> Result<Ran, Trouble> {
+        let engine = self.engine().await?.with_volumes(self.volumes(attached.clusters.clone()));
+        let (volume_id, parent_id, container) = match work_of(row) {
+            Ok(ids) => ids,
+            Err(problem) => return Ok(Ran::Failed(problem)),
+        };
+        if let Some(parent_id) = parent_id
+            && let Err(problem) = self.take_in(&engine, parent_id).await?
+        {
+            return Ok(Ran::Failed(problem));
+        }
+        let work = BackupWork {
+            backup_id: id,
+            volume_id,
+            source: attached.location.clone(),
+            parent: parent_id.map_or(Parent::None, Parent::Given),
+            container,
+            name: row.display_name.clone(),
+            description: row.display_description.clone(),
+            project_id: row.project_id.clone(),
+            volume_meta: Some(self.database.volume_meta(&row.volume_id).await?),
+        };
+        // The same backup is always made by the same job, so that whoever is handed the message goes on with it.
+        let job_id = id.to_string().parse().unwrap_or_else(|_| JobId::random());
+        let job = Job { id: job_id, store: None, deadline: None, work: Work::Backup(work) };
+        self.run(&engine, &job, cancel, Some("creating")).await
+    }
+
+    /// What the row of a backup says once it is made, as Cinder's driver would have it.
+    fn changes_of(&self, record: &Record) -> Changes {
+        let parent_id = record.parent_id.map(|id| id.to_string());
+        let object_count = match self.driver {
+            // Cinder counts no objects of images.
+            Driver::Ceph => 0,
+            Driver::Posix => record.counts.object_count.try_into().unwrap_or(i64::MAX),
+        };
+        Changes::new()
+            .text("container", record.container.as_str())
+            // Cinder keeps none of some images.
+            .text_or_null(
+                "service_metadata",
+                Some(record.service_metadata.as_str()).filter(|text| !text.is_empty()),
+            )
+            .integer("object_count", object_count)
+            // It may have become a full one.
+            .text_or_null("parent_id", parent_id.as_deref())
+    }
+
+    /// Puts a backup onto a volume.
+    pub(super) async fn restore_backup(&self, request: &Request) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+        let volume_id: VolumeId = request.text("volume_id")?.parse().map_err(|error| {
+            Trouble::Failure(Failure::cinder("InvalidInput", format!("Invalid input received: {error}"), 400))
+        })?;
+        let used = self.use_of(id);
+        let _turn = used.turn.lock().await;
+        let row = self.row(id).await?;
+        let volume = self.database.volume(&volume_id.to_string()).await?;
+        let Some(volume) = volume.filter(|volume| AWAITING.contains(&volume.status.as_str())) else {
+            info!(backup = %id, volume = %volume_id, "the volume does not wait for a restore any more");
+            let changes = Changes::new().text("status", "available");
+            self.database.change_backup(&row.id, &["restoring"], &changes).await?;
+            return Ok(Value::Null);
+        };
+        let fail =
+            async |detail, reason: &str| self.fail_restore(request, id, volume_id, detail, reason).await;
+        if row.status != "restoring" {
+            let reason = format!("expected backup status restoring but got {}.", row.status);
+            return fail(Detail::Restore, &reason).await;
+        }
+        if !self.driver.made(row.service.as_deref()) {
+            return fail(Detail::Restore, &self.not_ours(&row)).await;
+        }
+        let _slot = self.slot().await?;
+        let context = context_of(request, id, RESTORE);
+        let volumes = match self.volume_service(&volume, &context) {
+            Ok(volumes) => volumes,
+            Err(problem) => return fail(Detail::Attach, &problem.to_string()).await,
+        };
+        let columns = self.database.volume_columns(&volume.id).await?.unwrap_or_default();
+        let attached = self.attach(&volumes, object_of(columns).to_json()).await;
+        let ran = match &attached {
+            Ok(attached) => self.put_back(request, id, volume_id, attached, &used.cancel).await,
+            Err(problem) => Ok(Ran::Failed(problem.clone())),
+        };
+        self.detach(&volumes).await;
+        match ran? {
+            Ran::Succeeded => {
+                self.database.finish_restore(&row.id, &volume.id, Restored::Done).await?;
+                info!(backup = %id, volume = %volume_id, "backup restored");
+                Ok(Value::Null)
+            }
+            Ran::Cancelled => {
+                self.database.finish_restore(&row.id, &volume.id, Restored::Cancelled).await?;
+                info!(backup = %id, volume = %volume_id, "restore cancelled");
+                Ok(Value::Null)
+            }
+            Ran::Failed(problem) => {
+                let detail = if attached.is_err() { Detail::Attach } else { Detail::Restore };
+                fail(detail, &problem.to_string()).await
+            }
+        }
+    }
+
+    async fn put_back(
+        &self,
+        request: &Request,
+        id: BackupId,
+        volume_id: VolumeId,
+        attached: &Attached,
+        cancel: &CancellationToken,
+    ) -> Result<Ran, Trouble> {
+        let engine = self.engine().await?.with_volumes(self.volumes(attached.clusters.clone()));
+        if let Err(problem) = self.take_in(&engine, id).await? {
+            return Ok(Ran::Failed(problem));
+        }
+        let work =
+            RestoreWork { backup_id: id, target: attached.location.clone(), volume_id: Some(volume_id) };
+        let job = Job { id: job_id(request), store: None, deadline: None, work: Work::Restore(work) };
+        let ran = self.run(&engine, &job, cancel, Some("restoring")).await?;
+        if let Ran::Succeeded = ran {
+            let meta = match engine.volume_meta(id).await {
+                Ok(meta) => meta,
+                Err(error) => return Ok(error.into()),
+            };
+            if let Some(meta) = meta
+                && let Err(error) = self.database.restore_volume_meta(&volume_id.to_string(), &meta).await
+            {
+                return match error.class() {
+                    Class::Transient => Err(error.into()),
+                    class => Ok(Ran::Failed(Problem::new(class, &error))),
+                };
+            }
+        }
+        Ok(ran)
+    }
+
+    /// Removes a backup.
+    pub(super) async fn delete_backup(&self, request: &Request) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+        let used = self.use_of(id);
+        if self.row(id).await?.status == "deleting" {
+            // Whatever is done with it must end first.
+            used.cancel.cancel();
+        }
+        let _turn = used.turn.lock().await;
+        let row = self.row(id).await?;
+        if row.deleted || row.status != "deleting" {
+            info!(backup = %id, status = row.status, "not to be deleted any more");
+            return Ok(Value::Null);
+        }
+        if !self.driver.made(row.service.as_deref()) {
+            let reason = format!("Delete backup aborted, {}", self.not_ours(&row));
+            return self.fail_delete(request, id, &reason).await;
+        }
+        // Nobody had taken it on where it has no service.
+        if row.service.is_some() {
+            match self.remove(id, job_id(request)).await? {
+                Ran::Succeeded => {}
+                Ran::Failed(problem) => return self.fail_delete(request, id, &problem.to_string()).await,
+                Ran::Cancelled => return Err(Trouble::HandedBack),
+            }
+        }
+        let default = &self.conf.default;
+        let refresh = QuotaRefresh {
+            until_refresh: default.until_refresh,
+            max_age_seconds: default.max_age,
+            reservation_seconds: default.reservation_expire,
+        };
+        self.database.delete_backup(&row.id, &refresh).await?;
+        info!(backup = %id, "backup deleted");
+        Ok(Value::Null)
+    }
+
+    /// Gives the record by which a backup can be taken in elsewhere.
+    pub(super) async fn export_record(&self, request: &Request) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+        let row = self.row(id).await?;
+        let refuse = |reason: &str| Err(Trouble::Failure(Failure::invalid_backup(reason)));
+        if row.status != "available" {
+            let status = row.status;
+            return refuse(&format!(
+                "Export backup aborted, expected backup status available but got {status}."
+            ));
+        }
+        if !self.driver.made(row.service.as_deref()) {
+            return refuse(&format!("Export record aborted, {}", self.not_ours(&row)));
+        }
+        let fields = self.database.backup_columns(&row.id).await?.unwrap_or_default();
+        let export = export_record::of_row(row.service.unwrap_or_default(), fields);
+        Ok(json!({ "backup_service": export.backup_service, "backup_url": export.backup_url }))
+    }
+
+    /// Takes in a backup by the record that another Cinder, or this one, has exported.
+    pub(super) async fn import_record(&self, request: &Request) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+        let (service, url) = (request.text("backup_service")?, request.text("backup_url")?);
+        if !self.driver.made(Some(service)) {
+            return self.pass_on_import(request, id, service).await;
+        }
+        let fields = match export_record::fields_of(url) {
+            Ok(fields) => fields,
+            Err(error) => {
+                let reason = Causes(&error).to_string();
+                return self.fail_import(id, &reason).await;
+            }
+        };
+        let changes = Changes::new()
+            .text("service", self.driver.class())
+            .text("availability_zone", &self.capabilities.availability_zone)
+            .text("host", &self.host);
+        match self.database.import_backup(&id.to_string(), &fields, &changes).await {
+            Ok(true) => info!(backup = %id, "record of a backup taken in"),
+            Ok(false) => info!(backup = %id, "no record is awaited any more"),
+            Err(error) if error.class() == Class::Transient => return Err(error.into()),
+            Err(error) => return self.fail_import(id, &error.to_string()).await,
+        }
+        Ok(Value::Null)
+    }
+
+    /// Has the next of the hosts try that may know the driver.
+    async fn pass_on_import(&self, request: &Request, id: BackupId, service: &str) -> Result<Value, Trouble> {
+        let mut hosts = request.arg("backup_hosts")?.as_array().cloned().unwrap_or_default();
+        let Some(host) = hosts.pop().as_ref().and_then(Value::as_str).map(str::to_owned) else {
+            let reason = format!(
+                "Import record failed, cannot find backup service to perform the import. Request service {service}."
+            );
+            return self.fail_import(id, &reason).await;
+        };
+        let mut args = request.args.clone();
+        args.insert("backup_hosts".into(), Value::Array(hosts));
+        let request = Request::new(request.context.clone(), "import_record", request.version.clone(), args);
+        match self.rpc.cast(&Target::on(TOPIC, host), &request).await {
+            Ok(()) => Ok(Value::Null),
+            Err(error) => {
+                let reason = Causes(&error).to_string();
+                self.fail_import(id, &reason).await
+            }
+        }
+    }
+
+    async fn fail_import(&self, id: BackupId, reason: &str) -> Result<Value, Trouble> {
+        let changes = Changes::new().text("status", "error").text("fail_reason", reason);
+        self.database.change_backup(&id.to_string(), &["creating"], &changes).await?;
+        Err(Trouble::Failure(Failure::invalid_backup(reason)))
+    }
+
+    /// Gives a backup another status because a person says so.
+    pub(super) async fn reset_status(&self, request: &Request) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+        let status = request.text("status")?;
+        let row = self.row(id).await?;
+        if !self.driver.made(row.service.as_deref()) {
+            let reason = format!("Reset backup status aborted, {}", self.not_ours(&row));
+            return Err(Trouble::Failure(Failure::invalid_backup(&reason)));
+        }
+        if row.service.is_some() && !row.deleted {
+            self.database.change_backup(&row.id, &[], &Changes::new().text("status", status)).await?;
+            info!(backup = %id, status, "status of the backup set");
+        }
+        Ok(Value::Null)
+    }
+
+    /// The row of a backup, even of one that is deleted.
+    async fn row(&self, id: BackupId) -> Result<BackupRow, Trouble> {
+        let row = self.database.backup_even_if_deleted(&id.to_string()).await?;
+        row.ok_or_else(|| {
+            let message = format!("Backup {id} could not be found.");
+            Trouble::Failure(Failure::cinder("BackupNotFound", message, 404))
+        })
+    }
+
+    /// The service that has a volume, without its pool.
+    fn volume_service<'a>(
+        &'a self,
+        volume: &'a VolumeRow,
+        context: &'a oslo::Context,
+    ) -> Result<VolumeService<'a>, Problem> {
+        let named = |name: &'a Option<String>| name.as_deref().filter(|name| !name.is_empty());
+        let host = named(&volume.cluster_name).or_else(|| named(&volume.host));
+        let (Some(host), Ok(id)) = (host.and_then(|host| host.split('#').next()), volume.id.parse()) else {
+            let message = format!("Volume {} is on no host.", volume.id);
+            return Err(Problem { class: Class::Permanent, message, causes: Vec::new() });
+        };
+        Ok(VolumeService::new(&self.rpc, host, context, id, self.reply_time_max()))
+    }
+
+    async fn attach(&self, volumes: &VolumeService<'_>, volume: Value) -> Result<Attached, Problem> {
+        let connection = volumes.initialize_connection(&self.connector(), volume).await;
+        let connection = connection.map_err(|error| problem(&error))?;
+        self.attachments.attach(&connection, &self.own_clusters).map_err(|error| problem(&error))
+    }
+
+    async fn detach(&self, volumes: &VolumeService<'_>) {
+        if let Err(error) = volumes.terminate_connection(&self.connector()).await {
+            warn!(error = %Causes(&error), "the volume service could not be told that the volume is used no more");
+        }
+    }
+
+    async fn fail_backup(
+        &self,
+        request: &Request,
+        id: BackupId,
+        detail: Detail,
+        reason: &str,
+    ) -> Result<Value, Trouble> {
+        self.database.fail_backup(&id.to_string(), reason).await?;
+        self.tell_user(request, id, CREATE, detail).await;
+        Err(Trouble::Failure(Failure::invalid_backup(reason)))
+    }
+
+    async fn fail_restore(
+        &self,
+        request: &Request,
+        id: BackupId,
+        volume_id: VolumeId,
+        detail: Detail,
+        reason: &str,
+    ) -> Result<Value, Trouble> {
+        self.database.finish_restore(&id.to_string(), &volume_id.to_string(), Restored::Failed).await?;
+        self.tell_user(request, id, RESTORE, detail).await;
+        Err(Trouble::Failure(Failure::invalid_backup(&format!("Restore backup aborted: {reason}"))))
+    }
+
+    async fn fail_delete(&self, request: &Request, id: BackupId, reason: &str) -> Result<Value, Trouble> {
+        let changes = Changes::new().text("status", "error").text("fail_reason", reason);
+        self.database.change_backup(&id.to_string(), &["deleting"], &changes).await?;
+        self.tell_user(request, id, DELETE, Detail::Delete).await;
+        Err(Trouble::Failure(Failure::invalid_backup(reason)))
+    }
+
+    fn not_ours(&self, row: &BackupRow) -> String {
+        format!(
+            "the backup service currently configured [{}] is not the backup service that was used to create this backup [{}].",
+            self.driver.class(),
+            row.service.as_deref().unwrap_or_default()
+        )
+    }
+
+    /// Leaves a message for whoever asked; that is no reason for anything to fail.
+    async fn tell_user(&self, request: &Request, id: BackupId, action: Action, detail: Detail) {
+        let message = UserMessage {
+            project_id: request.context.project_id().unwrap_or_default(),
+            request_id: request.context.request_id(),
+            level: "ERROR",
+            resource_type: "VOLUME_BACKUP",
+            resource_id: &id.to_string(),
+            action_id: action.id,
+            detail_id: detail.id(),
+            ttl_seconds: self.conf.default.message_ttl,
+        };
+        if let Err(error) = self.database.add_message(&message).await {
+            warn!(error = %Causes(&error), "the user could not be left a message");
+        }
+    }
+
+    /// Waits for a turn among the backups and restores.
+    async fn slot(&self) -> Result<OwnedSemaphorePermit, Trouble> {
+        tokio::select! {
+            slot = self.slots.clone().acquire_owned() => slot.map_err(|_| Trouble::HandedBack),
+            () = self.hand_back.cancelled() => Err(Trouble::HandedBack),
+        }
+    }
+
+    /// What the volume service is told of us, as os-brick would.
+    fn connector(&self) -> Value {
+        json!({
+            "platform": std::env::consts::ARCH,
+            "os_type": "linux",
+            "ip": self.conf.default.my_ip,
+            "host": self.host,
+            "multipath": false,
+            "enforce_multipath": false,
+            "do_local_attach": false,
+        })
+    }
+
+    fn reply_time_max(&self) -> Duration {
+        Duration::from_secs(self.conf.default.rpc_response_timeout)
+    }
+}
+
+/// What a volume is that waits for a backup to be put onto it.
+const AWAITING: [&str; 2] = ["restoring-backup", "creating"];
+
+/// Takes out of the row of a backup what a job must know, if all of it can be used.
+fn work_of(row: &BackupRow) -> Result<(VolumeId, Option<BackupId>, Option<crate::job::Container>), Problem> {
+    let volume_id = row.volume_id.parse().map_err(|error| problem(&error))?;
+    let parent_id = row.parent_id.as_deref().map(str::parse).transpose().map_err(|error| problem(&error))?;
+    let container = row.container.as_deref().map(str::parse).transpose().map_err(|error| problem(&error))?;
+    Ok((volume_id, parent_id, container))
+}
+
+fn problem(error: &(dyn std::error::Error + 'static)) -> Problem {
+    Problem::new(Class::Permanent, error)
+}
+
+/// The same message again is the same job again.
+fn job_id(request: &Request) -> JobId {
+    let id = request.unique_id.as_deref().and_then(|id| Uuid::try_parse(id).ok());
+    id.and_then(|id| id.to_string().parse().ok()).unwrap_or_else(JobId::random)
+}
+
+/// The context of what follows from a request, which says as well what it is done for.
+fn context_of(request: &Request, id: BackupId, action: Action) -> oslo::Context {
+    let mut context = request.context.clone();
+    context.set("message_resource_id", json!(id));
+    context.set("message_resource_type", json!("VOLUME_BACKUP"));
+    context.set("message_action", json!([action.id, action.name]));
+    context
+}

@@ -1,0 +1,211 @@
+//! Runs what Cinder asked for through the engine, and makes the store know what Cinder's own service has made.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{StandIn, Trouble};
+use crate::cinder::export_record;
+use crate::engine::{self, Engine};
+use crate::error::{Causes, Class, Problem};
+use crate::event::{self, EventSink};
+use crate::job::{BackupId, Context, Event, Job, JobId, Outcome, Record, Work};
+use crate::runner::{self, Attempts, Ended, Report};
+
+/// How often a job is tried.
+const ATTEMPTS_MAX: u32 = 3;
+/// How long it waits before it is tried again.
+const ATTEMPT_PAUSE: Duration = Duration::from_secs(10);
+/// How often it is looked whether somebody wants the end of what runs.
+const STATUS_LOOK: Duration = Duration::from_secs(3);
+/// How often a job would tell how far it is, if anybody listened.
+const PROGRESS_EVERY: Duration = Duration::from_secs(60);
+/// Chains are never longer.
+const CHAIN_COUNT_MAX: usize = 10_000;
+
+/// How a job ended.
+pub(super) enum Ran {
+    Succeeded,
+    Failed(Problem),
+    Cancelled,
+}
+
+impl From<engine::Error> for Ran {
+    fn from(error: engine::Error) -> Self {
+        Self::Failed(Problem::new(error.class(), &error))
+    }
+}
+
+/// Nobody waits for the events of these jobs: the database tells.
+struct Unheard;
+
+#[async_trait]
+impl EventSink for Unheard {
+    async fn send(&self, _: &Event) -> Result<(), event::Error> {
+        Ok(())
+    }
+}
+
+impl StandIn {
+    /// The engine on the store.
+    pub(super) async fn engine(&self) -> Result<&Engine, Trouble> {
+        self.stores.engine(None).await.map_err(|problem| Trouble::Later(problem.to_string()))
+    }
+
+    /// Runs a job to its end, for as long as its backup has this status.
+    pub(super) async fn run(
+        &self,
+        engine: &Engine,
+        job: &Job,
+        cancel: &CancellationToken,
+        status: Option<&str>,
+    ) -> Result<Ran, Trouble> {
+        let ctx = Context { cancel: self.hand_back.child_token(), ..Context::default() };
+        let work = async {
+            let report = Report::new(&Unheard, job);
+            let mut attempts = Attempts { max: ATTEMPTS_MAX, seconds_max: u32::MAX, ..Attempts::one() };
+            loop {
+                let ended =
+                    runner::run(&ctx, engine, job, &attempts, PROGRESS_EVERY, &report, &self.hand_back).await;
+                match ended {
+                    Ended::Over(completion) => return Ok(completion.outcome),
+                    Ended::HandedBack => return Err(Trouble::HandedBack),
+                    Ended::Untold(error) => return Err(Trouble::Later(Causes(&error).to_string())),
+                    Ended::Later(problem) => {
+                        let attempt = attempts.current;
+                        warn!(error = %problem, attempt, "not done for now, trying again later");
+                        tokio::select! {
+                            () = sleep(ATTEMPT_PAUSE) => {}
+                            () = ctx.cancel.cancelled() => {}
+                        }
+                        attempts.earlier = attempts.clone().and_this(&problem);
+                        attempts.current += 1;
+                    }
+                }
+            }
+        };
+        let watched = async {
+            self.await_other_status(job.backup_id(), cancel, status).await;
+            info!(backup = %job.backup_id(), "cancelling");
+            ctx.cancel.cancel();
+            std::future::pending().await
+        };
+        let outcome = tokio::select! {
+            outcome = work => outcome,
+            never = watched => never,
+        }?;
+        if let Err(error) = engine.catalog().settle(job.id).await {
+            warn!(error = %Causes(&error), "how the job ended stays in the store for some days");
+        }
+        Ok(match outcome {
+            Outcome::Succeeded => Ran::Succeeded,
+            Outcome::Failed(problem) => Ran::Failed(problem),
+            Outcome::Cancelled => Ran::Cancelled,
+        })
+    }
+
+    /// Waits until somebody wants the end of what is done with a backup.
+    async fn await_other_status(&self, id: BackupId, cancel: &CancellationToken, status: Option<&str>) {
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = sleep(STATUS_LOOK) => {}
+            }
+            if let Some(status) = status
+                && let Ok(row) = self.database.backup_even_if_deleted(&id.to_string()).await
+                && row.is_none_or(|row| row.status != status)
+            {
+                return;
+            }
+        }
+    }
+
+    /// Removes a backup from the store, whoever made it, and whatever there is of it.
+    pub(super) async fn remove(&self, id: BackupId, job_id: JobId) -> Result<Ran, Trouble> {
+        let engine =
+            self.engine().await?.with_volumes(self.volumes(self.attachments.known(&self.own_clusters)));
+        if engine.catalog().record(id).await.map_err(later)?.is_none()
+            && let Err(problem) = self.take_in(&engine, id).await?
+        {
+            if problem.class == Class::Transient {
+                return Err(Trouble::Later(problem.to_string()));
+            }
+            // Cinder has left less than a backup, or nothing at all.
+            match self.record_of(id).await? {
+                Ok(record) => match engine.import_to_delete(record, problem).await {
+                    Ok(()) | Err(engine::Error::BackupExists(_)) => {}
+                    Err(error) => return Ok(error.into()),
+                },
+                Err(why) => {
+                    info!(backup = %id, %why, "there is nothing of the backup in the store");
+                    return Ok(Ran::Succeeded);
+                }
+            }
+        }
+        for child in engine.catalog().children(id).await.map_err(later)? {
+            // Cinder's own service knows nothing of our records. One without a row is none of Cinder's, and stays.
+            let row = self.database.backup_even_if_deleted(&child.to_string()).await?;
+            if row.is_some_and(|row| row.deleted) {
+                info!(backup = %child, "a backup that Cinder has deleted is removed from the records");
+                Box::pin(self.remove(child, JobId::random())).await?;
+            }
+        }
+        let job = Job { id: job_id, store: None, deadline: None, work: Work::Delete(id) };
+        self.run(&engine, &job, &CancellationToken::new(), None).await
+    }
+
+    /// Makes a backup known to the store that Cinder's own service made, and those that it builds on.
+    pub(super) async fn take_in(
+        &self,
+        engine: &Engine,
+        id: BackupId,
+    ) -> Result<Result<(), Problem>, Trouble> {
+        let mut unknown = Vec::new();
+        let mut next = Some(id);
+        while let Some(id) = next {
+            if engine.catalog().record(id).await.map_err(later)?.is_some() {
+                break;
+            }
+            let row =
+                self.database.backup(&id.to_string()).await?.filter(|_| unknown.len() < CHAIN_COUNT_MAX);
+            let Some(row) = row else {
+                let message = format!("backup {id} is unknown to Cinder and to the store");
+                return Ok(Err(Problem { class: Class::Permanent, message, causes: Vec::new() }));
+            };
+            unknown.push(id);
+            next = row.parent_id.and_then(|id| id.parse().ok());
+        }
+        for id in unknown.into_iter().rev() {
+            let record = match self.record_of(id).await? {
+                Ok(record) => record,
+                Err(problem) => return Ok(Err(problem)),
+            };
+            match engine.import(record).await {
+                Ok(_) => info!(backup = %id, "a backup that Cinder made was taken in"),
+                Err(error) => return Ok(Err(Problem::new(error.class(), &error))),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// The record of a backup, made of its row.
+    async fn record_of(&self, id: BackupId) -> Result<Result<Record, Problem>, Trouble> {
+        let Some(mut fields) = self.database.backup_columns(&id.to_string()).await? else {
+            let message = format!("backup {id} is unknown to Cinder");
+            return Ok(Err(Problem { class: Class::Permanent, message, causes: Vec::new() }));
+        };
+        // What is done with it at the moment does not matter.
+        fields.insert("status".into(), json!("available"));
+        let service = fields.get("service").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let record = export_record::of_fields(service, fields, &self.form);
+        Ok(record.map_err(|error| Problem::new(Class::Permanent, &error)))
+    }
+}
+
+pub(super) fn later(error: engine::Error) -> Trouble {
+    Trouble::Later(Causes(&error).to_string())
+}

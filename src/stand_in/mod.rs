@@ -1,0 +1,384 @@
+//! A worker in the place of Cinder's backup service: the other place where rooms are put together.
+//!
+//! Cinder's services talk to it as they do to their own: it has a row among the services, tells the scheduler that it takes
+//! backups, and takes what is asked of it from the queues of `cinder-backup`. What it makes lies where Cinder's driver would
+//! have put it, and the database says what Cinder would have it say, so that either can go on where the other stopped.
+//!
+//! A message is acknowledged only after what it caused is safe: data, record, row, then the acknowledgement. Cinder's own
+//! service acknowledges at once, and forgets what it was doing when it dies.
+
+mod attach;
+mod backups;
+mod jobs;
+mod stores;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, error, info, info_span, warn};
+
+use crate::broker::{self, InvalidTransportUrl, Reach, RpcQueues, RpcSettings, Tls, TransportUrl};
+use crate::ceph::{Access, Clusters};
+use crate::cinder::conf::Conf;
+use crate::cinder::database::{self, Database, DatabaseUrl, Registration};
+use crate::cinder::export_record::Form;
+use crate::cinder::rpc::{Incoming, Rpc};
+use crate::cinder::scheduler::Capabilities;
+use crate::engine::Volumes;
+use crate::error::Causes;
+use crate::job::BackupId;
+use crate::message::oslo::{Failure, Malformed};
+use crate::volume::FileRoots;
+use crate::worker::{self, Shutdown, Stores};
+
+pub use stores::Driver;
+
+/// The topic that Cinder's services know the backup service by.
+const TOPIC: &str = "cinder-backup";
+/// The version of its interface that we have.
+const VERSION: (u32, u32) = (2, 4);
+/// The version of its objects that we send.
+const OBJECTS_VERSION: &str = "1.39";
+/// How many connections to the database there are at most.
+const CONNECTIONS_MAX: u32 = 8;
+/// How long what runs may go on when the worker is told to stop, before it is left for the next one.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long jobs may take to stop where they are.
+const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long a message waits that could not be dealt with for now.
+const LATER_PAUSE: Duration = Duration::from_secs(5);
+/// How long the schedulers may take to be told that we take no more.
+const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Why the worker could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The store cannot be what `cinder.conf` says.
+    #[error("cinder.conf cannot be used")]
+    Conf(#[from] stores::Error),
+    /// The rooms could not be put together.
+    #[error(transparent)]
+    Worker(#[from] worker::Error),
+    /// The database cannot be used.
+    #[error("Cinder's database cannot be used")]
+    Database(#[from] database::Error),
+    /// The broker cannot be found by its URL.
+    #[error("[DEFAULT] transport_url cannot be used")]
+    TransportUrl(#[from] InvalidTransportUrl),
+    /// The broker's settings cannot be used.
+    #[error("the broker of [DEFAULT] transport_url cannot be used")]
+    Broker(#[from] broker::Error),
+}
+
+/// What is done with a backup, one thing at a time.
+#[derive(Clone, Default)]
+struct Use {
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Fires when whatever is done with it is to end.
+    cancel: CancellationToken,
+}
+
+struct StandIn {
+    conf: Conf,
+    driver: Driver,
+    host: String,
+    stores: Stores,
+    attachments: attach::Attachments,
+    own_clusters: BTreeMap<String, Access>,
+    database: Database,
+    rpc: Rpc,
+    capabilities: Capabilities,
+    /// What the store keeps backups as.
+    form: Form,
+    /// How many backups and restores run at the same time.
+    slots: Arc<Semaphore>,
+    /// Fires when jobs are to stop where they are, for the next worker to go on with.
+    hand_back: CancellationToken,
+    uses: Mutex<HashMap<BackupId, Use>>,
+}
+
+/// Works until it is told to end.
+pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
+    let driver = Driver::named(&conf.default.backup_driver)?;
+    let config = stores::config(&conf, driver)?;
+    let stores = Stores::open(&config)?;
+    let database = Database::connect(&database_url(&conf)?, CONNECTIONS_MAX).await?;
+    let rpc = Rpc::start(settings(&conf)?)?;
+    let slot_count = match conf.default.backup_max_operations {
+        0 => Semaphore::MAX_PERMITS,
+        count => usize::try_from(count).unwrap_or(Semaphore::MAX_PERMITS).min(Semaphore::MAX_PERMITS),
+    };
+    let stand_in = Arc::new(StandIn {
+        form: driver.form(&conf)?,
+        driver,
+        host: conf.default.host.clone(),
+        stores,
+        attachments: attach::Attachments::default(),
+        own_clusters: worker::access(&config),
+        database,
+        capabilities: Capabilities {
+            host: conf.default.host.clone(),
+            availability_zone: conf.default.storage_availability_zone.clone(),
+            driver: driver.class().into(),
+        },
+        rpc,
+        slots: Arc::new(Semaphore::new(slot_count)),
+        hand_back: CancellationToken::new(),
+        uses: Mutex::default(),
+        conf,
+    });
+    let result = stand_in.work(&shutdown).await;
+    stand_in.rpc.close().await;
+    info!("worker stopped");
+    result
+}
+
+impl StandIn {
+    async fn work(self: &Arc<Self>, shutdown: &Shutdown) -> Result<(), Error> {
+        let started = async {
+            self.reach_store().await;
+            let service = self.register().await?;
+            let requests = self.rpc.serve(TOPIC, &self.host, 0).await?;
+            Ok::<_, Error>((service, requests))
+        };
+        let (service, mut requests) = tokio::select! {
+            started = started => started?,
+            () = shutdown.drain.cancelled() => return Ok(()),
+            () = shutdown.now.cancelled() => return Ok(()),
+        };
+        let default = &self.conf.default;
+        let mut beats = interval(Duration::from_secs(default.report_interval.max(1)));
+        let mut reports = interval(Duration::from_secs(default.backup_driver_stats_polling_interval));
+        for ticks in [&mut beats, &mut reports] {
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        let mut running = JoinSet::new();
+        info!(host = %self.host, driver = self.driver.class(), "worker started in the place of cinder-backup");
+        loop {
+            tokio::select! {
+                Some(incoming) = requests.next() => self.begin(incoming, &mut running),
+                _ = beats.tick() => {
+                    let worker = self.clone();
+                    running.spawn(async move { worker.beat(service).await });
+                }
+                _ = reports.tick() => {
+                    let worker = self.clone();
+                    running.spawn(async move { worker.report(true).await });
+                }
+                Some(ended) = running.join_next() => lost_task(ended),
+                () = shutdown.drain.cancelled() => break,
+                () = shutdown.now.cancelled() => break,
+            }
+        }
+        // Otherwise the scheduler would go on giving us backups.
+        if timeout(FAREWELL_TIME_MAX, self.report(false)).await.is_err() {
+            warn!("the schedulers could not be told that this worker stops");
+        }
+        requests.stop();
+        info!("stopping: no more is taken");
+        if !wind_down(&mut running, DRAIN_TIME_MAX, &shutdown.now).await {
+            warn!("stopping: what runs is left for the next worker to go on with");
+            self.hand_back.cancel();
+            if !wind_down(&mut running, HAND_BACK_TIME_MAX, &shutdown.now).await {
+                running.abort_all();
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the store can be used.
+    async fn reach_store(&self) {
+        let pause = Duration::from_secs(self.conf.default.backup_driver_init_check_interval);
+        while let Err(problem) = self.stores.engine(None).await {
+            error!(error = %problem, "the store of the backups cannot be used: trying again");
+            sleep(pause).await;
+        }
+    }
+
+    /// Enters this worker among Cinder's services.
+    async fn register(&self) -> Result<i64, Error> {
+        let registration = Registration {
+            host: &self.host,
+            availability_zone: &self.capabilities.availability_zone,
+            rpc_version: &format!("{}.{}", VERSION.0, VERSION.1),
+            object_version: OBJECTS_VERSION,
+            enabled: self.conf.default.enable_new_services,
+        };
+        Ok(self.database.register_service(&registration).await?.id)
+    }
+
+    /// Shows that the worker lives.
+    async fn beat(&self, service: i64) {
+        match self.database.report_service(service, &self.capabilities.availability_zone).await {
+            Ok(true) => {}
+            Ok(false) => {
+                warn!("the row of this worker among Cinder's services is gone: restart it to have it back")
+            }
+            Err(error) => {
+                warn!(error = %Causes(&error), "the database could not be told that this worker lives");
+            }
+        }
+    }
+
+    /// Tells the schedulers whether backups are taken.
+    async fn report(&self, takes_backups: bool) {
+        if let Err(error) = self.capabilities.publish(&self.rpc, takes_backups).await {
+            warn!(error = %Causes(&error), "the schedulers could not be told of this worker");
+        }
+    }
+
+    fn begin(self: &Arc<Self>, incoming: Incoming, running: &mut JoinSet<()>) {
+        let worker = self.clone();
+        let span = info_span!(
+            "request",
+            method = incoming.request.method,
+            request = incoming.request.context.request_id().unwrap_or_default()
+        );
+        running.spawn(async move { worker.handle(incoming).await }.instrument(span));
+    }
+
+    async fn handle(&self, incoming: Incoming) {
+        let request = &incoming.request;
+        let answer = if !request.fits(VERSION.0, VERSION.1) {
+            Err(Trouble::Failure(Failure::unsupported_version(request)))
+        } else {
+            match request.method.as_str() {
+                "create_backup" => self.create_backup(request).await,
+                "continue_backup" => self.continue_backup(request).await,
+                "restore_backup" => self.restore_backup(request).await,
+                "delete_backup" => self.delete_backup(request).await,
+                "export_record" => self.export_record(request).await,
+                "import_record" => self.import_record(request).await,
+                "reset_status" => self.reset_status(request).await,
+                "check_support_to_force_delete" => Ok(Value::Bool(self.can_force_delete())),
+                "publish_service_capabilities" => {
+                    self.report(true).await;
+                    Ok(Value::Null)
+                }
+                other => Err(Trouble::Failure(Failure::no_such_method(other))),
+            }
+        };
+        let settled = match answer {
+            Ok(result) => incoming.reply(Ok(result)).await,
+            Err(Trouble::Failure(failure)) => {
+                warn!(error = failure.message, "the request has failed");
+                incoming.reply(Err(failure)).await
+            }
+            Err(Trouble::HandedBack) => {
+                info!("handed back, for the next worker to go on with");
+                incoming.requeue().await
+            }
+            Err(Trouble::Later(why)) => {
+                warn!(error = why, "not done for now, trying again later");
+                tokio::select! {
+                    () = sleep(LATER_PAUSE) => {}
+                    () = self.hand_back.cancelled() => {}
+                }
+                incoming.requeue().await
+            }
+        };
+        if let Err(error) = settled {
+            // It will be delivered again, and then found to be done.
+            warn!(error = %Causes(&error), "the message was not settled");
+        }
+    }
+
+    /// What is done with a backup at the moment; to be held for as long as something is.
+    fn use_of(&self, id: BackupId) -> Use {
+        // Nothing panics while it holds the lock.
+        let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        uses.retain(|_, used| Arc::strong_count(&used.turn) > 1);
+        uses.entry(id).or_default().clone()
+    }
+
+    /// The volumes that jobs may name: those in Ceph only.
+    fn volumes(&self, clusters: Clusters) -> Volumes {
+        Volumes { file_roots: FileRoots::new(&[]), clusters }
+    }
+}
+
+fn database_url(conf: &Conf) -> Result<DatabaseUrl, database::Error> {
+    DatabaseUrl::parse(conf.database.connection.reveal()).map_err(|problem| database::Error::Url { problem })
+}
+
+/// How the broker is reached that Cinder's services share, and what its queues are like.
+fn settings(conf: &Conf) -> Result<RpcSettings, Error> {
+    let (default, rabbit) = (&conf.default, &conf.rabbit);
+    let (url, other_urls) = default.transport_url.reveal().parse::<TransportUrl>()?.urls(rabbit.ssl);
+    let file = |path: &String| (!path.is_empty()).then(|| path.into());
+    let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+    Ok(RpcSettings {
+        reach: Reach {
+            url,
+            other_urls,
+            connection_name: format!("backhaul cinder {}", default.host),
+            heartbeat_seconds: rabbit.heartbeat_timeout_threshold.try_into().unwrap_or(u16::MAX),
+            tls: Tls {
+                ca_file: file(&rabbit.ssl_ca_file),
+                client_certificate_file: file(&rabbit.ssl_cert_file),
+                client_key_file: file(&rabbit.ssl_key_file),
+            },
+            reconnect_seconds_max: count(rabbit.rabbit_interval_max),
+            publish_seconds_max: count(default.rpc_response_timeout),
+        },
+        exchange: default.control_exchange.clone(),
+        queues: RpcQueues {
+            durable: rabbit.amqp_durable_queues,
+            auto_delete: rabbit.amqp_auto_delete,
+            quorum: rabbit.rabbit_quorum_queue,
+            transient_quorum: rabbit.rabbit_transient_quorum_queue,
+            quorum_delivery_limit: count(rabbit.rabbit_quorum_delivery_limit),
+            quorum_memory_messages_max: count(rabbit.rabbit_quorum_max_memory_length),
+            quorum_memory_bytes_max: count(rabbit.rabbit_quorum_max_memory_bytes),
+            mirrored: rabbit.rabbit_ha_queues,
+            transient_seconds_max: count(rabbit.rabbit_transient_queues_ttl),
+        },
+    })
+}
+
+/// Why a request is not done.
+enum Trouble {
+    /// It cannot be; whoever asked is told, if they wait for an answer.
+    Failure(Failure),
+    /// Something that it needs is away.
+    Later(String),
+    /// The worker was told to stop.
+    HandedBack,
+}
+
+impl From<database::Error> for Trouble {
+    fn from(error: database::Error) -> Self {
+        Self::Later(Causes(&error).to_string())
+    }
+}
+
+impl From<Malformed> for Trouble {
+    fn from(malformed: Malformed) -> Self {
+        Self::Failure(malformed.into())
+    }
+}
+
+fn lost_task(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        error!(%error, "a request's task broke; its message goes back to the broker");
+    }
+}
+
+/// Waits until nothing runs any more. False when that takes too long, or all is to end `now`.
+async fn wind_down(running: &mut JoinSet<()>, time_max: Duration, now: &CancellationToken) -> bool {
+    let all = async {
+        while let Some(ended) = running.join_next().await {
+            lost_task(ended);
+        }
+    };
+    tokio::select! {
+        ended = timeout(time_max, all) => ended.is_ok(),
+        () = now.cancelled() => false,
+    }
+}

@@ -1,0 +1,209 @@
+//! The control plane of OpenStack's Cinder that `dev/cinder-stack.sh` starts, and backup services beside it: our worker in the
+//! place of Cinder's own, and that one itself.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::stack::until;
+
+/// A way to ask the control plane for things, and a host and an availability zone that nobody else has.
+pub(crate) struct Openstack {
+    folder: PathBuf,
+    work: TempDir,
+    name: String,
+    api: Child,
+    requests: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Openstack {
+    /// Takes the one that all tests share; none where `make test` says that there is none.
+    pub(crate) fn shared() -> Option<Self> {
+        if std::env::var_os("BACKHAUL_TEST_NO_CINDER_STACK").is_some() {
+            return None;
+        }
+        let folder = std::env::var_os("BACKHAUL_TEST_CINDER_STACK")
+            .expect("BACKHAUL_TEST_CINDER_STACK names no control plane: run `make test`, which starts one");
+        let mut api = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/cinder-stack.sh"))
+            .arg("api")
+            .arg(&folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (requests, answers) = (api.stdin.take().unwrap(), api.stdout.take().unwrap());
+        let name = format!("node-{}", Uuid::new_v4().simple());
+        let work = TempDir::new().unwrap();
+        let answers = BufReader::new(answers);
+        Some(Self { folder: folder.into(), work, name, api, requests, answers })
+    }
+
+    /// Asks for something, as `dev/cinder-api` lists it.
+    pub(crate) fn ask(&mut self, words: &[&str]) -> Result<Value, Value> {
+        writeln!(self.requests, "{}", words.join(" ")).unwrap();
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        let mut answer: Value =
+            serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"));
+        if answer.get("error").is_some() { Err(answer) } else { Ok(answer["ok"].take()) }
+    }
+
+    /// Asks for something that must be possible.
+    pub(crate) fn ok(&mut self, words: &[&str]) -> Value {
+        self.ask(words).unwrap_or_else(|error| panic!("{words:?}: {error}"))
+    }
+
+    /// A new volume of 1 GiB, by its id.
+    pub(crate) fn volume(&mut self) -> String {
+        let volume = self.ok(&["create-volume", "1"]);
+        assert_eq!(volume["status"], "available", "{volume}");
+        text(&volume["id"])
+    }
+
+    /// Asks for a backup by this test's own backup service, and gives its id.
+    pub(crate) fn begin_backup(&mut self, volume: &str, options: &[&str]) -> String {
+        let zone = self.name.clone();
+        let backup = self.ok(&[&["backup", volume, "--zone", &zone], options].concat());
+        text(&backup["id"])
+    }
+
+    /// The same, to its end.
+    pub(crate) fn backup(&mut self, volume: &str, options: &[&str]) -> Value {
+        let id = self.begin_backup(volume, options);
+        self.ok(&["settled", &id])
+    }
+
+    /// Restores a backup, and gives the volume that it was restored to.
+    pub(crate) fn restore(&mut self, words: &[&str]) -> Value {
+        let begun = self.ok(&[&["restore"], words].concat());
+        let volume = text(&begun["volume_id"]);
+        until("the restore has ended", || {
+            let status = self.ok(&["volume", &volume])["status"].clone();
+            status != "restoring-backup" && status != "creating"
+        });
+        self.ok(&["volume", &volume])
+    }
+
+    /// Deletes a backup, and gives what is left of its row.
+    pub(crate) fn delete(&mut self, backup: &str) -> Value {
+        self.ok(&["delete", backup]);
+        self.ok(&["settled", backup])
+    }
+
+    /// Where the backups of the posix driver lie.
+    pub(crate) fn backups(&self) -> PathBuf {
+        self.work.path().join("backups")
+    }
+
+    /// The options of a backup service with this driver, on this test's own host.
+    fn conf(&self, driver: &str, ceph_conf: &Path) -> PathBuf {
+        let class = match driver {
+            "ceph" => "CephBackupDriver",
+            _ => "PosixBackupDriver",
+        };
+        fs::create_dir_all(self.backups()).unwrap();
+        let conf = format!(
+            "[DEFAULT]\nhost = {name}\nstorage_availability_zone = {name}\n\
+             backup_driver = cinder.backup.drivers.{driver}.{class}\nbackup_file_size = 33554432\n\
+             backup_posix_path = {}\nbackup_ceph_conf = {}\n",
+            self.backups().display(),
+            ceph_conf.display(),
+            name = self.name,
+        );
+        let path = self.work.path().join("backup.conf");
+        fs::write(&path, conf).unwrap();
+        path
+    }
+
+    /// Starts our worker, and waits until the scheduler gives it backups.
+    pub(crate) fn backhaul(&self, driver: &str, ceph_conf: &Path) -> Service {
+        self.start(Command::new(env!("CARGO_BIN_EXE_backhaul")).arg("cinder"), driver, ceph_conf)
+    }
+
+    /// Starts Cinder's own backup service in the same place.
+    pub(crate) fn cinder_backup(&self, driver: &str, ceph_conf: &Path) -> Service {
+        let python = PathBuf::from(fs::read_to_string(self.folder.join("python")).unwrap().trim());
+        let program = python.with_file_name("cinder-backup");
+        self.start(Command::new(&python).arg(program).env("PYTHONWARNINGS", "ignore"), driver, ceph_conf)
+    }
+
+    fn start(&self, command: &mut Command, driver: &str, ceph_conf: &Path) -> Service {
+        let log = self.work.path().join(format!("{}.log", Uuid::new_v4().simple()));
+        let heard = self.reports();
+        let file = |path: PathBuf| format!("--config-file={}", path.display());
+        command.arg(file(self.folder.join("cinder.conf"))).arg(file(self.conf(driver, ceph_conf)));
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            // Cinder's own makes processes of its own.
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let mut service = Service { child, log };
+        until("the scheduler has heard of the backup service", || {
+            assert!(service.child.try_wait().unwrap().is_none(), "it has ended: {}", service.log());
+            self.reports() > heard
+        });
+        service
+    }
+
+    /// How often the scheduler has heard that this test's backup service takes backups.
+    fn reports(&self) -> usize {
+        let log = fs::read(self.folder.join("log/scheduler.log")).unwrap();
+        let log = String::from_utf8_lossy(&log);
+        let of_us = format!("Received backup service update from {}", self.name);
+        log.lines().filter(|line| line.contains(&of_us) && line.contains("'backend_state': True")).count()
+    }
+}
+
+impl Drop for Openstack {
+    fn drop(&mut self) {
+        let _ = self.api.kill();
+        let _ = self.api.wait();
+    }
+}
+
+/// A backup service that runs. Dropping it kills it.
+pub(crate) struct Service {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Service {
+    /// What it has logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Has it end in good order.
+    pub(crate) fn stop(mut self) {
+        let group = format!("-{}", self.child.id());
+        assert!(Command::new("kill").args(["-TERM", "--", &group]).status().unwrap().success());
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let group = format!("-{}", self.child.id());
+        // Its processes may have ended already.
+        let _ = Command::new("kill").args(["-KILL", "--", &group]).stderr(Stdio::null()).status();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("log of the backup service:\n{}", self.log());
+        }
+    }
+}
+
+/// A text in JSON.
+pub(crate) fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("no text: {value}")).into()
+}
