@@ -1,4 +1,4 @@
-//! A worker: the only place where the rooms are put together. Takes deliveries, has them run, and settles them.
+//! A worker: the place where the rooms are put together. Takes deliveries, has them run, and settles them.
 //!
 //! A delivery is settled once, and only after what it caused is safe: data, record, event confirmed by the broker,
 //! then the acknowledgement. Whatever dies in between leads to the same job again, which finds how far it had come.
