@@ -186,3 +186,55 @@ fn a_restore_that_nobody_wants_any_more_ends() {
     assert_eq!(openstack.ok(&["volume", &target])["status"], "error");
     assert_eq!(openstack.ok(&["show", &backup])["status"], "available");
 }
+
+#[test]
+fn an_exported_backup_is_taken_in_again_and_restored() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let worker = openstack.backhaul("posix", ceph.conf());
+    let volume = openstack.volume();
+    image(&ceph, &volume).write(&[(0, &noise(1, 3 * MIB))]);
+    let content = ceph.content(image(&ceph, &volume).spec());
+    let backup = openstack.backup(&volume, &[]);
+    let id = text(&backup["id"]);
+    let export = openstack.ok(&["export", &id]);
+    let import = ["import", &text(&export["backup_service"]), &text(&export["backup_url"])];
+    assert_eq!(openstack.ask(&import).unwrap_err()["error"], "InvalidBackup", "its row is there");
+
+    // Cinder has no way to lose a row alone: the objects are put aside meanwhile.
+    let (folder, aside) =
+        (openstack.backups().join(text(&backup["container"])), openstack.backups().join("aside"));
+    assert!(std::process::Command::new("cp").arg("-r").args([&folder, &aside]).status().unwrap().success());
+    assert_eq!(openstack.delete(&id)["status"], "deleted");
+    assert!(!folder.exists());
+    std::fs::create_dir_all(folder.parent().unwrap()).unwrap();
+    std::fs::rename(aside, folder).unwrap();
+    openstack.ok(&import);
+
+    let imported = openstack.ok(&["settled", &id]);
+    assert_eq!(imported["status"], "available", "{imported}\n{}", worker.log());
+    for column in ["volume_id", "container", "size", "object_count", "service", "service_metadata"] {
+        assert_eq!(imported[column], backup[column], "{column}");
+    }
+    assert_holds(&ceph, &openstack.restore(&[&id]), &content);
+}
+
+#[test]
+fn a_backup_that_is_deleted_by_force_while_it_is_made_leaves_nothing() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let worker = openstack.backhaul("posix", ceph.conf());
+    let volume = openstack.volume();
+    let image = image(&ceph, &volume);
+    image.write(&[(0, &noise(1, 32 * MIB))]);
+    image.slow_down(1 << 20);
+
+    let backup = openstack.begin_backup(&volume, &[]);
+    until("the backup has begun", || worker.log().contains("started method"));
+    openstack.ok(&["delete", &backup, "--force"]);
+
+    let deleted = openstack.ok(&["settled", &backup]);
+    assert_eq!(deleted["status"], "deleted", "{deleted}\n{}", worker.log());
+    let volume = openstack.ok(&["volume", &volume]);
+    assert_eq!(volume["status"], "available", "{volume}");
+    let left: Vec<_> = std::fs::read_dir(openstack.backups()).unwrap().flatten().map(|e| e.path()).collect();
+    assert!(!left.iter().any(|path| path.join(&backup[2..4]).join(&backup).exists()), "{left:?}");
+}
