@@ -11,6 +11,9 @@ use backhaul::message::oslo::{
     Object, Reply, Request, Snapshot, Volume,
 };
 use jiff::Timestamp;
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+use lapin::{Connection, ConnectionProperties};
 use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::{Map, Value, json};
@@ -288,6 +291,27 @@ impl Names {
     fn on(&self, host: &str) -> Target {
         Target::on(&self.topic, host)
     }
+
+    /// Waits until two servers consume the queues that servers of the topic share.
+    async fn await_second_consumer(&self, host: &str) {
+        let rabbit = Rabbit::shared();
+        let connection = Connection::connect(rabbit.url(), ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        for queue in [self.topic.clone(), format!("{}.{host}", self.topic)] {
+            let consumers = async || {
+                let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+                let found =
+                    channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+                found.unwrap().consumer_count()
+            };
+            let second = async {
+                while consumers().await < 2 {
+                    tokio::time::sleep(MOMENT).await;
+                }
+            };
+            timeout(PATIENCE, second).await.expect("waited in vain for a second consumer");
+        }
+    }
 }
 
 fn asking(method: &str, args: Value) -> Request {
@@ -442,8 +466,10 @@ async fn either_may_take_over_the_queues_of_the_other(
 
     // It declares the same queues.
     oslo.must(&serve);
+    // It says that it is there before it consumes. A queue that goes with its last consumer must not go before that.
+    names.await_second_consumer("host-1").await;
     requests.stop();
-    // It says that it is there before it consumes, and until then a queue that goes with its last consumer may go.
+    // What comes before the broker has heard that we stop is handed to us, and then to it.
     let (again, target) = (rpc.clone(), names.on("host-1"));
     let casting = tokio::spawn(async move {
         loop {
