@@ -624,7 +624,7 @@ impl StoreSection {
                     create_buckets: self.create_containers,
                     access_key: self.access_key.ok_or_else(|| missing("access_key"))?,
                     secret_key: secret_from(self.secret_key, self.secret_key_file, "secret_key")?,
-                    sse_c_key_file: self.sse_c_key_file.map(|file| folder.join(file)),
+                    sse_c_key: self.sse_c_key_file.map(|file| SecretFrom::File(folder.join(file))),
                     http,
                 };
                 StoreKind::S3 { settings: Box::new(settings), chunking }
