@@ -1155,6 +1155,7 @@ mod network {
             Credentials::V1 { key, .. } => *key = wrong,
             Credentials::Password { password, .. } => *password = wrong,
             Credentials::ApplicationCredential { secret, .. } => *secret = wrong,
+            Credentials::Token(_) => unreachable!(),
         }
         let bench = Far::Swift(settings.clone()).bench();
         let name = bench.name("a");
