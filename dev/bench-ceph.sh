@@ -421,7 +421,8 @@ to_posix() {
 
 # Only the full backup, on another cluster.
 full_on() {
-  start_cluster "${@:2}"
+  local gib=$2 bytes=$(($2 * 1024 * mib))
+  start_cluster "${@:3}"
   configure
   make_volume $volume "$bytes"
   header "$1"
@@ -437,7 +438,8 @@ cd "$work"
 conf=$work/ceph/ceph.conf
 trap finish EXIT
 one_cluster
-CEPH_OSDS=2 full_on "Two OSDs on one disk" "bluestore block size = $((3 * bytes + 4096 * mib))"
-full_on "One OSD in memory" "osd objectstore = memstore" "memstore device bytes = $((4 * bytes))"
+CEPH_OSDS=2 full_on "Two OSDs on one disk" "$gib" "bluestore block size = $((3 * bytes + 4096 * mib))"
+# Six times the size of the volume: it keeps a copy of its own for each snapshot.
+full_on "One OSD in memory" "$((gib < 2 ? gib : 2))" "osd objectstore = memstore" "memstore device bytes = $((8 * 1024 * mib))"
 printf '\nOn %s cores, which the cluster shares. "x" is how many times quicker Backhaul is, MiB what clients wrote to Ceph,\n' "$(nproc)"
 echo '"memory" the peak of the process of Backhaul. The start of neither Backhaul nor Cinder is measured; Cinder is its driver alone.'

@@ -34,6 +34,8 @@ mod life_model;
 mod model;
 #[cfg(feature = "ceph")]
 mod openstack;
+#[cfg(feature = "ceph")]
+mod openstack_bugs;
 mod oslo;
 mod pace;
 #[cfg(feature = "ceph")]

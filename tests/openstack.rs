@@ -201,6 +201,12 @@ fn a_backup_goes_on_when_its_worker_was_killed() {
     let made = openstack.ok(&["settled", &backup]);
     assert_eq!(made["status"], "available", "{made}");
     assert_holds(&ceph, &openstack.restore(&[&backup]), &content);
+    let (folder, prefix) =
+        (openstack.backups().join(text(&made["container"])), text(&made["service_metadata"]));
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(name.starts_with(&prefix), "{name} is left of the worker that was killed");
+    }
 }
 
 #[test]

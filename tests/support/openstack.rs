@@ -205,7 +205,7 @@ impl Openstack {
 
     fn start(&self, command: &mut Command, driver: &str, ceph_conf: &Path) -> Service {
         let log = self.work.path().join(format!("{}.log", Uuid::new_v4().simple()));
-        let heard = self.reports();
+        let heard = self.reports().len();
         let file = |path: PathBuf| format!("--config-file={}", path.display());
         command.arg(file(self.folder.join("cinder.conf"))).arg(file(self.conf(driver, ceph_conf)));
         let child = command
@@ -219,17 +219,18 @@ impl Openstack {
         let mut service = Service { child, log };
         until("the scheduler has heard of the backup service", || {
             assert!(service.child.try_wait().unwrap().is_none(), "it has ended: {}", service.log());
-            self.reports() > heard
+            self.reports()[heard..].contains(&true)
         });
         service
     }
 
-    /// How often the scheduler has heard that this test's backup service takes backups.
-    fn reports(&self) -> usize {
+    /// What the scheduler has heard so far of whether this test's backup service takes backups.
+    pub(crate) fn reports(&self) -> Vec<bool> {
         let log = fs::read(self.folder.join("log/scheduler.log")).unwrap();
         let log = String::from_utf8_lossy(&log);
         let of_us = format!("Received backup service update from {}", self.name);
-        log.lines().filter(|line| line.contains(&of_us) && line.contains("'backend_state': True")).count()
+        let reports = log.lines().filter(|line| line.contains(&of_us));
+        reports.map(|line| line.contains("'backend_state': True")).collect()
     }
 }
 

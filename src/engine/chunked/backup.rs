@@ -246,25 +246,33 @@ impl Chunked {
             io::ErrorKind::UnexpectedEof => Error::SourceShrank { offset: at, volume_bytes: source.bytes() },
             _ => Error::ReadVolume { offset: at, source: error },
         };
-        let mut ranges = Vec::new();
+        let (mut pieces, mut ranges, mut places, mut held) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for wanted in to_read(&known, length, self.settings.sha_block_bytes) {
             let (mut at, end) = (offset + wanted.start as u64, offset + wanted.end as u64);
+            let had = ranges.len();
             while let Some(data) = source.next_data(at, end).map_err(|e| failed(at, e))? {
                 at = data.end;
-                ranges.push((data.start - offset) as usize..(data.end - offset) as usize);
+                let range = (data.start - offset) as usize..(data.end - offset) as usize;
+                places.push(held + range.start - wanted.start);
+                ranges.push(range);
+            }
+            if ranges.len() > had {
+                let bytes = wanted.len();
+                pieces.push(Piece { range: wanted, at: held });
+                held += bytes;
             }
         }
-        if ranges.is_empty() {
-            return Ok(Chunk { offset, length, known, content: Content::Hole });
+        if pieces.is_empty() {
+            return Ok(Chunk { offset, length, known, content: Content::default() });
         }
         // What it is packed into needs as much room again, at most, and must never be waited for while this is held.
-        let packed_bytes = if self.settings.compression == Compression::None { 0 } else { length };
-        let mut reserved = runtime.block_on(self.memory.reserve(length + packed_bytes));
+        let packed_bytes = if self.settings.compression == Compression::None { 0 } else { held };
+        let mut reserved = runtime.block_on(self.memory.reserve(held + packed_bytes));
         let packed = reserved.split(packed_bytes);
-        let mut bytes = vec![0; length];
+        let mut bytes = vec![0; held];
         // What comes at once is to be little where there is to be little in a second.
         let batch_bytes_max = if ctx.pace.is_limited() { READ_BYTES_MAX } else { READS_BYTES_MAX };
-        let mut reads = reads(&mut bytes, &ranges, offset).into_iter().peekable();
+        let mut reads = reads(&mut bytes, &ranges, &places, offset).into_iter().peekable();
         while reads.peek().is_some() {
             let mut bytes_left = batch_bytes_max;
             let batch = std::iter::from_fn(|| {
@@ -280,7 +288,7 @@ impl Chunked {
             offset,
             length,
             known,
-            content: Content::Data { bytes: reserved.hold(bytes), ranges, packed },
+            content: Content { bytes: reserved.hold(bytes), pieces, ranges, packed: Some(packed) },
         })
     }
 
@@ -318,8 +326,8 @@ impl Chunked {
         let (mut objects, mut segments) = (Vec::with_capacity(tried.len()), Vec::new());
         for tried in tried {
             match tried {
-                Ok(object) => objects.push(object),
-                Err(segment) => segments.push(segment),
+                Tried::TakenOver(object) => objects.push(object),
+                Tried::ToStore(segment) => segments.push(segment),
             }
         }
         counts.bytes_reused = objects.iter().map(|object| object.entry.length).sum();
@@ -351,33 +359,33 @@ impl Chunked {
         Ok(StoredChunk { length, digests, objects, counts })
     }
 
-    /// Has the store copy what an earlier attempt has stored of a segment to a name of this one, and gives the segment back
-    /// if that cannot be done. Once the store has `refused`, it is not asked again.
+    /// Has the store copy what an earlier attempt has stored of a segment to a name of this one. Once the store has
+    /// `refused`, it is not asked again.
     async fn take_over(
         &self,
         names: &Names,
         mut segment: Segment,
         refused: &AtomicBool,
         puts: &TaskTracker,
-    ) -> Result<Result<StoredObject, Segment>, Error> {
+    ) -> Result<Tried, Error> {
         let found = segment.found.take().filter(|_| !refused.load(Ordering::Relaxed));
-        let Some(Found { name: from, mut object }) = found else { return Ok(Err(segment)) };
+        let Some(Found { name: from, mut object }) = found else { return Ok(Tried::ToStore(segment)) };
         object.entry.number = segment.number;
         let (name, store) = (names.data(segment.number)?, self.store.clone());
         // As for a put.
         let copied =
             puts.spawn(async move { store.copy(&from, &name).await }).await.map_err(|_| super::Lost)?;
         match copied {
-            Ok(true) => Ok(Ok(object)),
+            Ok(true) => Ok(Tried::TakenOver(object)),
             // The attempt still lives, and has removed it.
-            Ok(false) => Ok(Err(segment)),
+            Ok(false) => Ok(Tried::ToStore(segment)),
             // It may have been copied, so that it cannot be put under that name.
             Err(error) if error.class() == Class::Transient => Err(error.into()),
             Err(error) => {
                 if !refused.swap(true, Ordering::Relaxed) {
                     warn!(error = %Causes(&error), "what an earlier attempt has stored cannot be copied, and is stored anew");
                 }
-                Ok(Err(segment))
+                Ok(Tried::ToStore(segment))
             }
         }
     }
@@ -395,12 +403,12 @@ fn unseen_change(parent: Option<&Record>, offset: u64) -> Error {
     }
 }
 
-/// Cuts the ranges of a chunk at `offset` that are to be read into single reads.
-fn reads<'a>(bytes: &'a mut [u8], ranges: &[Range<usize>], offset: u64) -> Vec<Read<'a>> {
+/// Cuts the ranges of a chunk at `offset` that are to be read, each to its place in `bytes`, into single reads.
+fn reads<'a>(bytes: &'a mut [u8], ranges: &[Range<usize>], places: &[usize], offset: u64) -> Vec<Read<'a>> {
     let mut reads = Vec::new();
     let (mut rest, mut at) = (bytes, 0);
-    for range in ranges {
-        let (_, behind) = rest.split_at_mut(range.start - at);
+    for (range, place) in ranges.iter().zip(places) {
+        let (_, behind) = rest.split_at_mut(place - at);
         let (buffers, behind) = behind.split_at_mut(range.len());
         let starts = range.clone().step_by(READ_BYTES_MAX);
         reads.extend(
@@ -408,9 +416,17 @@ fn reads<'a>(bytes: &'a mut [u8], ranges: &[Range<usize>], offset: u64) -> Vec<R
                 .zip(buffers.chunks_mut(READ_BYTES_MAX))
                 .map(|(start, buffer)| Read { offset: offset + start as u64, buffer }),
         );
-        (rest, at) = (behind, range.end);
+        (rest, at) = (behind, place + range.len());
     }
     reads
+}
+
+/// Where a range of a chunk lies in what is held of it; nowhere if it has nothing but holes, or was not to be read. A range
+/// never begins in one piece and ends in another: there are blocks between them that are not read.
+fn place(pieces: &[Piece], range: &Range<usize>) -> Option<Range<usize>> {
+    let piece = &pieces[pieces.partition_point(|piece| piece.range.start <= range.start).checked_sub(1)?];
+    let start = piece.at + (range.start - piece.range.start);
+    (range.end <= piece.range.end).then(|| start..start + range.len())
 }
 
 /// A part of the volume that one read of Cinder's driver would take.
@@ -422,16 +438,26 @@ struct Chunk {
     content: Content,
 }
 
-enum Content {
-    /// Nothing but holes, and blocks that were not read.
-    Hole,
-    Data {
-        bytes: Bytes,
-        /// Which of the bytes were read; the others are in holes, or in blocks that were not read.
-        ranges: Vec<Range<usize>>,
-        /// Memory for what the bytes are packed into.
-        packed: Reserved,
-    },
+/// What was read of a chunk: nothing, if it has but holes and blocks that were not to be read. Of a chunk in which one block has
+/// changed, or is checked, only that block takes memory.
+#[derive(Default)]
+struct Content {
+    /// The pieces, one behind the other.
+    bytes: Bytes,
+    /// The runs of blocks that were to be read and are not all holes.
+    pieces: Vec<Piece>,
+    /// Which parts of the chunk were read; the others are in holes, or in blocks that were not to be read.
+    ranges: Vec<Range<usize>>,
+    /// Memory for what the bytes are packed into.
+    packed: Option<Reserved>,
+}
+
+/// A run of blocks.
+struct Piece {
+    /// Where it is in its chunk.
+    range: Range<usize>,
+    /// Where it begins in the bytes that are held.
+    at: usize,
 }
 
 /// A run of blocks of a chunk that becomes one object.
@@ -444,6 +470,14 @@ struct Segment {
     number: u64,
     /// What an earlier attempt has stored of the same.
     found: Option<Found>,
+}
+
+/// What has come of taking a segment over from an earlier attempt.
+enum Tried {
+    /// Its object has a name of this attempt now.
+    TakenOver(StoredObject),
+    /// There is nothing to take over, or the store cannot copy it: it is to be stored.
+    ToStore(Segment),
 }
 
 /// What objects get their numbers by, in the volume's order.
@@ -479,9 +513,9 @@ impl Digested {
                 in_segment = false;
                 continue;
             }
-            let (digest, zero) = match &chunk.content {
-                Content::Hole => (digester.digest_of_zeros(block.len()), true),
-                Content::Data { bytes, .. } => digester.digest(&bytes[block.clone()]),
+            let (digest, zero) = match place(&chunk.content.pieces, &block) {
+                Some(place) => digester.digest(&chunk.content.bytes[place]),
+                None => (digester.digest_of_zeros(block.len()), true),
             };
             let read = chunk.content.bytes_read(&block);
             counts.bytes_read += read;
@@ -515,10 +549,9 @@ impl Digested {
 
 impl Content {
     fn bytes_read(&self, block: &Range<usize>) -> u64 {
-        let Self::Data { ranges, .. } = self else { return 0 };
-        let first = ranges.partition_point(|range| range.end <= block.start);
+        let first = self.ranges.partition_point(|range| range.end <= block.start);
         let overlap = |range: &Range<usize>| range.end.min(block.end) - range.start.max(block.start);
-        ranges[first..]
+        self.ranges[first..]
             .iter()
             .take_while(|range| range.start < block.end)
             .map(|range| overlap(range) as u64)
@@ -538,11 +571,7 @@ fn pack(
     compression: Compression,
     zeros: &ZeroObjects,
 ) -> Result<Vec<Packed>, Error> {
-    let Chunk { offset, content, .. } = chunk;
-    let (raw, mut room) = match content {
-        Content::Hole => (Bytes::new(), None),
-        Content::Data { bytes, packed, .. } => (bytes, Some(packed)),
-    };
+    let Chunk { offset, content: Content { bytes, pieces, packed: mut room, .. }, .. } = chunk;
     let mut objects = Vec::with_capacity(segments.len());
     for segment in segments {
         let length = segment.range.len();
@@ -550,7 +579,8 @@ fn pack(
             let zero = zeros.get(length, compression)?;
             (zero.body, zero.compression, zero.md5)
         } else {
-            let raw = raw.slice(segment.range.clone());
+            // It is there: the blocks of a segment were digested from one piece.
+            let raw = bytes.slice(place(&pieces, &segment.range).ok_or(super::Lost)?);
             match compression.compress(&raw).map_err(Error::Compress)? {
                 Some(packed) => {
                     let md5 = md5(&raw);
@@ -652,10 +682,9 @@ impl List {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::chunked::Budget;
 
-    #[tokio::test]
-    async fn no_byte_is_counted_in_two_ways_of_not_being_read() {
+    #[test]
+    fn no_byte_is_counted_in_two_ways_of_not_being_read() {
         const BLOCK: usize = 512;
         let digester = BlockDigester::new(BLOCK);
         let zeros = digester.digest_of_zeros(BLOCK);
@@ -668,9 +697,9 @@ mod tests {
         let before = vec![data, data, zeros, zeros, half_digest, data, data];
         let known = [&[Known::Unchanged][..], &[Known::Nothing; 6]].concat();
         let ranges = vec![BLOCK..3 * BLOCK, 4 * BLOCK + BLOCK / 2..5 * BLOCK, 6 * BLOCK..7 * BLOCK];
-        let memory = Budget::new(1 << 20);
-        let (length, packed) = (bytes.len(), memory.reserve(0).await);
-        let content = Content::Data { bytes: bytes.into(), ranges, packed };
+        let length = bytes.len();
+        let pieces = vec![Piece { range: BLOCK..length, at: 0 }];
+        let content = Content { bytes: Bytes::from(bytes).slice(BLOCK..), pieces, ranges, packed: None };
         let chunk = Chunk { offset: 0, length, known, content };
 
         let counts = Digested::of(chunk, Some(before), &digester).unwrap().counts;
