@@ -39,7 +39,7 @@ use crate::message::{self, Control, Reason, Rejection};
 use crate::runner::{self, Attempts, Ended, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
-use crate::store::{self, Gcs, Posix, S3, Swift};
+use crate::store::{self, Gcs, ObjectStore, Posix, S3, Swift};
 use crate::volume::FileRoots;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
@@ -102,7 +102,7 @@ pub enum Error {
 
 impl Error {
     /// What it means for a job.
-    fn class(&self) -> Class {
+    pub fn class(&self) -> Class {
         match self {
             #[cfg(feature = "ceph")]
             Self::Pool { source, .. } => class_of(source.kind()),
@@ -117,6 +117,15 @@ impl Error {
 pub struct Stores {
     stores: BTreeMap<StoreName, Store>,
     default: Option<StoreName>,
+    shared: Shared,
+}
+
+/// What all stores of a process have in common.
+#[derive(Debug)]
+struct Shared {
+    cpu: Cpu,
+    budget: Budget,
+    volumes: Volumes,
 }
 
 /// A store of the configuration.
@@ -193,16 +202,76 @@ impl PoolStore {
     }
 }
 
+impl Shared {
+    /// Opens a store, unless it is in a cluster. Connects to nothing but the server of a share that is mounted for it.
+    fn open(&self, name: &StoreName, store: &config::Store) -> Result<Store, Error> {
+        let (cpu, budget, volumes) = (self.cpu.clone(), self.budget.clone(), self.volumes.clone());
+        let failed = |source| Error::Store { name: name.clone(), source };
+        let chunked = |opened: Arc<dyn ObjectStore>, chunking: &Chunking, naming| {
+            let chunked = Chunked::new(opened, chunked_settings(chunking), cpu.clone(), budget.clone());
+            Engine::new(chunked.with_naming(naming).with_zone(store.zone.clone()), volumes.clone())
+        };
+        Ok(match &store.kind {
+            StoreKind::Posix { path, chunking } => {
+                let opened = Posix::open(path).map_err(failed)?;
+                Store::Folder(chunked(Arc::new(opened.clone()), chunking, Naming::Folders), opened)
+            }
+            StoreKind::Nfs { share, chunking } => {
+                let opened = share.mount().and_then(|folder| Posix::open(&folder)).map_err(failed)?;
+                Store::Folder(chunked(Arc::new(opened.clone()), chunking, Naming::Shares), opened)
+            }
+            StoreKind::S3 { settings, chunking } => {
+                let opened = S3::new((**settings).clone()).map_err(failed)?;
+                let naming = Naming::Buckets { usual: settings.bucket.clone() };
+                Store::S3(chunked(Arc::new(opened.clone()), chunking, naming), opened)
+            }
+            StoreKind::Swift { settings, chunking } => {
+                let opened = Swift::new((**settings).clone()).map_err(failed)?;
+                let naming = Naming::Containers { usual: settings.container.clone() };
+                Store::Swift(chunked(Arc::new(opened.clone()), chunking, naming), opened)
+            }
+            StoreKind::Gcs { settings, chunking } => {
+                let opened = Gcs::new((**settings).clone()).map_err(failed)?;
+                let naming = Naming::Google { usual: settings.bucket.clone() };
+                Store::Gcs(chunked(Arc::new(opened.clone()), chunking, naming), opened)
+            }
+            #[cfg(feature = "ceph")]
+            StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {
+                let settings = rbd::Settings {
+                    cluster: cluster.clone(),
+                    pool: pool.to_string(),
+                    source_snapshots_max: *source_snapshots_max,
+                    journaling: *journaling,
+                    stripes: *stripes,
+                    checkpoint_bytes: rbd::CHECKPOINT_BYTES,
+                };
+                let (name, engine) = (name.clone(), OnceCell::new());
+                Store::Pool(Box::new(PoolStore { name, settings, volumes, cpu, budget, engine }))
+            }
+        })
+    }
+}
+
 impl Stores {
     /// Opens all stores but those in clusters, which are opened when they are needed. Connects to nothing but the servers of
     /// shares that are mounted for it.
     pub fn open(config: &Config) -> Result<Self, Error> {
-        let (default, _) = match config.store(None) {
-            Ok((name, store)) => (Some(name.clone()), Some(store)),
+        let default = match config.store(None) {
+            Ok((name, _)) => Some(name.clone()),
             // Several stores may do without a default one; none at all is of no use.
-            Err(_) if !config.stores.is_empty() => (None, None),
+            Err(_) if !config.stores.is_empty() => None,
             Err(error) => return Err(error.into()),
         };
+        let none = Self::none(config)?;
+        let mut stores = BTreeMap::new();
+        for (name, store) in &config.stores {
+            stores.insert(name.clone(), none.shared.open(name, store)?);
+        }
+        Ok(Self { stores, default, ..none })
+    }
+
+    /// The threads and the memory for stores that are opened by [`Stores::engine_on`].
+    pub fn none(config: &Config) -> Result<Self, Error> {
         let threads = config.worker.cpu_threads_max;
         let cpu = Cpu::start(threads).map_err(|source| Error::Threads(threads, source))?;
         let budget = Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BYTES_BASE) as usize);
@@ -211,65 +280,12 @@ impl Stores {
             #[cfg(feature = "ceph")]
             clusters: ceph::Clusters::new(access(config)),
         };
-        let mut stores = BTreeMap::new();
-        for (name, store) in &config.stores {
-            let (cpu, budget, volumes) = (cpu.clone(), budget.clone(), volumes.clone());
-            let store = match &store.kind {
-                StoreKind::Posix { path, chunking } => {
-                    let opened =
-                        Posix::open(path).map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let chunked =
-                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::Folder(Engine::new(chunked, volumes), opened)
-                }
-                StoreKind::Nfs { share, chunking } => {
-                    let opened = share.mount().and_then(|folder| Posix::open(&folder));
-                    let opened = opened.map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let chunked =
-                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::Folder(Engine::new(chunked.with_naming(Naming::Shares), volumes), opened)
-                }
-                StoreKind::S3 { settings, chunking } => {
-                    let opened = S3::new((**settings).clone())
-                        .map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let naming = Naming::Buckets { usual: settings.bucket.clone() };
-                    let chunked =
-                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::S3(Engine::new(chunked.with_naming(naming), volumes), opened)
-                }
-                StoreKind::Swift { settings, chunking } => {
-                    let opened = Swift::new((**settings).clone())
-                        .map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let naming = Naming::Containers { usual: settings.container.clone() };
-                    let chunked =
-                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::Swift(Engine::new(chunked.with_naming(naming), volumes), opened)
-                }
-                StoreKind::Gcs { settings, chunking } => {
-                    let opened = Gcs::new((**settings).clone())
-                        .map_err(|source| Error::Store { name: name.clone(), source })?;
-                    let naming = Naming::Google { usual: settings.bucket.clone() };
-                    let chunked =
-                        Chunked::new(Arc::new(opened.clone()), chunked_settings(chunking), cpu, budget);
-                    Store::Gcs(Engine::new(chunked.with_naming(naming), volumes), opened)
-                }
-                #[cfg(feature = "ceph")]
-                StoreKind::Rbd { cluster, pool, source_snapshots_max, journaling, stripes } => {
-                    let settings = rbd::Settings {
-                        cluster: cluster.clone(),
-                        pool: pool.to_string(),
-                        source_snapshots_max: *source_snapshots_max,
-                        journaling: *journaling,
-                        stripes: *stripes,
-                        checkpoint_bytes: rbd::CHECKPOINT_BYTES,
-                    };
-                    let (name, engine) = (name.clone(), OnceCell::new());
-                    Store::Pool(Box::new(PoolStore { name, settings, volumes, cpu, budget, engine }))
-                }
-            };
-            stores.insert(name.clone(), store);
-        }
-        Ok(Self { stores, default })
+        Ok(Self { stores: BTreeMap::new(), default: None, shared: Shared { cpu, budget, volumes } })
+    }
+
+    /// An engine on a store that is not in the configuration, for as long as the engine is used.
+    pub async fn engine_on(&self, name: &StoreName, store: &config::Store) -> Result<Engine, Error> {
+        Ok(self.shared.open(name, store)?.engine().await?.clone())
     }
 
     /// Reaches what is not open yet, so that a worker whose keys, bucket or pool are wrong does not begin. That a cluster or
@@ -288,6 +304,14 @@ impl Stores {
             }
         }
         Ok(away)
+    }
+
+    /// Finds out whether all stores can be used now.
+    pub async fn reach_all(&self) -> Result<(), Error> {
+        for (name, store) in &self.stores {
+            store.reach(name).await?;
+        }
+        Ok(())
     }
 
     async fn reach_one(&self, name: &StoreName) -> Result<(), Error> {

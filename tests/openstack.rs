@@ -4,8 +4,9 @@ use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::support::ceph::{Ceph, Image};
-use crate::support::openstack::{Openstack, text};
+use crate::support::openstack::{Openstack, run, text};
 use crate::support::stack::{noise, until};
+use crate::support::swift;
 
 const MIB: usize = 1 << 20;
 
@@ -22,7 +23,9 @@ fn assert_holds(ceph: &Ceph, volume: &Value, content: &crate::support::content::
 }
 
 #[rstest]
-fn a_volume_is_backed_up_restored_and_its_backups_deleted(#[values("ceph", "posix")] driver: &str) {
+fn a_volume_is_backed_up_restored_and_its_backups_deleted(
+    #[values("ceph", "posix", "s3", "swift")] driver: &str,
+) {
     let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
     let _worker = openstack.backhaul(driver, ceph.conf());
     let volume = openstack.volume();
@@ -47,6 +50,19 @@ fn a_volume_is_backed_up_restored_and_its_backups_deleted(#[values("ceph", "posi
             for backup in [&full, &incremental] {
                 assert_eq!((&backup["container"], &backup["object_count"]), (&json!("backups"), &json!(0)));
                 assert_eq!(backup["service_metadata"], base);
+            }
+        }
+        "s3" | "swift" => {
+            for backup in [&full, &incremental] {
+                assert_eq!(backup["container"], openstack.name());
+                let (id, prefix) = (text(&backup["id"]), text(&backup["service_metadata"]));
+                assert!(prefix.starts_with(&format!("volume_{volume}/")), "{prefix}");
+                assert!(prefix.ends_with(&format!("/az_{}_backup_{id}", openstack.name())), "{prefix}");
+                let objects = openstack.objects(driver);
+                let of_backup: Vec<_> = objects.iter().filter(|name| name.starts_with(&prefix)).collect();
+                assert!(objects.contains(&format!("{prefix}_metadata")), "{objects:?}");
+                // Besides those with data there are its two lists.
+                assert_eq!(backup["object_count"], of_backup.len() - 2, "{of_backup:?}");
             }
         }
         _ => {
@@ -79,6 +95,9 @@ fn a_volume_is_backed_up_restored_and_its_backups_deleted(#[values("ceph", "posi
         assert_eq!((&deleted["status"], &deleted["deleted"]), (&json!("deleted"), &json!(true)), "{deleted}");
     }
     assert_eq!(ceph.names_with("backups", &[&volume, &full_id, &incremental_id]), [""; 0]);
+    if ["s3", "swift"].contains(&driver) {
+        assert_eq!(openstack.objects(driver), [""; 0]);
+    }
     assert_eq!(ceph.rbd(&["snap", "ls", image.spec()]), "", "snapshots of backups stay on the volume");
     assert_eq!(openstack.ok(&["usage"]), json!({ "backups": 0, "backup_gigabytes": 0 }));
     assert_eq!(openstack.ok(&["delete-volume", &volume])["status"], "deleted");
@@ -86,9 +105,16 @@ fn a_volume_is_backed_up_restored_and_its_backups_deleted(#[values("ceph", "posi
 
 #[rstest]
 fn cinders_own_service_goes_on_where_we_stopped_and_we_where_it_stopped(
-    #[values("ceph", "posix")] driver: &str,
+    #[values("ceph", "posix", "nfs", "s3", "swift", "swift of users")] driver: &str,
 ) {
     let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    match driver {
+        // Who may make no block devices may mount nothing.
+        "nfs" if std::env::var_os("BACKHAUL_TEST_NO_BLOCK_DEVICES").is_some() => return,
+        "nfs" => openstack.mount_share(),
+        "swift of users" => openstack.log_in(),
+        _ => {}
+    }
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     let mut points = Vec::new();
@@ -124,6 +150,34 @@ fn cinders_own_service_goes_on_where_we_stopped_and_we_where_it_stopped(
     for (backup, _) in points[..3].iter().rev() {
         let deleted = openstack.delete(backup);
         assert_eq!(deleted["status"], "deleted", "{deleted}");
+    }
+}
+
+#[test]
+fn a_users_token_that_is_good_no_more_ends_the_request_and_not_the_worker() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let _worker = openstack.backhaul("swift of users", ceph.conf());
+    let volume = openstack.volume();
+    image(&ceph, &volume).write(&[(0, &noise(1, MIB))]);
+    let content = ceph.content(image(&ceph, &volume).spec());
+    openstack.log_in();
+    let backup = text(&openstack.backup(&volume, &[])["id"]);
+    let account = run(swift::token(&swift::url())).1;
+    openstack.ok(&["log-in", "AUTH_tk_of_yesterday", &account]);
+
+    let failed = openstack.backup(&volume, &[]);
+    assert_eq!(failed["status"], "error", "{failed}");
+    assert!(text(&failed["fail_reason"]).contains("token"), "{failed}");
+    assert_eq!(openstack.ok(&["volume", &volume])["status"], "available");
+    assert_eq!(openstack.restore(&[&backup])["status"], "error_restoring");
+    let undeleted = openstack.delete(&backup);
+    assert_eq!(undeleted["status"], "error", "{undeleted}");
+
+    openstack.log_in();
+    openstack.ok(&["reset", &backup, "available"]);
+    assert_holds(&ceph, &openstack.restore(&[&backup]), &content);
+    for backup in [&backup, &text(&failed["id"])] {
+        assert_eq!(openstack.delete(backup)["status"], "deleted");
     }
 }
 

@@ -1155,6 +1155,7 @@ mod network {
             Credentials::V1 { key, .. } => *key = wrong,
             Credentials::Password { password, .. } => *password = wrong,
             Credentials::ApplicationCredential { secret, .. } => *secret = wrong,
+            Credentials::Token(_) => unreachable!(),
         }
         let bench = Far::Swift(settings.clone()).bench();
         let name = bench.name("a");
@@ -1741,7 +1742,7 @@ mod network {
         let folder = TempDir::new().unwrap();
         let key_file = folder.path().join("key");
         let mut settings = s3::settings(&s3::url(), s3::BUCKET);
-        settings.sse_c_key_file = Some(key_file.clone());
+        settings.sse_c_key = Some(SecretFrom::File(key_file.clone()));
         let plain = Bench::new(Kind::S3);
 
         std::fs::write(&key_file, "too short\n").unwrap();

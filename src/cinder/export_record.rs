@@ -24,8 +24,13 @@ const GIB: u64 = 1 << 30;
 const DRIVERS: &str = "cinder.backup.drivers.";
 const FILE_DRIVERS: [(&str, &str); 3] =
     [("posix", "PosixBackupDriver"), ("nfs", "NFSBackupDriver"), ("glusterfs", "GlusterfsBackupDriver")];
-const BUCKET_DRIVERS: [(&str, &str); 3] =
-    [("s3", "S3BackupDriver"), ("swift", "SwiftBackupDriver"), ("gcs", "GoogleBackupDriver")];
+const BUCKET_DRIVERS: [(&str, &str); 4] = [
+    ("s3", "S3BackupDriver"),
+    ("swift", "SwiftBackupDriver"),
+    ("gcs", "GoogleBackupDriver"),
+    // As it was called before.
+    ("google", "GoogleBackupDriver"),
+];
 const IMAGE_DRIVERS: [(&str, &str); 1] = [("ceph", "CephBackupDriver")];
 
 /// What Cinder refuses to import a backup without. The others have a value that stands for their absence.

@@ -25,14 +25,14 @@ use value::{
 };
 
 use crate::broker::AmqpUrl;
-use crate::engine::chunked::Compression;
+use crate::engine::chunked::{Compression, USUAL_ZONE};
 use crate::job::{Container, StoreName};
 use crate::store::{
     Credentials, Endpoint, GcsSettings, HttpSettings, S3Settings, Secret, SecretFrom, Share, SwiftSettings,
 };
 
 /// Where Google Cloud Storage is.
-const GOOGLE: &str = "https://storage.googleapis.com";
+pub const GOOGLE: &str = "https://storage.googleapis.com";
 
 /// What the process needs to work besides the part that grows with `object_bytes`: connections, buffers, code.
 pub const MEMORY_BYTES_BASE: u64 = 96 << 20;
@@ -310,6 +310,8 @@ pub struct Store {
     pub default: bool,
     /// What it is, with the settings of that kind.
     pub kind: StoreKind,
+    /// The availability zone of Cinder's in the names of objects in buckets, which nobody looks for there.
+    pub zone: String,
 }
 
 /// What a store is, with the settings of its kind.
@@ -624,7 +626,7 @@ impl StoreSection {
                     create_buckets: self.create_containers,
                     access_key: self.access_key.ok_or_else(|| missing("access_key"))?,
                     secret_key: secret_from(self.secret_key, self.secret_key_file, "secret_key")?,
-                    sse_c_key_file: self.sse_c_key_file.map(|file| folder.join(file)),
+                    sse_c_key: self.sse_c_key_file.map(|file| SecretFrom::File(folder.join(file))),
                     http,
                 };
                 StoreKind::S3 { settings: Box::new(settings), chunking }
@@ -696,7 +698,7 @@ impl StoreSection {
                 },
             },
         };
-        Ok(Store { default: self.default, kind })
+        Ok(Store { default: self.default, kind, zone: USUAL_ZONE.into() })
     }
 }
 

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::attach::Attached;
-use super::jobs::{Ran, later};
+use super::jobs::Ran;
 use super::{Driver, StandIn, TOPIC, Trouble};
 use crate::cinder::database::{BackupRow, Changes, QuotaRefresh, Restored, UserMessage, VolumeRow};
 use crate::cinder::export_record;
@@ -54,11 +54,8 @@ impl Detail {
 impl StandIn {
     /// Whether a backup can be deleted while it is made or restored.
     pub(super) fn can_force_delete(&self) -> bool {
-        match self.driver {
-            // As Cinder has it.
-            Driver::Ceph => false,
-            Driver::Posix => true,
-        }
+        // As Cinder has it.
+        self.driver != Driver::Ceph
     }
 
     /// Takes a new backup on, and asks the volume service for what is to be read for it.
@@ -143,7 +140,7 @@ impl StandIn {
         let volumes = VolumeService::new(&self.rpc, service, &context, volume.id, self.reply_time_max());
         let attached = self.attach(&volumes, volume.object.to_json()).await;
         let ran = match &attached {
-            Ok(attached) => self.make(id, &row, attached, &used.cancel).await,
+            Ok(attached) => self.make(request, id, &row, attached, &used.cancel).await,
             Err(problem) => Ok(Ran::Failed(problem.clone())),
         };
         self.detach(&volumes).await;
@@ -161,7 +158,10 @@ impl StandIn {
         }
         match ran {
             Ran::Succeeded => {
-                let record = self.engine().await?.catalog().available(id).await.map_err(later)?;
+                let record = match self.made(request, id).await? {
+                    Ok(record) => record,
+                    Err(problem) => return fail(Detail::Create, &problem.to_string()).await,
+                };
                 let ended = self.database.finish_backup(&row.id, &self.changes_of(&record)).await?;
                 info!(backup = %id, ?ended, "backup made");
                 Ok(Value::Null)
@@ -180,12 +180,16 @@ impl StandIn {
 
     async fn make(
         &self,
+        request: &Request,
         id: BackupId,
         row: &BackupRow,
         attached: &Attached,
         cancel: &CancellationToken,
     ) -> Result<Ran, Trouble> {
-        let engine = self.engine().await?.with_volumes(self.volumes(attached.clusters.clone()));
+        let engine = match self.engine(request).await? {
+            Ok(engine) => engine.with_volumes(self.volumes(attached.clusters.clone())),
+            Err(problem) => return Ok(Ran::Failed(problem)),
+        };
         let (volume_id, parent_id, container) = match work_of(row) {
             Ok(ids) => ids,
             Err(problem) => return Ok(Ran::Failed(problem)),
@@ -218,7 +222,7 @@ impl StandIn {
         let object_count = match self.driver {
             // Cinder counts no objects of images.
             Driver::Ceph => 0,
-            Driver::Posix => record.counts.object_count.try_into().unwrap_or(i64::MAX),
+            _ => record.counts.object_count.try_into().unwrap_or(i64::MAX),
         };
         Changes::new()
             .text("container", record.container.as_str())
@@ -296,7 +300,10 @@ impl StandIn {
         attached: &Attached,
         cancel: &CancellationToken,
     ) -> Result<Ran, Trouble> {
-        let engine = self.engine().await?.with_volumes(self.volumes(attached.clusters.clone()));
+        let engine = match self.engine(request).await? {
+            Ok(engine) => engine.with_volumes(self.volumes(attached.clusters.clone())),
+            Err(problem) => return Ok(Ran::Failed(problem)),
+        };
         if let Err(problem) = self.take_in(&engine, id).await? {
             return Ok(Ran::Failed(problem));
         }
@@ -341,7 +348,11 @@ impl StandIn {
         }
         // Nobody had taken it on where it has no service.
         if row.service.is_some() {
-            match self.remove(id, job_id(request)).await? {
+            let removed = match self.engine(request).await? {
+                Ok(engine) => self.remove(&engine, id, job_id(request)).await?,
+                Err(problem) => Ran::Failed(problem),
+            };
+            match removed {
                 Ran::Succeeded => {}
                 Ran::Failed(problem) => return self.fail_delete(request, id, &problem.to_string()).await,
                 Ran::Cancelled => return Err(Trouble::HandedBack),

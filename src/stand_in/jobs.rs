@@ -8,12 +8,13 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{StandIn, Trouble};
+use super::{StandIn, Trouble, stores};
 use crate::cinder::export_record;
 use crate::engine::{self, Engine};
 use crate::error::{Causes, Class, Problem};
 use crate::event::{self, EventSink};
 use crate::job::{BackupId, Context, Event, Job, JobId, Outcome, Record, Work};
+use crate::message::oslo::Request;
 use crate::runner::{self, Attempts, Ended, Report};
 
 /// How often a job is tried.
@@ -51,9 +52,41 @@ impl EventSink for Unheard {
 }
 
 impl StandIn {
-    /// The engine on the store.
-    pub(super) async fn engine(&self) -> Result<&Engine, Trouble> {
-        self.stores.engine(None).await.map_err(|problem| Trouble::Later(problem.to_string()))
+    /// The engine on the store, which some requests bring with them. The problem is one that does not pass.
+    pub(super) async fn engine(&self, request: &Request) -> Result<Result<Engine, Problem>, Trouble> {
+        let problem = match self.driver.asks_each_request(&self.conf) {
+            false => match self.stores.engine(None).await {
+                Ok(engine) => return Ok(Ok(engine.clone())),
+                Err(problem) => problem,
+            },
+            true => match stores::store_for(&self.conf, self.driver, &request.context) {
+                Ok((name, store)) => match self.stores.engine_on(&name, &store).await {
+                    Ok(engine) => return Ok(Ok(engine)),
+                    Err(error) => Problem::new(error.class(), &error),
+                },
+                Err(error) => Problem::new(Class::Permanent, &error),
+            },
+        };
+        match problem.class {
+            Class::Transient => Err(Trouble::Later(problem.to_string())),
+            _ => Ok(Err(problem)),
+        }
+    }
+
+    /// The record of a backup that was just made.
+    pub(super) async fn made(
+        &self,
+        request: &Request,
+        id: BackupId,
+    ) -> Result<Result<Record, Problem>, Trouble> {
+        let engine = match self.engine(request).await? {
+            Ok(engine) => engine,
+            Err(problem) => return Ok(Err(problem)),
+        };
+        match engine.catalog().available(id).await {
+            Ok(record) => Ok(Ok(record)),
+            Err(error) => Ok(Err(lasting(error)?)),
+        }
     }
 
     /// Runs a job to its end, for as long as its backup has this status.
@@ -125,10 +158,13 @@ impl StandIn {
     }
 
     /// Removes a backup from the store, whoever made it, and whatever there is of it.
-    pub(super) async fn remove(&self, id: BackupId, job_id: JobId) -> Result<Ran, Trouble> {
-        let engine =
-            self.engine().await?.with_volumes(self.volumes(self.attachments.known(&self.own_clusters)));
-        if engine.catalog().record(id).await.map_err(later)?.is_none()
+    pub(super) async fn remove(&self, engine: &Engine, id: BackupId, job_id: JobId) -> Result<Ran, Trouble> {
+        let engine = engine.with_volumes(self.volumes(self.attachments.known(&self.own_clusters)));
+        let record = match engine.catalog().record(id).await {
+            Ok(record) => record,
+            Err(error) => return Ok(Ran::Failed(lasting(error)?)),
+        };
+        if record.is_none()
             && let Err(problem) = self.take_in(&engine, id).await?
         {
             if problem.class == Class::Transient {
@@ -146,12 +182,16 @@ impl StandIn {
                 }
             }
         }
-        for child in engine.catalog().children(id).await.map_err(later)? {
+        let children = match engine.catalog().children(id).await {
+            Ok(children) => children,
+            Err(error) => return Ok(Ran::Failed(lasting(error)?)),
+        };
+        for child in children {
             // Cinder's own service knows nothing of our records. One without a row is none of Cinder's, and stays.
             let row = self.database.backup_even_if_deleted(&child.to_string()).await?;
             if row.is_some_and(|row| row.deleted) {
                 info!(backup = %child, "a backup that Cinder has deleted is removed from the records");
-                Box::pin(self.remove(child, JobId::random())).await?;
+                Box::pin(self.remove(&engine, child, JobId::random())).await?;
             }
         }
         let job = Job { id: job_id, store: None, deadline: None, work: Work::Delete(id) };
@@ -167,8 +207,10 @@ impl StandIn {
         let mut unknown = Vec::new();
         let mut next = Some(id);
         while let Some(id) = next {
-            if engine.catalog().record(id).await.map_err(later)?.is_some() {
-                break;
+            match engine.catalog().record(id).await {
+                Ok(None) => {}
+                Ok(Some(_)) => break,
+                Err(error) => return Ok(Err(lasting(error)?)),
             }
             let row =
                 self.database.backup(&id.to_string()).await?.filter(|_| unknown.len() < CHAIN_COUNT_MAX);
@@ -206,6 +248,10 @@ impl StandIn {
     }
 }
 
-pub(super) fn later(error: engine::Error) -> Trouble {
-    Trouble::Later(Causes(&error).to_string())
+/// What is wrong for good; what may pass is tried later.
+fn lasting(error: engine::Error) -> Result<Problem, Trouble> {
+    match error.class() {
+        Class::Transient => Err(Trouble::Later(Causes(&error).to_string())),
+        class => Ok(Problem::new(class, &error)),
+    }
 }

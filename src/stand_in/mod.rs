@@ -107,7 +107,10 @@ struct StandIn {
 pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
     let driver = Driver::named(&conf.default.backup_driver)?;
     let config = stores::config(&conf, driver)?;
-    let stores = Stores::open(&config)?;
+    let stores = match driver.asks_each_request(&conf) {
+        true => Stores::none(&config)?,
+        false => Stores::open(&config)?,
+    };
     let database = Database::connect(&database_url(&conf)?, CONNECTIONS_MAX).await?;
     let rpc = Rpc::start(settings(&conf)?)?;
     let slot_count = match conf.default.backup_max_operations {
@@ -195,8 +198,8 @@ impl StandIn {
     /// Waits until the store can be used.
     async fn reach_store(&self) {
         let pause = Duration::from_secs(self.conf.default.backup_driver_init_check_interval);
-        while let Err(problem) = self.stores.engine(None).await {
-            error!(error = %problem, "the store of the backups cannot be used: trying again");
+        while let Err(error) = self.stores.reach_all().await {
+            error!(error = %Causes(&error), "the store of the backups cannot be used: trying again");
             sleep(pause).await;
         }
     }

@@ -37,7 +37,33 @@ pub enum SecretFrom {
     File(PathBuf),
 }
 
+impl fmt::Display for SecretFrom {
+    /// Says where it is.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Setting(_) => f.write_str("the configuration"),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
 impl SecretFrom {
+    /// Reads a secret that need not be a text. The file is read each time.
+    pub(super) fn read_bytes(&self) -> Result<Vec<u8>> {
+        match self {
+            Self::Setting(secret) => Ok(secret.0.clone().into_bytes()),
+            Self::File(path) => {
+                let bytes = fs::read(path);
+                let mut bytes =
+                    bytes.map_err(|error| Error::io("read the secret in", path.display(), error))?;
+                if bytes.last() == Some(&b'\n') {
+                    bytes.pop();
+                }
+                Ok(bytes)
+            }
+        }
+    }
+
     /// Reads the secret. The file is read each time.
     pub fn read(&self) -> Result<Secret> {
         match self {

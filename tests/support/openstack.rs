@@ -7,11 +7,15 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+use backhaul::job::Container;
+use backhaul::store::{Folder, ObjectStore, S3, Swift};
+use md5::{Digest, Md5};
 use serde_json::Value;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::stack::until;
+use super::{s3, swift};
 
 /// A way to ask the control plane for things, and a host and an availability zone that nobody else has.
 pub(crate) struct Openstack {
@@ -102,20 +106,85 @@ impl Openstack {
         self.work.path().join("backups")
     }
 
+    /// What this test's host, availability zone, bucket and container are called.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Asks with a token of a user of Swift from now on.
+    pub(crate) fn log_in(&mut self) {
+        let (token, account) = run(swift::token(&swift::url()));
+        self.ok(&["log-in", &token, &account]);
+    }
+
+    /// The names of all objects of a driver that has a bucket or a container, without our own records.
+    pub(crate) fn objects(&self, driver: &str) -> Vec<String> {
+        let store: Box<dyn ObjectStore> = match driver {
+            "s3" => Box::new(S3::new(s3::settings(&s3::url(), &self.name)).unwrap()),
+            _ => Box::new(Swift::new(swift::settings(&swift::url(), &self.name)).unwrap()),
+        };
+        let folder = Folder::from(&self.name.parse::<Container>().unwrap());
+        run(store.list(&folder, "")).unwrap().into_iter().map(|listed| listed.name).collect()
+    }
+
+    /// Where the share of the nfs driver is mounted.
+    fn share(&self) -> (String, PathBuf) {
+        let share = format!("127.0.0.1:/{}", self.name);
+        let folder = self.work.path().join("mounts").join(hex::encode(Md5::digest(&share)));
+        (share, folder)
+    }
+
+    /// Mounts something in the place of the share, which this kernel need not be able to: it has the share's name.
+    pub(crate) fn mount_share(&self) {
+        let (share, folder) = self.share();
+        fs::create_dir_all(&folder).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "mode=770,size=512m", &share]).arg(folder);
+        assert!(mount.status().unwrap().success(), "{mount:?}");
+    }
+
     /// The options of a backup service with this driver, on this test's own host.
     fn conf(&self, driver: &str, ceph_conf: &Path) -> PathBuf {
-        let class = match driver {
-            "ceph" => "CephBackupDriver",
-            _ => "PosixBackupDriver",
-        };
         fs::create_dir_all(self.backups()).unwrap();
+        let name = &self.name;
+        let (class, options) = match driver {
+            "ceph" => ("ceph.CephBackupDriver", format!("backup_ceph_conf = {}", ceph_conf.display())),
+            "posix" => {
+                ("posix.PosixBackupDriver", format!("backup_posix_path = {}", self.backups().display()))
+            }
+            "nfs" => {
+                let base = self.work.path().join("mounts");
+                let (share, base) = (self.share().0, base.display());
+                let options = format!("backup_share = {share}\nbackup_mount_point_base = {base}");
+                ("nfs.NFSBackupDriver", options)
+            }
+            "s3" => {
+                let (access, secret) = swift::user_and_key(&s3::url());
+                let endpoint = s3::settings(&s3::url(), name).endpoint;
+                let options = format!(
+                    "backup_s3_endpoint_url = {endpoint}\nbackup_s3_store_bucket = {name}\n\
+                     backup_s3_store_access_key = {access}\nbackup_s3_store_secret_key = {secret}"
+                );
+                ("s3.S3BackupDriver", options)
+            }
+            "swift" => {
+                let (user, key) = swift::user_and_key(&swift::url());
+                let auth_url = swift::settings(&swift::url(), name).auth_url;
+                let options = format!(
+                    "backup_swift_auth = single_user\nbackup_swift_auth_url = {auth_url}\n\
+                     backup_swift_user = {user}\nbackup_swift_key = {key}\nbackup_swift_container = {name}"
+                );
+                ("swift.SwiftBackupDriver", options)
+            }
+            "swift of users" => {
+                let options = format!("backup_swift_region_name = here\nbackup_swift_container = {name}");
+                ("swift.SwiftBackupDriver", options)
+            }
+            other => panic!("{other}"),
+        };
         let conf = format!(
-            "[DEFAULT]\nhost = {name}\nstorage_availability_zone = {name}\n\
-             backup_driver = cinder.backup.drivers.{driver}.{class}\nbackup_file_size = 33554432\n\
-             backup_posix_path = {}\nbackup_ceph_conf = {}\n",
-            self.backups().display(),
-            ceph_conf.display(),
-            name = self.name,
+            "[DEFAULT]\nhost = {name}\nstorage_availability_zone = {name}\nbackup_file_size = 33554432\n\
+             backup_driver = cinder.backup.drivers.{class}\n{options}\n"
         );
         let path = self.work.path().join("backup.conf");
         fs::write(&path, conf).unwrap();
@@ -169,7 +238,16 @@ impl Drop for Openstack {
     fn drop(&mut self) {
         let _ = self.api.kill();
         let _ = self.api.wait();
+        let (_, share) = self.share();
+        if share.exists() {
+            let _ = Command::new("umount").arg("--lazy").arg(share).status();
+        }
     }
+}
+
+/// Waits for something that is asked of a server.
+pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Runtime::new().unwrap().block_on(future)
 }
 
 /// A backup service that runs. Dropping it kills it.

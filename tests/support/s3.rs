@@ -52,7 +52,7 @@ pub(crate) fn settings(url: &str, bucket: &str) -> S3Settings {
         create_buckets: true,
         access_key: Secret::new(access_key),
         secret_key: SecretFrom::Setting(Secret::new(secret_key)),
-        sse_c_key_file: None,
+        sse_c_key: None,
         http: usual_http(),
     }
 }

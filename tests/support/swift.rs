@@ -122,6 +122,16 @@ fn settings_with(url: &str, credentials: Credentials, endpoint: Endpoint, contai
     }
 }
 
+/// A token, and the account that it is for, of Swift's own way to log in.
+pub(crate) async fn token(url: &str) -> (String, String) {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (user, key) = user_and_key(url);
+    let login = reqwest::Client::new().get(settings(url, CONTAINER).auth_url);
+    let answer = login.header("x-auth-user", user).header("x-auth-key", key).send().await.unwrap();
+    let header = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
+    (header("x-auth-token"), header("x-storage-url"))
+}
+
 /// Logs in as `settings` say by Swift's own way, and asks for the account with that token again and again; ends when
 /// the server does not take it any more.
 pub(crate) async fn until_a_token_has_expired(url: &str) {

@@ -382,6 +382,10 @@ section! {
 pub const OPTIONS: [&[Opt]; 4] =
     [Default::OPTIONS, Database::OPTIONS, Rabbit::OPTIONS, Notifications::OPTIONS];
 
+/// Why certificates cannot be left unverified.
+const VERIFIED: &str =
+    "certificates are always verified: name the file of their authority in backup_…_ca_cert_file";
+
 /// What Cinder's worker obeys and this one does not, and why.
 pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("backup_workers", "one process uses all processors"),
@@ -391,6 +395,19 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("executor_thread_pool_size", "requests need no threads of their own"),
     ("periodic_fuzzy_delay", "reports begin at once"),
     ("rootwrap_config", "no command is run as root"),
+    ("backup_ceph_chunk_size", "how much is read at once is no setting"),
+    ("restore_discard_excess_bytes", "what an image has behind the end of a backup is always discarded"),
+    ("backup_mount_attempts", "mount itself tries for two minutes, and a worker without its share ends"),
+    ("backup_swift_retry_backoff", "pauses begin at 0.2 seconds and double"),
+    ("backup_swift_auth_insecure", VERIFIED),
+    ("backup_swift_service_auth", "no token of the service goes with that of the user"),
+    ("backup_s3_retry_mode", "there is one way of trying again"),
+    ("backup_s3_verify_ssl", VERIFIED),
+    ("backup_s3_md5_validation", "all that is written goes with its MD5"),
+    ("backup_gcs_reader_chunk_size", "an object is read as one stream"),
+    ("backup_gcs_writer_chunk_size", "data objects are sent whole"),
+    ("backup_gcs_retry_error_codes", "what may pass is tried again, and docs/stores.md says what that is"),
+    ("backup_gcs_user_agent", "requests have none"),
 ];
 
 /// All that `cinder.conf` says to a backup worker. The fields are called as the options are.

@@ -68,7 +68,9 @@ impl Naming {
         let (volume_id, time) = if self.has_folders() {
             before.split_once('_')?
         } else {
-            before.strip_suffix("/az_nova")?.split_once('/')?
+            // Of any zone: a worker in Cinder's place has one with a name of its own.
+            let (before, _) = before.rsplit_once("/az_")?;
+            before.split_once('/')?
         };
         let time = DateTime::strptime("%Y%m%d%H%M%S", time).ok().filter(|_| time.len() == 14)?;
         let begun = time.to_zoned(TimeZone::UTC).ok()?.timestamp();
@@ -252,6 +254,7 @@ mod tests {
             assert_eq!(prefix.backup_id.to_string(), OTHER);
             assert_eq!(prefix.begun, "2026-01-02T14:03:22Z".parse().unwrap());
             assert!(text.starts_with(&naming.volume_prefix(prefix.volume_id)));
+            assert!(naming.parse(&text.replace("nova", "of_ours")).is_some(), "{naming:?}");
             for text in [
                 other.clone(),
                 format!("{text}-00001"),

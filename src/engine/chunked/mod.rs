@@ -50,6 +50,9 @@ const DELETES_AT_ONCE: usize = 250;
 /// How many times as many objects are being deleted at once, at most.
 const DELETES_MAX: usize = 8;
 
+/// The availability zone of Cinder's that nobody has given another name.
+pub const USUAL_ZONE: &str = "nova";
+
 /// How the names of a backup's objects are made: each is what one of Cinder's drivers does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Naming {
@@ -96,15 +99,14 @@ impl Naming {
         })
     }
 
-    /// What the names of a backup's objects begin with.
-    fn prefix(&self, record: &Record) -> String {
+    /// What the names of a backup's objects begin with. A zone is in it only, and nobody looks for it there.
+    fn prefix(&self, record: &Record, zone: &str) -> String {
         let Record { volume_id, backup_id, .. } = record;
         let time = record.created_at.strftime("%Y%m%d%H%M%S");
         match self {
             Self::Folders | Self::Shares => format!("volume_{volume_id}_{time}_backup_{backup_id}"),
-            // Cinder's zone, if nobody gives it another name. It is in the prefix only, and nobody looks for it there.
             Self::Buckets { .. } | Self::Containers { .. } | Self::Google { .. } => {
-                format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}")
+                format!("volume_{volume_id}/{time}/az_{zone}_backup_{backup_id}")
             }
         }
     }
@@ -132,6 +134,7 @@ pub struct Settings {
 pub struct Chunked {
     store: Arc<dyn ObjectStore>,
     naming: Naming,
+    zone: String,
     settings: Settings,
     cpu: Cpu,
     memory: Budget,
@@ -143,7 +146,8 @@ impl Chunked {
     /// Puts the engine together. `cpu` and `memory` are those of the whole worker.
     pub fn new(store: Arc<dyn ObjectStore>, settings: Settings, cpu: Cpu, memory: Budget) -> Self {
         let checkpoint_bytes = checkpoints::CHECKPOINT_BYTES;
-        Self { store, naming: Naming::default(), settings, cpu, memory, checkpoint_bytes }
+        let (naming, zone) = (Naming::default(), USUAL_ZONE.into());
+        Self { store, naming, zone, settings, cpu, memory, checkpoint_bytes }
     }
 
     /// The same engine with other distances between checkpoints.
@@ -154,6 +158,11 @@ impl Chunked {
     /// The same engine with other names for new objects.
     pub fn with_naming(self, naming: Naming) -> Self {
         Self { naming, ..self }
+    }
+
+    /// The same engine with another availability zone in the names of new objects in buckets.
+    pub fn with_zone(self, zone: String) -> Self {
+        Self { zone, ..self }
     }
 
     /// The store.
@@ -214,7 +223,7 @@ impl Chunked {
 
     /// Gives the objects of a backup their prefix, by Cinder's rule.
     pub fn name(&self, record: &mut Record) {
-        record.service_metadata = self.naming.prefix(record);
+        record.service_metadata = self.naming.prefix(record, &self.zone);
     }
 
     /// Whether the object that makes the backup visible is there; it is the first one that a delete removes.

@@ -1,7 +1,6 @@
 //! Single requests to S3: signed, sent until there is an answer, and the answer read.
 
 use std::fmt;
-use std::fs;
 use std::io;
 
 use base64::Engine as _;
@@ -95,18 +94,17 @@ fn md5_of(bytes: &[u8]) -> String {
 impl Api {
     pub(super) fn new(settings: S3Settings) -> Result<Self> {
         let mut sse_c = Vec::new();
-        if let Some(path) = &settings.sse_c_key_file {
-            let at = |error| Error::io("read the key for SSE-C in", path.display(), error);
-            let key = fs::read(path).map_err(at)?;
-            let key = key.strip_suffix(b"\n").unwrap_or(&key);
+        if let Some(from) = &settings.sse_c_key {
+            let key = from.read_bytes()?;
             if key.len() != 32 {
                 let text = format!("it has {} bytes: a key is 32 bytes", key.len());
-                return Err(at(io::Error::new(io::ErrorKind::InvalidData, text)));
+                let error = io::Error::new(io::ErrorKind::InvalidData, text);
+                return Err(Error::io("use the key for SSE-C of", from, error));
             }
             sse_c = vec![
                 ("x-amz-server-side-encryption-customer-algorithm", "AES256".into()),
-                ("x-amz-server-side-encryption-customer-key", BASE64_STANDARD.encode(key)),
-                ("x-amz-server-side-encryption-customer-key-md5", md5_of(key)),
+                ("x-amz-server-side-encryption-customer-key", BASE64_STANDARD.encode(&key)),
+                ("x-amz-server-side-encryption-customer-key-md5", md5_of(&key)),
             ];
         }
         let (http, secret_key) = (Http::new(&settings.http)?, settings.secret_key.read()?);

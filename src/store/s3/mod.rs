@@ -16,7 +16,6 @@ mod upload;
 
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -65,8 +64,8 @@ pub struct S3Settings {
     pub access_key: Secret,
     /// What proves it.
     pub secret_key: SecretFrom,
-    /// The file with the 32 bytes that the server encrypts all objects with and then forgets (SSE-C).
-    pub sse_c_key_file: Option<PathBuf>,
+    /// The 32 bytes that the server encrypts all objects with and then forgets (SSE-C).
+    pub sse_c_key: Option<SecretFrom>,
     /// How the server is reached.
     pub http: HttpSettings,
 }

@@ -1,7 +1,9 @@
 //! Logging in: by Swift's own way, or to Keystone.
 
+use std::future;
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -13,7 +15,7 @@ use url::Url;
 
 use super::api::{parse, refused};
 use super::{Credentials, Endpoint, SwiftSettings};
-use crate::store::http::{Failure, Http};
+use crate::store::http::{Failure, Http, server_of};
 use crate::store::logins::Logins;
 use crate::store::{Result, Secret};
 
@@ -46,6 +48,7 @@ enum Proof {
 /// The logins of one store.
 pub(super) fn logins(http: Http, settings: &SwiftSettings) -> Result<Logins<Session>> {
     let mut auth_url = settings.auth_url.clone();
+    let endpoint = settings.endpoint.clone();
     let proof = match &settings.credentials {
         Credentials::V1 { user, key } => Proof::V1 { user: user.clone(), key: key.read()? },
         Credentials::Password { user, user_domain, project, project_domain, password } => {
@@ -64,13 +67,17 @@ pub(super) fn logins(http: Http, settings: &SwiftSettings) -> Result<Logins<Sess
             "methods": ["application_credential"],
             "application_credential": { "id": id, "secret": secret.read()?.reveal() },
         }})),
+        Credentials::Token(token) => {
+            let given = Given { token: token.clone(), endpoint, is_used: AtomicBool::new(false) };
+            return Ok(Logins::new(move || future::ready(given.log_in()).boxed()));
+        }
     };
     if matches!(proof, Proof::V3(_)) {
         let path = auth_url.path().trim_end_matches('/');
         let path = format!("{}/v3/auth/tokens", path.strip_suffix("/v3").unwrap_or(path));
         auth_url.set_path(&path);
     }
-    let how = Arc::new(How { http, auth_url, proof, endpoint: settings.endpoint.clone() });
+    let how = Arc::new(How { http, auth_url, proof, endpoint });
     Ok(Logins::new(move || {
         let how = how.clone();
         async move { how.log_in().await }.boxed()
@@ -79,6 +86,34 @@ pub(super) fn logins(http: Http, settings: &SwiftSettings) -> Result<Logins<Sess
 
 fn v3(auth: &Value) -> Proof {
     Proof::V3(Secret::new(json!({ "auth": auth }).to_string()))
+}
+
+/// A token of somebody else's.
+struct Given {
+    token: Secret,
+    endpoint: Endpoint,
+    is_used: AtomicBool,
+}
+
+impl Given {
+    /// Gives the token, once: whoever asks again was refused with it.
+    fn log_in(&self) -> std::result::Result<Session, Failure> {
+        let Endpoint::At(storage_url) = self.endpoint.clone() else { return Err(nowhere()) };
+        if self.is_used.swap(true, Ordering::Relaxed) {
+            let text = format!(
+                "{} does not accept the user's token, which may have expired: ask again with a new one",
+                server_of(&storage_url)
+            );
+            return Err(Failure::unusable(ErrorKind::PermissionDenied, text));
+        }
+        Ok(Session { token: hidden(self.token.reveal())?, storage_url })
+    }
+}
+
+/// That nobody says where the account is.
+fn nowhere() -> Failure {
+    let text = "the server has not said where the account is: write storage_url";
+    Failure::unusable(ErrorKind::InvalidData, text)
 }
 
 impl How {
@@ -105,9 +140,7 @@ impl How {
             Endpoint::At(url) => Some(url.clone()),
             _ => told,
         };
-        let text = "the server has not said where the account is: write storage_url";
-        let storage_url = storage_url.ok_or_else(|| Failure::unusable(ErrorKind::InvalidData, text))?;
-        Ok(Session { token, storage_url })
+        Ok(Session { token, storage_url: storage_url.ok_or_else(nowhere)? })
     }
 
     async fn send(&self, request: RequestBuilder, body: Bytes) -> std::result::Result<Response, Failure> {
@@ -198,8 +231,12 @@ fn header(headers: &HeaderMap, name: &str) -> std::result::Result<HeaderValue, F
 
 /// A header that is not shown.
 fn hidden(text: &str) -> std::result::Result<HeaderValue, Failure> {
-    let unusable =
-        |_| Failure::unusable(ErrorKind::InvalidInput, "the password has characters that no header can have");
+    let unusable = |_| {
+        Failure::unusable(
+            ErrorKind::InvalidInput,
+            "the password or token has characters that no header can have",
+        )
+    };
     let mut value = HeaderValue::from_bytes(text.as_bytes()).map_err(unusable)?;
     value.set_sensitive(true);
     Ok(value)

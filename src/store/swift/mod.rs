@@ -35,7 +35,7 @@ use super::http::{Failure, HttpSettings, Payload, Refusal};
 use super::reading::{Reader, Rest};
 use super::{
     DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result,
-    SecretFrom,
+    Secret, SecretFrom,
 };
 
 /// Says which write an object is of.
@@ -48,7 +48,7 @@ const PAGE_NAMES_MAX: u64 = 1000;
 /// A server, and what is kept there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SwiftSettings {
-    /// Where to log in: for Keystone its URL with or without `/v3`, else the whole URL.
+    /// Where to log in: for Keystone its URL with or without `/v3`, else the whole URL. Nobody asks there who has a token.
     pub auth_url: Url,
     /// Who we are, and what proves it.
     pub credentials: Credentials,
@@ -94,6 +94,8 @@ pub enum Credentials {
         /// Its secret.
         secret: SecretFrom,
     },
+    /// A token that somebody else was given, for an account that is [`Endpoint::At`] a URL. It is used until it expires.
+    Token(Secret),
 }
 
 /// Where the account is.
