@@ -254,6 +254,27 @@ fn count(raw: &BasicProperties, key: &str) -> Option<u32> {
     u32::try_from(number).ok()
 }
 
+/// Reads and copies the properties that these bytes are on the wire.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_headers(data: &[u8]) {
+    let Ok((_, raw)) = lapin::protocol::basic::parse_properties(data) else { return };
+    let properties = read(&raw);
+    drop(death(&raw));
+    let wait = Duration::from_secs(1);
+    let copies =
+        [next_attempt(&raw, "[]", wait), parked(&raw, wait), waiting(&raw, wait), dead(&raw, "", "", "")];
+    for copy in copies {
+        let copy = read(&copy);
+        assert!(
+            copy.attempt >= properties.attempt && copy.revival_count == properties.revival_count,
+            "{copy:?}"
+        );
+        assert!(copy.message_id == properties.message_id && copy.reply_to == properties.reply_to, "{copy:?}");
+    }
+    assert!(read(&revived(&raw)).attempt == 1, "{properties:?}");
+    drop(write(&properties));
+}
+
 /// Takes a text into AMQP's short string, which has at most 255 bytes.
 pub(super) fn short(what: &'static str, text: &str) -> Result<ShortString, Error> {
     ShortString::try_new(text).map_err(|_| Error::TooLong { what, bytes: text.len() })

@@ -26,6 +26,8 @@ pub use delivery::Delivery;
 pub use error::{Cause, Error};
 pub use jobs::Jobs;
 pub use message::Properties;
+#[cfg(any(test, fuzzing))]
+pub(crate) use message::fuzz_headers;
 pub use publisher::{Outgoing, Routed};
 pub use rpc::{Replies, Rpc, RpcDeliveries, RpcDelivery, RpcQueues, RpcSettings};
 pub use settings::{AmqpUrl, InvalidTransportUrl, InvalidUrl, QueueKind, Reach, Settings, Tls, TransportUrl};

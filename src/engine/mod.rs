@@ -3,7 +3,7 @@
 //! An engine works on one store, with the volumes that jobs name. It must not know messages, the broker or events,
 //! and it never runs a job a second time: that is for `runner`.
 
-mod catalog;
+pub(crate) mod catalog;
 pub mod chunked;
 mod cpu;
 mod error;
