@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
-use crate::support::stack::{Stack, event, noise, rest_of, settings, until};
+use crate::support::stack::{Stack, event, limit_handles, noise, rest_of, settings, until};
 use backhaul::broker::{Broker, Properties, Routed};
 use serde_json::{Value, json};
 
@@ -410,6 +410,24 @@ async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_
         let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
         assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_loses_its_first_connection_without_file_handles_connects_again() {
+    let rabbit = Rabbit::shared();
+    let link = Link::to(rabbit.url());
+    let stack = Stack::new(link.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(13, 1 << 20)).unwrap();
+    let worker = stack.worker();
+    limit_handles(worker.pid(), "3");
+
+    link.cut();
+
+    until("it has noticed", || worker.log().contains("broker not reached"));
+    limit_handles(worker.pid(), "1024");
+    let (code, ended) = stack.submit(&strs(&backup(&stack, &[])));
+    assert_eq!(code, 0, "{ended}");
+    assert!(!worker.log().contains("panicked"), "{}", worker.log());
 }
 
 #[test]
