@@ -692,7 +692,8 @@ impl Worker {
 
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
         let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
-        let ctx = Context { cancel: self.hand_back.child_token(), pace, ..Context::default() };
+        let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
+        let ctx = Context { cancel, hand_back, pace, ..Context::default() };
         let (alone, mut is_to_end) = (needs_alone(job), false);
         let now = 'now: {
             let mut jobs = self.jobs();
@@ -780,10 +781,7 @@ impl Worker {
         let report = Report::new(&sink, job);
         let engine = self.stores.engine(job.store.as_ref()).await;
         let ended = match &engine {
-            Ok(engine) => {
-                let hand_back = &self.hand_back;
-                runner::run(ctx, engine, job, &attempts, self.progress_every, &report, hand_back).await
-            }
+            Ok(engine) => runner::run(ctx, engine, job, &attempts, self.progress_every, &report).await,
             Err(problem) => runner::refuse(job, problem.clone(), &attempts, &report).await,
         };
         // Whoever is handed the message next, or waits, is not to find them taken.
