@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install build demo demo-ceph bench test chaos soak check advisories fmt clean clean-demo
+.PHONY: help install build demo demo-ceph bench test chaos soak fuzz check advisories fmt clean clean-demo
 
 help: ## List what there is to make
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -36,6 +36,10 @@ chaos: ## Play SEEDS=20 rounds of random jobs while workers, the broker and stor
 soak: JOBS ?= 100000
 soak: ## Send JOBS=100000 tiny jobs through one worker, then through four: how many a second, and whether anything grows
 	@dev/bench.sh jobs $(JOBS)
+
+fuzz: SECONDS ?= 60
+fuzz: ## Give each parser bytes by chance for SECONDS=60; TARGETS='command oslo' picks some
+	@dev/fuzz.sh $(SECONDS) $(TARGETS)
 
 check: ## Check format, lints, licences, scripts and container files
 	@dev/install.sh check

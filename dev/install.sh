@@ -5,6 +5,7 @@
 #   install.sh test     and what the tests need
 #   install.sh check    and the linters
 #   install.sh bench    and what measuring needs
+#   install.sh fuzz     and what fuzzing needs
 # Rust itself must be there: https://rustup.rs
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +27,8 @@ test)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
 bench) packages+=("${cluster_packages[@]}" borgbackup openssl python3-rados python3-rbd python3-venv radosgw restic time) ;;
-*) die "usage: install.sh [ceph|test|check|bench]" ;;
+fuzz) tools=(cargo-fuzz@0.13.2) ;;
+*) die "usage: install.sh [ceph|test|check|bench|fuzz]" ;;
 esac
 
 require_rust() {

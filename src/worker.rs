@@ -36,7 +36,7 @@ use crate::event::Native;
 use crate::health::{self, Phase};
 use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
 use crate::message::{self, Control, Reason, Rejection};
-use crate::runner::{self, Attempts, Ended, Report};
+use crate::runner::{self, Attempts, Ended, Places, Report};
 #[cfg(feature = "ceph")]
 use crate::store::Rados;
 use crate::store::{self, Gcs, ObjectStore, Posix, S3, Swift};
@@ -60,6 +60,16 @@ const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
 const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
+/// Jobs that wait for a place here, at most: enough to choose from.
+const AHEAD_MAX: u16 = 16;
+/// How long they wait until others, on other workers, may have them.
+const AHEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a store may take to say whose a backup is.
+const PROJECT_TIME_MAX: Duration = Duration::from_secs(2);
+/// Jobs whose turn others let pass, at most.
+const AWAITING_MAX: usize = 10_000;
+/// How long after its wait a job may take to come for its turn.
+const LATE_MAX: Duration = Duration::from_secs(30);
 
 /// Why a worker, or a command that works on a store, could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -416,6 +426,8 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         None => None,
     };
     let message_bytes_max = settings.message_bytes_max;
+    let jobs_max = config.worker.jobs_max;
+    let ahead_max = jobs_max.min(AHEAD_MAX);
     let worker = Arc::new(Worker {
         id: Uuid::new_v4().to_string(),
         stores: Stores::open(config)?,
@@ -428,6 +440,7 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         job_bytes_per_second_max: config.worker.job_bytes_per_second_max,
         limit: Arc::new(Limit::new(config.worker.bytes_per_second_max)),
         hand_back: CancellationToken::new(),
+        places: Places::new(jobs_max.into(), ahead_max.into(), AHEAD_TIME_MAX),
         jobs: Mutex::default(),
         life: Mutex::new(Life::new()),
     });
@@ -438,7 +451,9 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         beside.spawn(async move { match health::serve(listener, move || of_worker.health()).await {} });
     }
     let drain_time_max = Duration::from_secs(config.worker.drain_seconds_max.into());
-    let result = worker.work(config.worker.jobs_max, drain_time_max, &shutdown, &mut beside).await;
+    // One more than may wait, to look whether there are others.
+    let slots = (jobs_max.into(), usize::from(ahead_max) + 1);
+    let result = worker.work(slots, drain_time_max, &shutdown, &mut beside).await;
     worker.broker.close().await;
     beside.shutdown().await;
     info!("worker stopped");
@@ -466,6 +481,7 @@ struct Worker {
     limit: Arc<Limit>,
     /// Fires when jobs are to stop where they are, for other workers to go on with.
     hand_back: CancellationToken,
+    places: Arc<Places>,
     jobs: Mutex<Jobs>,
     life: Mutex<Life>,
 }
@@ -506,6 +522,40 @@ struct Jobs {
     cancelled: VecDeque<JobId>,
     /// Who is to hear which jobs run elsewhere.
     asked: HashMap<JobId, oneshot::Sender<()>>,
+    /// The jobs of all workers that were put off until others have ended.
+    awaiting: HashMap<JobId, Awaiting>,
+}
+
+/// A job that waits for its turn.
+struct Awaiting {
+    /// What it is to have for itself.
+    names: Vec<String>,
+    since: Timestamp,
+    /// When it must have come again, if others are to let it pass.
+    until: Instant,
+}
+
+impl Jobs {
+    /// Whether another job waits for one of these names for longer.
+    fn is_behind(&self, id: JobId, names: &[String], since: Timestamp) -> bool {
+        let now = Instant::now();
+        self.awaiting.iter().any(|(other, awaiting)| {
+            (awaiting.since, *other) < (since, id)
+                && awaiting.until > now
+                && awaiting.names.iter().any(|name| names.contains(name))
+        })
+    }
+
+    fn awaits(&mut self, id: JobId, names: Vec<String>, since: Timestamp, wait: Duration) {
+        if self.awaiting.len() >= AWAITING_MAX {
+            let now = Instant::now();
+            self.awaiting.retain(|_, awaiting| awaiting.until > now);
+        }
+        if self.awaiting.len() < AWAITING_MAX || self.awaiting.contains_key(&id) {
+            let until = Instant::now() + wait + LATE_MAX;
+            self.awaiting.insert(id, Awaiting { names, since, until });
+        }
+    }
 }
 
 struct Running {
@@ -540,7 +590,7 @@ impl Worker {
     /// Takes jobs until it is told to end, and then brings to an end what runs.
     async fn work(
         self: &Arc<Self>,
-        jobs_max: u16,
+        (jobs_max, ahead_count): (usize, usize),
         drain_time_max: Duration,
         shutdown: &Shutdown,
         beside: &mut JoinSet<()>,
@@ -550,7 +600,7 @@ impl Worker {
             () = shutdown.drain.cancelled() => return Ok(()),
             () = shutdown.now.cancelled() => return Ok(()),
         };
-        let mut deliveries = self.broker.jobs(jobs_max.into());
+        let mut deliveries = self.broker.jobs(jobs_max, ahead_count);
         let (mut control, mut cancels) = (self.broker.control(), self.broker.cancels());
         let mut running = JoinSet::new();
         let mut beats = interval(BEAT_EVERY);
@@ -585,6 +635,7 @@ impl Worker {
         info!(running = running_count(), "stopping: no more jobs are taken");
         deliveries.stop();
         cancels.stop();
+        self.places.close();
         if !self.wind_down(&mut running, &mut control, drain_time_max, &shutdown.now).await {
             warn!(
                 running = running_count(),
@@ -715,8 +766,23 @@ impl Worker {
     }
 
     async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
+        // One that runs here already has a place.
+        let runs_here = self.jobs().running.contains_key(&job.id);
+        let _place = if runs_here {
+            None
+        } else {
+            let place = async { self.places.take(self.project_of(job).await, delivery.since).await };
+            let place = tokio::select! {
+                place = place => place,
+                // The broker hands it out again.
+                () = delivery.lost() => return Ok(()),
+            };
+            let Some(place) = place else { return delivery.await_place().await };
+            Some(place)
+        };
         let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
-        let ctx = Context { cancel: self.hand_back.child_token(), pace, ..Context::default() };
+        let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
+        let ctx = Context { cancel, hand_back, pace, ..Context::default() };
         let (alone, mut is_to_end) = (needs_alone(job), false);
         let now = 'now: {
             let mut jobs = self.jobs();
@@ -736,7 +802,8 @@ impl Worker {
             let is_taken = |running: &Running| running.alone.iter().any(|name| alone.contains(name));
             // One that is to end does nothing that others must wait for.
             is_to_end = ctx.cancel.is_cancelled() || job.is_late(Timestamp::now());
-            if !is_to_end && jobs.running.values().any(is_taken) {
+            let is_behind = || jobs.is_behind(job.id, &alone, delivery.since);
+            if !is_to_end && (jobs.running.values().any(is_taken) || is_behind()) {
                 break 'now Now::Wait;
             }
             let running = Running {
@@ -752,6 +819,7 @@ impl Worker {
             Now::Begin => {}
             Now::Wait => {
                 info!("another job works on the same volume, delivery put off");
+                self.tell_wait(&delivery, job.id, alone).await;
                 return delivery.await_turn().await;
             }
             Now::Reject => {
@@ -764,13 +832,45 @@ impl Worker {
         let turns = if is_to_end { Some(Vec::new()) } else { self.take_turns(&alone).await };
         let Some(turns) = turns else {
             info!("another worker's job works on the same volume, delivery put off");
+            self.tell_wait(&delivery, job.id, alone).await;
             let mut settled = Ok(());
             for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
                 settled = delivery.await_turn().await;
             }
             return settled;
         };
+        if self.jobs().awaiting.remove(&job.id).is_some() {
+            self.tell(Control::WaitsNoMore { job_id: job.id }).await;
+        }
         self.run_in_turn(delivery, &ctx, job, turns).await
+    }
+
+    /// Whose a job is: of its backup, where it names no project itself. None if that is not known, or not soon.
+    async fn project_of(&self, job: &Job) -> Option<String> {
+        if let Work::Backup(work) = &job.work {
+            return work.project_id.clone();
+        }
+        let record = async {
+            let engine = self.stores.engine(job.store.as_ref()).await.ok()?;
+            engine.catalog().record(job.backup_id()).await.ok()?
+        };
+        timeout(PROJECT_TIME_MAX, record).await.ok()??.project_id
+    }
+
+    /// Lets all workers know that a job is about to be put off, so that none that came later goes first.
+    async fn tell_wait(&self, delivery: &Delivery, job_id: JobId, names: Vec<String>) {
+        let (since, wait) = (delivery.since, delivery.turn_wait());
+        self.jobs().awaits(job_id, names.clone(), since, wait);
+        let seconds = u32::try_from(wait.as_secs()).unwrap_or(u32::MAX);
+        self.tell(Control::Waits { job_id, names, since, seconds }).await;
+    }
+
+    /// Tells all workers something that they can do without.
+    async fn tell(&self, what: Control) {
+        let body = message::encode_control(what).into();
+        if let Err(error) = self.broker.publish_control(body, command_properties()).await {
+            warn!(error = %Causes(&error), "the other workers could not be told of a job");
+        }
     }
 
     /// Runs a job while no other one works on the same volume, as far as the broker can see to that.
@@ -787,7 +887,7 @@ impl Worker {
             seconds_max: self.attempt_seconds_max,
             earlier: delivery.properties.story.as_deref().map(message::parse_attempts).unwrap_or_default(),
             redelivered: delivery.redelivered || delivery.properties.parked,
-            waited: delivery.properties.waited,
+            waited: delivery.properties.waits_since.is_some(),
             revival_count: delivery.properties.revival_count,
         };
         // Somebody was handed the message before, and may still be at it; not so of one that only had to wait.
@@ -804,10 +904,7 @@ impl Worker {
         let report = Report::new(&sink, job);
         let engine = self.stores.engine(job.store.as_ref()).await;
         let ended = match &engine {
-            Ok(engine) => {
-                let hand_back = &self.hand_back;
-                runner::run(ctx, engine, job, &attempts, self.progress_every, &report, hand_back).await
-            }
+            Ok(engine) => runner::run(ctx, engine, job, &attempts, self.progress_every, &report).await,
             Err(problem) => runner::refuse(job, problem.clone(), &attempts, &report).await,
         };
         // Whoever is handed the message next, or waits, is not to find them taken.
@@ -877,7 +974,8 @@ impl Worker {
                     Outcome::Succeeded | Outcome::Cancelled => delivery.ack().await,
                 },
                 Ended::Later(_) => delivery.retry_later(&story).await,
-                Ended::Untold(_) | Ended::HandedBack => delivery.requeue().await,
+                Ended::HandedBack => delivery.hand_back().await,
+                Ended::Untold(_) => delivery.requeue().await,
             };
         }
         // It may come again, or whoever was handed it, too, may still be at it: then it is not to be told once more.
@@ -1032,11 +1130,7 @@ impl Worker {
                 }
                 let worker = self.clone();
                 tokio::spawn(async move {
-                    let answer = Control::Runs { job_id, worker: worker.id.clone() };
-                    let body = message::encode_control(answer).into();
-                    if let Err(error) = worker.broker.publish_control(body, command_properties()).await {
-                        warn!(error = %Causes(&error), "another worker could not be told who runs a job");
-                    }
+                    worker.tell(Control::Runs { job_id, worker: worker.id.clone() }).await;
                 });
             }
             Ok(Control::Runs { job_id, worker }) => {
@@ -1047,6 +1141,14 @@ impl Worker {
                     asked.send(()).ok();
                 }
             }
+            Ok(Control::Waits { job_id, names, since, seconds }) => {
+                let mut jobs = self.jobs();
+                // It may have come again before this was heard here.
+                if !jobs.running.contains_key(&job_id) {
+                    jobs.awaits(job_id, names, since, Duration::from_secs(seconds.into()));
+                }
+            }
+            Ok(Control::WaitsNoMore { job_id }) => drop(self.jobs().awaiting.remove(&job_id)),
             Ok(Control::Cancel(id)) => {
                 let mut jobs = self.jobs();
                 if let Some(running) = jobs.running.get(&id) {

@@ -15,6 +15,7 @@ use backhaul::broker::{
 };
 use backhaul::error::{Causes, Class};
 use bytes::Bytes;
+use jiff::Timestamp;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
@@ -69,7 +70,7 @@ async fn publish(broker: &Broker, body: &'static str) {
 }
 
 async fn assert_queue_empty(broker: &Broker, settings: &Settings) {
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     assert_none(&mut jobs).await;
     assert_eq!(count(settings, "jobs").await, 0);
 }
@@ -177,7 +178,7 @@ async fn a_job_arrives_with_its_body_and_properties() {
     };
     broker.publish_job(Bytes::from_static(b"\0body\xff"), properties.clone()).await.unwrap();
 
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let delivery = next(&mut jobs).await;
     assert_eq!(&delivery.body[..], b"\0body\xff");
     assert_eq!(delivery.properties, properties);
@@ -191,7 +192,7 @@ async fn a_job_arrives_with_its_body_and_properties() {
 #[tokio::test]
 async fn a_body_that_is_too_large_is_marked() {
     let (broker, settings) = shared().await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     for (bytes, oversize) in
         [(settings.message_bytes_max, false), (settings.message_bytes_max + 1, true), (300_000, true)]
     {
@@ -208,7 +209,7 @@ async fn each_slot_has_one_delivery_until_that_is_settled_or_dropped() {
     for body in ["1", "2", "3", "4"] {
         publish(&broker, body).await;
     }
-    let mut jobs = broker.jobs(2);
+    let mut jobs = broker.jobs(2, 0);
     let first = next(&mut jobs).await;
     let second = next(&mut jobs).await;
     let bodies = BTreeSet::from([text(&first.body).to_string(), text(&second.body).to_string()]);
@@ -242,7 +243,7 @@ async fn a_delivery_that_comes_before_the_last_ones_ack_is_known_to_be_heard_is_
         publish(&broker, "a").await;
     }
 
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     for _ in 0..500 {
         let delivery = next(&mut jobs).await;
         assert!(!delivery.redelivered);
@@ -255,7 +256,7 @@ async fn a_delivery_that_comes_before_the_last_ones_ack_is_known_to_be_heard_is_
 async fn a_requeued_job_comes_again_as_redelivered() {
     let (broker, _) = shared().await;
     publish(&broker, "a").await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     next(&mut jobs).await.requeue().await.unwrap();
     let again = next(&mut jobs).await;
     assert!(again.redelivered);
@@ -298,7 +299,7 @@ async fn a_job_that_is_put_off_comes_back_later_as_it_was_with_its_attempt_count
         .await
         .unwrap();
 
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let mut first = None;
     for attempt in 1..=3 {
         let delivery = next(&mut jobs).await;
@@ -342,7 +343,7 @@ async fn nobody_waits_for_the_delay_of_a_job_that_is_put_off() {
     let settings = Settings { retry_delay_seconds: 3600, ..settings(Rabbit::shared().url()) };
     let broker = Broker::connect(settings.clone()).await.unwrap();
     publish(&broker, "a").await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     soon("the end of it", next(&mut jobs).await.retry_later("")).await.unwrap();
     publish(&broker, "b").await;
     let other = next(&mut jobs).await;
@@ -379,15 +380,60 @@ async fn a_job_that_awaits_its_turn_comes_back_soon_and_that_is_no_attempt() {
     let settings = Settings { retry_delay_seconds: 3600, ..settings(Rabbit::shared().url()) };
     let broker = Broker::connect(settings).await.unwrap();
     publish(&broker, "a").await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     for _ in 0..2 {
         // An hour's wait would be in vain.
         soon("the end of it", next(&mut jobs).await.await_turn()).await.unwrap();
     }
     let again = next(&mut jobs).await;
-    let Properties { attempt, parked, waited, .. } = again.properties;
-    assert_eq!((text(&again.body), attempt, parked, waited), ("a", 1, false, true));
+    let Properties { attempt, parked, waits_since, .. } = again.properties;
+    assert_eq!((text(&again.body), attempt, parked), ("a", 1, false));
+    assert!(waits_since.is_some_and(|since| since == again.since && since < Timestamp::now()));
     again.ack().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_job_that_is_handed_back_in_good_order_is_not_taken_for_one_whose_worker_has_died() {
+    let (broker, _) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1, 0);
+    // Its first worker dies, and the next one parks it.
+    next(&mut jobs).await.requeue().await.unwrap();
+    let again = next(&mut jobs).await;
+    assert!(again.redelivered);
+    soon("the end of it", again.park()).await.unwrap();
+    let parked = next(&mut jobs).await;
+    assert!(parked.properties.parked);
+
+    soon("the end of it", parked.hand_back()).await.unwrap();
+
+    let last = next(&mut jobs).await;
+    let Properties { attempt, parked, waits_since, .. } = last.properties;
+    assert_eq!((text(&last.body), attempt, parked, last.redelivered), ("a", 1, false, false));
+    assert!(waits_since.is_some(), "a copy of it may be left, if the broker was lost meanwhile");
+    last.ack().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_looked_at_ahead_comes_only_when_nobody_has_a_slot_for_it() {
+    let (broker, settings) = shared().await;
+    let other = Broker::connect(settings).await.unwrap();
+    let (mut jobs, mut others) = (broker.jobs(1, 1), other.jobs(1, 0));
+    let (mut consuming, mut others_consuming) = (jobs.consuming(), others.consuming());
+    soon("all slots", consuming.wait_for(|count| *count == 2)).await.unwrap();
+    soon("all slots", others_consuming.wait_for(|count| *count == 1)).await.unwrap();
+
+    publish(&broker, "1").await;
+    publish(&broker, "2").await;
+    let held = [next(&mut jobs).await, next(&mut others).await];
+    assert_none(&mut jobs).await;
+    publish(&broker, "3").await;
+    let ahead = next(&mut jobs).await;
+    assert_eq!(text(&ahead.body), "3");
+
+    for delivery in held.into_iter().chain([ahead]) {
+        delivery.ack().await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -395,7 +441,7 @@ async fn a_job_that_is_given_up_lies_in_the_dead_queue_with_the_reason() {
     let (broker, settings) = shared().await;
     let properties = Properties { message_id: Some("m".into()), ..Properties::default() };
     broker.publish_job(Bytes::from_static(b"bad"), properties).await.unwrap();
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let reason = "no JSON: é ".to_string() + &"x".repeat(300_000);
     next(&mut jobs).await.dead_letter(&reason).await.unwrap();
     assert_none(&mut jobs).await;
@@ -416,7 +462,7 @@ async fn a_job_that_is_given_up_lies_in_the_dead_queue_with_the_reason() {
 #[tokio::test]
 async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
     let (broker, settings) = shared().await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let before = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     for body in ["a", "b", "c"] {
         publish(&broker, body).await;
@@ -464,7 +510,7 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
 #[tokio::test]
 async fn letters_that_come_while_others_are_brought_back_are_left_for_the_next_time() {
     let (broker, settings) = shared().await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     for body in ["a", "b"] {
         publish(&broker, body).await;
         next(&mut jobs).await.dead_letter("bad").await.unwrap();
@@ -497,7 +543,7 @@ async fn a_job_waits_no_longer_than_the_limit_of_its_attempt_which_doubles_up_to
     for attempt in [1, 2, 3, 7, 20, 20, 20, 20, 20, 20] {
         let properties = Properties { attempt, ..Properties::default() };
         broker.publish_job(Bytes::from_static(b"x"), properties).await.unwrap();
-        let mut jobs = broker.jobs(1);
+        let mut jobs = broker.jobs(1, 0);
         next(&mut jobs).await.retry_later("").await.unwrap();
         drop(jobs);
     }
@@ -525,7 +571,7 @@ async fn a_job_waits_no_longer_than_the_limit_of_its_attempt_which_doubles_up_to
 async fn without_a_queue_for_it_nothing_is_given_up() {
     let (broker, settings) = shared().await;
     publish(&broker, "a").await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let delivery = next(&mut jobs).await;
     let channel = raw(&settings, Rabbit::shared().url()).await;
     let queue = format!("{}.dead", settings.prefix).into();
@@ -543,7 +589,7 @@ async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
     for body in ["1", "2", "3"] {
         publish(&broker, body).await;
     }
-    let mut jobs = broker.jobs(2);
+    let mut jobs = broker.jobs(2, 0);
     let taken = next(&mut jobs).await;
     jobs.stop();
     assert!(soon("the end", jobs.next()).await.is_none());
@@ -554,7 +600,7 @@ async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
     publish(&broker, "4").await;
 
     // What was handed to the other slot, and all the rest, is there for others.
-    let mut others = broker.jobs(3);
+    let mut others = broker.jobs(3, 0);
     let mut rest = BTreeSet::new();
     for _ in 0..3 {
         let delivery = next(&mut others).await;
@@ -570,7 +616,7 @@ async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
 async fn close_gives_back_what_was_handed_out() {
     let (broker, settings) = shared().await;
     publish(&broker, "a").await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let delivery = next(&mut jobs).await;
     let lost = delivery.lost();
     soon("close", broker.close()).await;
@@ -582,7 +628,7 @@ async fn close_gives_back_what_was_handed_out() {
     assert!(matches!(*broker.state().borrow(), State::Disconnected { .. }));
 
     let other = Broker::connect(settings).await.unwrap();
-    let again = next(&mut other.jobs(1)).await;
+    let again = next(&mut other.jobs(1, 0)).await;
     assert!(again.redelivered);
     again.ack().await.unwrap();
 }
@@ -633,7 +679,7 @@ async fn control_messages_reach_every_worker_and_events_those_who_asked() {
 #[tokio::test]
 async fn a_job_queue_that_somebody_deleted_is_made_again() {
     let (broker, settings) = shared().await;
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     publish(&broker, "a").await;
     next(&mut jobs).await.ack().await.unwrap();
     let channel = raw(&settings, Rabbit::shared().url()).await;
@@ -659,7 +705,7 @@ async fn classic_queues_heed_priorities() {
         let properties = Properties { priority: Some(priority), ..Properties::default() };
         broker.publish_job(Bytes::from(body), properties).await.unwrap();
     }
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     let high = next(&mut jobs).await;
     assert_eq!(text(&high.body), "high");
     high.ack().await.unwrap();
@@ -767,7 +813,7 @@ async fn a_worker_outlives_its_broker() {
     let settings = settings(rabbit.url());
     // The worker begins before there is a connection.
     let broker = Broker::start(settings.clone()).unwrap();
-    let mut jobs = broker.jobs(2);
+    let mut jobs = broker.jobs(2, 0);
     let mut control = broker.control();
     let mut events = broker.events("#").await.unwrap();
     publish(&broker, "held").await;
@@ -823,7 +869,7 @@ async fn a_delivery_that_took_too_long_for_the_broker_is_lost_and_comes_again() 
     // How often the broker looks; a minute unless told otherwise.
     rabbit.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 1000)."]);
     let broker = Broker::connect(settings(rabbit.url())).await.unwrap();
-    let mut jobs = broker.jobs(1);
+    let mut jobs = broker.jobs(1, 0);
     publish(&broker, "slow").await;
     let slow = next(&mut jobs).await;
     soon("the loss", slow.lost()).await;
@@ -864,7 +910,7 @@ async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
 
     let broker = Broker::connect(with(tls.clone())).await.unwrap();
     publish(&broker, "a").await;
-    next(&mut broker.jobs(1)).await.ack().await.unwrap();
+    next(&mut broker.jobs(1, 0)).await.ack().await.unwrap();
     let connections = rabbit.ctl(&["list_connections", "ssl", "peer_cert_subject"]);
     assert!(connections.contains("true\tCN=client"), "{connections}");
 

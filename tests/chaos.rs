@@ -16,7 +16,7 @@ use crate::support::ceph::Ceph;
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
 use crate::support::s3;
-use crate::support::stack::{Stack, settings};
+use crate::support::stack::{Stack, limit_handles, settings};
 use crate::support::volume::{Fill, Volume, noise};
 use backhaul::broker::{Broker, Properties, Settings, State, Subscription};
 use backhaul::job::{
@@ -464,7 +464,7 @@ impl<'a> Round<'a> {
         let workers: Vec<_> = (0..WORKERS).map(worker).collect();
         let is_there = || workers.iter().all(|worker| worker.connected_count() > 0);
         assert!(soon(is_there).await, "the workers do not begin");
-        // Who has connected twice has some handles more, for good.
+        // The first connection of all is not the one that the handles are counted with at the end.
         services.links[0].cut();
         let is_back = || workers[0].connected_count() > 1;
         assert!(soon(is_back).await, "a worker does not connect again");
@@ -709,9 +709,8 @@ impl Round<'_> {
                 self.count_trouble("times all connections closed");
             }
             (8..=9, _) => {
-                // lapin needs some for good when it loses its first connection, and panics if there are none.
                 let worker = &self.workers[number];
-                if let Some(pid) = worker.pid().filter(|_| worker.connected_count() > 1) {
+                if let Some(pid) = worker.pid().filter(|_| worker.connected_count() > 0) {
                     limit_handles(pid, "3");
                     self.count_trouble("times no file handles");
                     self.undo_in(soon, Undo::Handles(number, pid));
@@ -792,12 +791,6 @@ impl Round<'_> {
             }
         }
     }
-}
-
-/// Sets how many files a process may have open; what it has stays open.
-fn limit_handles(pid: u32, count: &str) {
-    let limit = [format!("--pid={pid}"), format!("--nofile={count}:")];
-    assert!(Command::new("prlimit").args(limit).status().unwrap().success());
 }
 
 /// What the workers tell.

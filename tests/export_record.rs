@@ -143,6 +143,15 @@ fn an_export_gives_back_what_an_import_took() {
 }
 
 #[test]
+fn the_export_of_a_backup_of_a_year_before_our_era_can_be_read_again() {
+    let record = import(POSIX, &fields_with(json!({"created_at": "-000044-03-15T12:00:00Z"}))).unwrap();
+
+    let again = export_record::import(export_record::export(&record).as_bytes(), &form_for(POSIX)).unwrap();
+
+    assert_eq!(again.created_at, record.created_at);
+}
+
+#[test]
 fn a_record_of_cinder_becomes_one_of_ours() {
     let record = import(POSIX, &fields()).unwrap();
 

@@ -24,7 +24,6 @@ use jiff::SignedDuration;
 use rstest::rstest;
 use rustix::io::Errno;
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use crate::support::engine::{Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job_of, job, restore_job, run};
 use crate::support::faulty::{Fault, Faulty};
@@ -223,9 +222,8 @@ impl Scene {
 
     /// Runs the job once, and keeps of its end what a worker keeps.
     async fn run(&self, engine: &Engine, sink: &Sink, attempts: &Attempts) -> Ended {
-        let (report, ctx, never) =
-            (Report::new(sink, &self.job), Context::default(), CancellationToken::new());
-        let ended = runner::run(&ctx, engine, &self.job, attempts, NEVER, &report, &never).await;
+        let (report, ctx) = (Report::new(sink, &self.job), Context::default());
+        let ended = runner::run(&ctx, engine, &self.job, attempts, NEVER, &report).await;
         if let Ended::Over(completion) = &ended {
             engine.catalog().keep_told(completion).await.unwrap();
         }

@@ -152,16 +152,7 @@ impl Bench {
     async fn end_in(&self, ctx: &Context, job: &Job, tries: u32, sink: &Recorder) -> Ended {
         let (report, attempts) =
             (Report::new(sink, job), Attempts { max: tries, seconds_max: 3600, ..Attempts::one() });
-        runner::run(
-            ctx,
-            &self.engine,
-            job,
-            &attempts,
-            Duration::from_millis(20),
-            &report,
-            &CancellationToken::new(),
-        )
-        .await
+        runner::run(ctx, &self.engine, job, &attempts, Duration::from_millis(20), &report).await
     }
 
     /// Runs the job until it has written something, and no further, as a worker that is killed: dropped in the middle,
@@ -1618,6 +1609,55 @@ async fn a_restore_that_is_taken_over_goes_on_from_its_last_checkpoint() {
     assert!(!bench.images("volumes").contains(&hidden));
     assert!(!bench.main.rbd(&["image-meta", "list", &target]).contains("backhaul"));
     bench.main.rbd(&["rm", "--no-progress", &target]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_is_handed_back_goes_on_and_one_that_is_cancelled_then_leaves_no_image() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(112 * MIB);
+    volume.write(&[(0, &noise(1, 112 << 20))]);
+    let source = location("main", volume.spec());
+    let point = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    for is_cancelled in [false, true] {
+        let name = format!("restored-{}", point.backup_id);
+        let (target, hidden) = (format!("volumes/{name}"), format!("{name}.backhaul-partial"));
+        let job = restore_job(point.backup_id, &location("main", &target));
+        let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
+        let is_noted = || match pool.open_image(&hidden, None, OpenMode::Read) {
+            Ok(image) => image.metadata("backhaul.restored").unwrap().is_some(),
+            Err(_) => false,
+        };
+        let hand_back = CancellationToken::new();
+        let ctx =
+            Context { cancel: hand_back.child_token(), hand_back: hand_back.clone(), ..Context::default() };
+        // With room for two pieces at a time it is in no hurry.
+        let little = 8 << 20;
+        let most = bench.memory.reserve(MEMORY_BYTES - little).await;
+        let (engine, task_job, method) = (bench.engine.clone(), job.clone(), bench.methods(&job)[0]);
+        let running = tokio::spawn(async move { engine.run(&ctx, &task_job, method).await });
+        while !is_noted() {
+            assert!(!running.is_finished());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+
+        hand_back.cancel();
+
+        assert_eq!(running.await.unwrap().unwrap_err().class(), Class::Cancelled);
+        assert!(bench.images("volumes").contains(&hidden), "it is left for the next worker");
+        drop(most);
+        if is_cancelled {
+            let ctx = Context::default();
+            ctx.cancel.cancel();
+            assert_eq!(bench.engine.run(&ctx, &job, method).await.unwrap_err().class(), Class::Cancelled);
+        } else {
+            let completion = bench.complete(&job).await;
+            assert_eq!(completion.outcome, Outcome::Succeeded);
+            assert!(completion.account.counts.bytes_reused > 0, "{completion:?}");
+            assert!(bench.export(&target) == volume.read());
+            bench.main.rbd(&["rm", "--no-progress", &target]);
+        }
+        assert!(!bench.images("volumes").iter().any(|image| image.starts_with(&name)));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

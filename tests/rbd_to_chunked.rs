@@ -22,7 +22,6 @@ use backhaul::store::{Memory, ObjectStore};
 use backhaul::volume::FileRoots;
 use rustix::io::Errno;
 use tempfile::TempDir;
-use tokio_util::sync::CancellationToken;
 
 use crate::support::ceph::{Ceph, Image};
 use crate::support::engine::{COMPRESSIONS, MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
@@ -219,17 +218,7 @@ async fn run(engine: &Engine, job: &Job) -> Result<Receipt, Error> {
 async fn complete(ctx: &Context, engine: &Engine, job: &Job) -> (Completion, Vec<Event>) {
     let (sink, attempts) = (Recorder::default(), Attempts::one());
     let report = Report::new(&sink, job);
-    match runner::run(
-        ctx,
-        engine,
-        job,
-        &attempts,
-        Duration::from_secs(60),
-        &report,
-        &CancellationToken::new(),
-    )
-    .await
-    {
+    match runner::run(ctx, engine, job, &attempts, Duration::from_secs(60), &report).await {
         Ended::Over(completion) => (*completion, sink.0.into_inner().unwrap()),
         ended => panic!("{ended:?}"),
     }

@@ -102,16 +102,7 @@ impl Scene {
 
     async fn run_as(&self, engine: &Engine, sink: &Recorder, attempts: &Attempts) -> Ended {
         let report = Report::new(sink, &self.job);
-        runner::run(
-            &Context::default(),
-            engine,
-            &self.job,
-            attempts,
-            NEVER,
-            &report,
-            &CancellationToken::new(),
-        )
-        .await
+        runner::run(&Context::default(), engine, &self.job, attempts, NEVER, &report).await
     }
 
     /// The number of the call after which the job has been told to be begun.
@@ -271,8 +262,7 @@ async fn a_job_that_runs_at_its_deadline_is_stopped_as_for_a_cancel(#[case] is_c
     let (sink, engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
     let (report, attempts) = (Report::new(&sink, &scene.job), Attempts { max: 3, ..Attempts::one() });
 
-    let ended =
-        runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report, &CancellationToken::new()).await;
+    let ended = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report).await;
 
     let Ended::Over(completion) = ended else { panic!("{ended:?}") };
     engine.catalog().settle(scene.job.id).await.unwrap();
@@ -341,15 +331,13 @@ async fn two_workers_with_the_same_job_do_not_say_two_things(
         let (sink, other_engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
         let contexts = [Context::default(), Context::default()];
         let report = Report::new(&sink, &scene.job);
-        let never = CancellationToken::new();
-        let first = runner::run(&contexts[0], &engine, &scene.job, &first_try, NEVER, &report, &never);
+        let first = runner::run(&contexts[0], &engine, &scene.job, &first_try, NEVER, &report);
         let second = async {
             reached.notified().await;
             if cancelled[1] {
                 contexts[1].cancel.cancel();
             }
-            let ended =
-                runner::run(&contexts[1], &other_engine, &scene.job, &again, NEVER, &report, &never).await;
+            let ended = runner::run(&contexts[1], &other_engine, &scene.job, &again, NEVER, &report).await;
             if let Ended::Over(completion) = &ended {
                 other_engine.catalog().keep_told(completion).await.unwrap();
             }
@@ -406,9 +394,10 @@ async fn a_job_that_is_handed_back_has_not_ended_and_the_next_worker_ends_it(#[c
         let (faulty, engine) = scene.faulty_by(at, Fault::Cancel(hand_back.clone()));
         let (sink, attempts) = (Recorder::default(), Attempts::one());
         let (report, other_engine) = (Report::new(&sink, &scene.job), scene.bench.engine(SETTINGS));
-        let ctx = Context { cancel: hand_back.child_token(), ..Context::default() };
+        let cancel = hand_back.child_token();
+        let ctx = Context { cancel, hand_back, ..Context::default() };
 
-        let first = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report, &hand_back).await;
+        let first = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report).await;
         let told = faulty.broke_at();
         match first {
             Ended::HandedBack => {

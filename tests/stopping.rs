@@ -91,6 +91,10 @@ async fn a_backup_that_takes_longer_than_its_worker_may_is_handed_back_and_ended
     let ended = the_end(&stack, &rabbit, &mut events).await;
     assert_eq!((&ended["type"], &ended["data"]["job_id"]), (&json!("backhaul.job.succeeded.v1"), &job_id));
     assert!(ended["data"].get("attempts").is_none(), "nothing has failed: {ended}");
+    assert_eq!(
+        ended["data"]["attempt_count"], 1,
+        "a worker that is stopped in good order has not died: {ended}"
+    );
     assert!(!second.log().contains("parked"), "it was begun at once: {}", second.log());
     // The first worker has left nothing and written nothing late.
     let records: Value = serde_json::from_str(&stack.ok(&["list", "--json"])).unwrap();
@@ -267,7 +271,7 @@ async fn a_worker_tells_in_each_phase_whether_it_takes_jobs() {
     assert!(since.elapsed() < FEW_SECONDS, "it took {:?}", since.elapsed());
     assert!(worker.log().contains("stopping at once"), "{}", worker.log());
     let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let delivery = broker.jobs(1).next().await.unwrap();
+    let delivery = broker.jobs(1, 0).next().await.unwrap();
     assert!(delivery.redelivered && delivery.properties.attempt == 1, "{delivery:?}");
     assert!(is_begun(&stack), "what it had made was removed, as if the job had been cancelled");
 }

@@ -7,8 +7,10 @@ use std::process::Stdio;
 
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
-use crate::support::stack::{Stack, event, noise, rest_of, settings, until};
-use backhaul::broker::{Broker, Properties, Routed};
+use crate::support::stack::{Stack, event, limit_handles, noise, rest_of, settings, until};
+use backhaul::broker::{Broker, Properties, Routed, Subscription};
+use backhaul::job::{BackupId, BackupWork, Command, Job, JobId, Parent, VolumeId, Work};
+use backhaul::message;
 use serde_json::{Value, json};
 
 const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
@@ -412,6 +414,103 @@ async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_
     }
 }
 
+/// Publishes a backup of `a.img` as this volume, for this project.
+async fn publish_backup(broker: &Broker, stack: &Stack, volume_id: VolumeId, project: &str) -> String {
+    let work = BackupWork {
+        backup_id: BackupId::random(),
+        volume_id,
+        source: stack.location("a.img").parse().unwrap(),
+        parent: Parent::None,
+        container: None,
+        name: None,
+        description: None,
+        project_id: Some(project.into()),
+        volume_meta: None,
+    };
+    let job = Job { id: JobId::random(), store: None, deadline: None, work: Work::Backup(work) };
+    let id = job.id.to_string();
+    let body = message::encode_command(&Command::Run(Box::new(job)));
+    broker.publish_job(body.into(), Properties::default()).await.unwrap();
+    id
+}
+
+/// The ids of the next so many jobs that succeed.
+async fn succeeded(events: &mut Subscription, count: usize) -> Vec<String> {
+    let mut ids = Vec::new();
+    while ids.len() < count {
+        let ended = event(events, &["succeeded", "failed", "cancelled"]).await;
+        assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
+        ids.push(ended["data"]["job_id"].as_str().unwrap().to_owned());
+    }
+    ids
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_few_jobs_of_one_project_do_not_wait_for_the_many_of_another() {
+    let rabbit = Rabbit::shared();
+    // Each takes a second or so.
+    let stack = Stack::new(rabbit.url(), "jobs_max = 2\njob_bytes_per_second_max = 1048576", SMALL);
+    fs::write(stack.volume("a.img"), noise(11, 2 << 20)).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let mut few = Vec::new();
+    for (project, count) in [("many", 40), ("few", 3)] {
+        for _ in 0..count {
+            let id = publish_backup(&broker, &stack, VolumeId::random(), project).await;
+            if project == "few" {
+                few.push(id);
+            }
+        }
+    }
+
+    let _worker = stack.worker();
+
+    let order = succeeded(&mut events, 43).await;
+    let last = order.iter().rposition(|id| few.contains(id)).unwrap();
+    assert!(last < 20, "the last of the few was number {last}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_wait_for_one_volume_are_begun_in_the_order_in_which_they_came() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "jobs_max = 2\njob_bytes_per_second_max = 1048576", SMALL);
+    fs::write(stack.volume("a.img"), noise(12, 3 << 20)).unwrap();
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let (workers, volume_id) = ([stack.worker(), stack.worker()], VolumeId::random());
+    let put_off = |id: &str| {
+        let is_put_off = |line: &str| line.contains(id) && line.contains("delivery put off");
+        workers.iter().any(|worker| worker.log().lines().any(is_put_off))
+    };
+    let mut ids = vec![publish_backup(&broker, &stack, volume_id, "p").await];
+    event(&mut events, &["started"]).await;
+    for _ in 0..5 {
+        let id = publish_backup(&broker, &stack, volume_id, "p").await;
+        until("it is put off", || put_off(&id));
+        ids.push(id);
+    }
+
+    assert_eq!(succeeded(&mut events, 6).await, ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_loses_its_first_connection_without_file_handles_connects_again() {
+    let rabbit = Rabbit::shared();
+    let link = Link::to(rabbit.url());
+    let stack = Stack::new(link.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(13, 1 << 20)).unwrap();
+    let worker = stack.worker();
+    limit_handles(worker.pid(), "3");
+
+    link.cut();
+
+    until("it has noticed", || worker.log().contains("broker not reached"));
+    limit_handles(worker.pid(), "1024");
+    let (code, ended) = stack.submit(&strs(&backup(&stack, &[])));
+    assert_eq!(code, 0, "{ended}");
+    assert!(!worker.log().contains("panicked"), "{}", worker.log());
+}
+
 #[test]
 fn a_job_that_waits_for_its_turn_ends_at_its_deadline_and_one_that_runs_as_well() {
     let rabbit = Rabbit::shared();
@@ -553,7 +652,7 @@ async fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() 
     assert!(!worker.log().contains("not settled"), "{}", worker.log());
     // It does not come again: what is sent now comes first.
     broker.publish_job("next".into(), Properties::default()).await.unwrap();
-    let next = broker.jobs(1).next().await.unwrap();
+    let next = broker.jobs(1, 0).next().await.unwrap();
     assert_eq!(next.body, "next");
 }
 

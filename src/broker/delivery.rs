@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use lapin::options::{BasicAckOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel};
@@ -14,6 +15,9 @@ use super::publisher::{self, Routed};
 use super::topology::Topology;
 use super::{Error, Properties, message};
 
+/// How long a message waits at least.
+const SHORT_WAIT: Duration = Duration::from_secs(1);
+
 /// A message that is ours until we settle it. Dropped unsettled, it goes back to its queue.
 pub struct Delivery {
     /// The body.
@@ -22,6 +26,8 @@ pub struct Delivery {
     pub properties: Properties,
     /// Somebody, perhaps we, was handed this message before and did not settle it.
     pub redelivered: bool,
+    /// Since when the message waits: since it was put off first, or else has come.
+    pub since: Timestamp,
     /// The body is larger than `message_bytes_max`.
     pub oversize: bool,
     raw: BasicProperties,
@@ -45,10 +51,12 @@ impl Delivery {
         lost: CancellationToken,
         held: DropGuard,
     ) -> Self {
+        let properties = message::read(&delivery.properties);
         Self {
             oversize: delivery.data.len() > topology.settings.message_bytes_max,
             body: delivery.data.into(),
-            properties: message::read(&delivery.properties),
+            since: properties.waits_since.unwrap_or_else(Timestamp::now),
+            properties,
             redelivered: delivery.redelivered,
             raw: delivery.properties,
             exchange: delivery.exchange,
@@ -110,15 +118,37 @@ impl Delivery {
         self.put_off(wait, properties).await
     }
 
-    /// Puts the message off because another job must end first; that is no attempt. It waits for a second the first time, and
-    /// twice as long each time after it, up to `retry_delay_seconds`.
+    /// Gives a message whose job was begun back in good order: nothing of the job runs here any more. The copy that comes back
+    /// after a second is not taken for one whose worker has died.
+    pub async fn hand_back(self) -> Result<(), Error> {
+        let properties = message::handed_back(&self.raw, self.since, SHORT_WAIT);
+        self.put_off(SHORT_WAIT, properties).await
+    }
+
+    /// Puts the message off for a second because there is no place for its job; that is no attempt.
+    pub async fn await_place(self) -> Result<(), Error> {
+        self.wait(SHORT_WAIT).await
+    }
+
+    /// Puts the message off because another job must end first; that is no attempt.
     pub async fn await_turn(self) -> Result<(), Error> {
-        let doubled = 1_u64 << message::wait_count(&self.raw).min(32);
-        let wait = Duration::from_secs(doubled.min(self.topology.settings.retry_delay_seconds.into()));
+        let wait = self.turn_wait();
+        self.wait(wait).await
+    }
+
+    /// For how long `await_turn` puts the message off: a second at first, and then about as long as it has waited so far, up to
+    /// `retry_delay_seconds`.
+    pub fn turn_wait(&self) -> Duration {
+        let so_far = Duration::try_from(Timestamp::now().duration_since(self.since)).unwrap_or_default();
+        let longest = Duration::from_secs(self.topology.settings.retry_delay_seconds.into());
+        so_far.max(SHORT_WAIT).min(longest)
+    }
+
+    async fn wait(self, wait: Duration) -> Result<(), Error> {
         let properties = match self.redelivered {
             // The copy would be taken for one that nobody was handed before.
-            true => message::waiting(&message::parked(&self.raw, wait), wait),
-            false => message::waiting(&self.raw, wait),
+            true => message::waiting(&message::parked(&self.raw, wait), self.since, wait),
+            false => message::waiting(&self.raw, self.since, wait),
         };
         self.put_off(wait, properties).await
     }

@@ -5,13 +5,15 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use lapin::tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties, ErrorKind};
 use tokio::time::timeout;
+use tracing::warn;
 
 use super::error::{cause, is_access_refused, is_not_allowed};
 use super::{AmqpUrl, Error, Reach, Tls};
@@ -31,7 +33,21 @@ pub(super) async fn dial(reach: &Reach) -> Result<Connection, Error> {
     dialled
 }
 
+/// lapin lets go of a connection that is lost on a thread of its own. There async-compat makes a runtime for it, the first time,
+/// and panics if no file handles are left for that: so it is made here, before there is any connection.
+fn prepare_for_loss() {
+    static PREPARED: Once = Once::new();
+    PREPARED.call_once(|| {
+        let made =
+            thread::Builder::new().spawn(|| drop(async_compat::Compat::new(()))).map(|thread| thread.join());
+        if !matches!(made, Ok(Ok(()))) {
+            warn!("no file handles or threads are left: raise their limits (LimitNOFILE, TasksMax)");
+        }
+    });
+}
+
 async fn dial_one(reach: &Reach, url: &AmqpUrl) -> Result<Connection, Error> {
+    prepare_for_loss();
     let mut uri = url.uri().clone();
     if reach.heartbeat_seconds > 0 {
         uri.query.heartbeat = Some(reach.heartbeat_seconds);

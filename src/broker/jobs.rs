@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, BasicRejectOptions};
-use lapin::types::{FieldTable, ShortString};
+use lapin::types::{AMQPValue, ShortString};
 use lapin::{Channel, Consumer};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::connection::{Link, Live};
+use super::message::table;
 use super::topology::{Topology, open_channel};
 use super::{Delivery, Error};
 use crate::error::{Causes, Class};
@@ -35,16 +36,19 @@ pub struct Jobs {
 }
 
 impl Jobs {
+    /// Of the slots, the last `ahead_count` are handed a message only if no other one, of any worker, is free for it.
     pub(super) fn start(
         link: &Link,
         topology: &Arc<Topology>,
         queue: &ShortString,
         slot_count: usize,
+        ahead_count: usize,
     ) -> Self {
-        let (sender, deliveries) = mpsc::channel(slot_count.max(1));
+        let all_count = slot_count + ahead_count;
+        let (sender, deliveries) = mpsc::channel(all_count.max(1));
         let stopping = CancellationToken::new();
         let (consuming_sender, consuming) = watch::channel(0);
-        for _ in 0..slot_count {
+        for index in 0..all_count {
             let slot = Slot {
                 link: link.clone(),
                 topology: Arc::clone(topology),
@@ -52,6 +56,7 @@ impl Jobs {
                 sender: sender.clone(),
                 stopping: stopping.clone(),
                 consuming: consuming_sender.clone(),
+                priority: if index < slot_count { 0 } else { -1 },
             };
             link.tasks.spawn(slot.run());
         }
@@ -89,6 +94,8 @@ struct Slot {
     sender: mpsc::Sender<Delivery>,
     stopping: CancellationToken,
     consuming: watch::Sender<usize>,
+    /// Of its consumer: the broker serves those with a higher one first, as long as one of them has nothing to do.
+    priority: i32,
 }
 
 impl Slot {
@@ -161,7 +168,8 @@ impl Slot {
         let queue = self.queue.clone();
         let consume = async {
             channel.basic_qos(1, BasicQosOptions::default()).await?;
-            let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+            let options = BasicConsumeOptions::default();
+            let arguments = table([("x-priority", AMQPValue::LongInt(self.priority))]);
             channel.basic_consume(queue.clone(), "".into(), options, arguments).await
         };
         let consumer =

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
@@ -14,7 +15,7 @@ const REASON: &str = "x-backhaul-reason";
 const EXCHANGE: &str = "x-backhaul-exchange";
 const ROUTING_KEY: &str = "x-backhaul-routing-key";
 const PARKED: &str = "x-backhaul-parked";
-const WAITED: &str = "x-backhaul-waited";
+const WAITS_SINCE: &str = "x-backhaul-waits-since";
 const DIED_AT: &str = "x-backhaul-died-at";
 const PERSISTENT: u8 = 2;
 
@@ -39,8 +40,8 @@ pub struct Properties {
     pub revival_count: u32,
     /// The message was put off because another worker had its job.
     pub parked: bool,
-    /// The message was put off because another job had to end first.
-    pub waited: bool,
+    /// When the message was put off first because another job had to end, or to have its place, before.
+    pub waits_since: Option<Timestamp>,
 }
 
 impl Default for Properties {
@@ -55,7 +56,7 @@ impl Default for Properties {
             story: None,
             revival_count: 0,
             parked: false,
-            waited: false,
+            waits_since: None,
         }
     }
 }
@@ -73,7 +74,7 @@ pub(super) fn read(raw: &BasicProperties) -> Properties {
         story: header(raw, STORY),
         revival_count: count(raw, REVIVAL).unwrap_or(0),
         parked: count(raw, PARKED).is_some(),
-        waited: wait_count(raw) > 0,
+        waits_since: waits_since(raw),
     }
 }
 
@@ -143,15 +144,16 @@ pub(super) fn parked(raw: &BasicProperties, wait: Duration) -> BasicProperties {
     copied(raw, [(PARKED, AMQPValue::LongUInt(1))]).with_expiration(milliseconds(wait))
 }
 
-/// Makes the properties of a copy that is put off for `wait` because another job must end first.
-pub(super) fn waiting(raw: &BasicProperties, wait: Duration) -> BasicProperties {
-    let times = AMQPValue::LongUInt(wait_count(raw).saturating_add(1));
-    copied(raw, [(WAITED, times)]).with_expiration(milliseconds(wait))
+/// Makes the properties of a copy that is put off for `wait` and waits since then for other jobs.
+pub(super) fn waiting(raw: &BasicProperties, since: Timestamp, wait: Duration) -> BasicProperties {
+    let since = AMQPValue::LongLongInt(since.as_millisecond());
+    copied(raw, [(WAITS_SINCE, since)]).with_expiration(milliseconds(wait))
 }
 
-/// How often the message was put off so.
-pub(super) fn wait_count(raw: &BasicProperties) -> u32 {
-    count(raw, WAITED).unwrap_or(0)
+/// Makes the properties of a copy that comes back after `wait`, whose job was begun and stopped in good order: what was counted
+/// when the job was begun is not to be counted again.
+pub(super) fn handed_back(raw: &BasicProperties, since: Timestamp, wait: Duration) -> BasicProperties {
+    waiting(&without(raw, &[PARKED]), since, wait)
 }
 
 fn milliseconds(wait: Duration) -> ShortString {
@@ -160,15 +162,20 @@ fn milliseconds(wait: Duration) -> ShortString {
 
 /// Makes the properties of a copy that begins anew: all that the sender set.
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
+    let ours = [ATTEMPT, STORY, PARKED, WAITS_SINCE, REASON, EXCHANGE, ROUTING_KEY, DIED_AT];
+    let revival_count = count(raw, REVIVAL).unwrap_or(0).saturating_add(1);
+    copied(&without(raw, &ours), [(REVIVAL, AMQPValue::LongUInt(revival_count))])
+}
+
+/// The same properties without these headers.
+fn without(raw: &BasicProperties, names: &[&str]) -> BasicProperties {
     let mut headers = FieldTable::default();
     for (name, value) in raw.headers().iter().flat_map(FieldTable::inner) {
-        if ![ATTEMPT, STORY, PARKED, WAITED, REASON, EXCHANGE, ROUTING_KEY, DIED_AT].contains(&name.as_str())
-        {
+        if !names.contains(&name.as_str()) {
             headers.insert(name.clone(), value.clone());
         }
     }
-    let revival_count = count(raw, REVIVAL).unwrap_or(0).saturating_add(1);
-    copied(&raw.clone().with_headers(headers), [(REVIVAL, AMQPValue::LongUInt(revival_count))])
+    raw.clone().with_headers(headers)
 }
 
 /// Makes the properties of a copy that is given up: all that the sender set, and why and where from.
@@ -235,13 +242,21 @@ fn copied<const N: usize>(raw: &BasicProperties, ours: [(&'static str, AMQPValue
     copy
 }
 
+fn waits_since(raw: &BasicProperties) -> Option<Timestamp> {
+    Timestamp::from_millisecond(number(raw, WAITS_SINCE)?).ok()
+}
+
 fn attempt(raw: &BasicProperties) -> u32 {
     count(raw, ATTEMPT).unwrap_or(1).max(1)
 }
 
 fn count(raw: &BasicProperties, key: &str) -> Option<u32> {
+    u32::try_from(number(raw, key)?).ok()
+}
+
+fn number(raw: &BasicProperties, key: &str) -> Option<i64> {
     // Other clients choose the width of an integer as they like.
-    let number = match raw.headers().as_ref()?.inner().get(key)? {
+    Some(match raw.headers().as_ref()?.inner().get(key)? {
         AMQPValue::ShortShortInt(n) => i64::from(*n),
         AMQPValue::ShortShortUInt(n) => i64::from(*n),
         AMQPValue::ShortInt(n) => i64::from(*n),
@@ -250,8 +265,32 @@ fn count(raw: &BasicProperties, key: &str) -> Option<u32> {
         AMQPValue::LongUInt(n) => i64::from(*n),
         AMQPValue::LongLongInt(n) => *n,
         _ => return None,
-    };
-    u32::try_from(number).ok()
+    })
+}
+
+/// Reads and copies the properties that these bytes are on the wire.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_headers(data: &[u8]) {
+    let Ok((_, raw)) = lapin::protocol::basic::parse_properties(data) else { return };
+    let properties = read(&raw);
+    drop(death(&raw));
+    let wait = Duration::from_secs(1);
+    let copies = [
+        next_attempt(&raw, "[]", wait),
+        parked(&raw, wait),
+        waiting(&raw, Timestamp::UNIX_EPOCH, wait),
+        dead(&raw, "", "", ""),
+    ];
+    for copy in copies {
+        let copy = read(&copy);
+        assert!(
+            copy.attempt >= properties.attempt && copy.revival_count == properties.revival_count,
+            "{copy:?}"
+        );
+        assert!(copy.message_id == properties.message_id && copy.reply_to == properties.reply_to, "{copy:?}");
+    }
+    assert!(read(&revived(&raw)).attempt == 1, "{properties:?}");
+    drop(write(&properties));
 }
 
 /// Takes a text into AMQP's short string, which has at most 255 bytes.

@@ -26,6 +26,8 @@ pub use delivery::Delivery;
 pub use error::{Cause, Error};
 pub use jobs::Jobs;
 pub use message::Properties;
+#[cfg(any(test, fuzzing))]
+pub(crate) use message::fuzz_headers;
 pub use publisher::{Outgoing, Routed};
 pub use rpc::{Replies, Rpc, RpcDeliveries, RpcDelivery, RpcQueues, RpcSettings};
 pub use settings::{AmqpUrl, InvalidTransportUrl, InvalidUrl, QueueKind, Reach, Settings, Tls, TransportUrl};
@@ -142,14 +144,15 @@ impl Broker {
         self.publish(Outgoing { exchange: String::new(), routing_key: queue.into(), body, properties }).await
     }
 
-    /// Takes jobs, at most `slot_count` at a time: the next one comes when one of those was settled or dropped.
-    pub fn jobs(&self, slot_count: usize) -> Jobs {
-        Jobs::start(&self.link, &self.topology, &self.topology.jobs, slot_count)
+    /// Takes jobs, at most `slot_count` at a time: the next one comes when one of those was settled or dropped. And
+    /// `ahead_count` more, while nobody else who takes jobs has a slot for them.
+    pub fn jobs(&self, slot_count: usize, ahead_count: usize) -> Jobs {
+        Jobs::start(&self.link, &self.topology, &self.topology.jobs, slot_count, ahead_count)
     }
 
     /// Takes what is published to all workers once for all of them, one at a time, so that one of them keeps it.
     pub fn cancels(&self) -> Jobs {
-        Jobs::start(&self.link, &self.topology, &self.topology.cancels, 1)
+        Jobs::start(&self.link, &self.topology, &self.topology.cancels, 1, 0)
     }
 
     /// Listens to what is published to all workers, from the moment on that there is a connection.

@@ -194,7 +194,8 @@ pub fn import(text: &[u8], form: &Form) -> Result<Record, Error> {
 
 /// Makes the export record of a backup that is whole.
 pub fn encode(record: &Record) -> ExportRecord {
-    let created_at = record.created_at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let created_at =
+        Timestamp::from_second(record.created_at.as_second()).unwrap_or(record.created_at).to_string();
     let own = json!({
         "id": record.backup_id,
         "volume_id": record.volume_id,

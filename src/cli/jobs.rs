@@ -8,7 +8,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::signal::unix::SignalKind;
 use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
 
 use super::args::{JobArgs, SubmitArgs};
 use super::render::{self, Bar};
@@ -153,8 +152,7 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let pace = Pace::new(Limit::new(config.worker.job_bytes_per_second_max), limit);
     let ctx = Context { pace, ..Context::default() };
     let attempts = Attempts::one();
-    let never = CancellationToken::new();
-    let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report, &never);
+    let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report);
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     let interrupted = async {

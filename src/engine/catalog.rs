@@ -472,7 +472,7 @@ pub fn describe(state: &RecordState) -> String {
 }
 
 /// The text of something that is kept, with its SHA-256.
-pub(super) fn seal<T: Serialize>(name: &ObjectName, content: &T) -> Result<Bytes, Error> {
+pub(crate) fn seal<T: Serialize>(name: &ObjectName, content: &T) -> Result<Bytes, Error> {
     let failed =
         |error: serde_json::Error| Error::DamagedRecord { object: name.to_string(), why: error.to_string() };
     let content = serde_json::value::to_raw_value(content).map_err(failed)?;
@@ -482,7 +482,7 @@ pub(super) fn seal<T: Serialize>(name: &ObjectName, content: &T) -> Result<Bytes
 }
 
 /// Reads what [`seal`] has made; fails with [`Error::DamagedRecord`] if it is not that any more.
-pub(super) fn unseal<T: DeserializeOwned>(name: &ObjectName, bytes: &[u8]) -> Result<T, Error> {
+pub(crate) fn unseal<T: DeserializeOwned>(name: &ObjectName, bytes: &[u8]) -> Result<T, Error> {
     let damaged = |why: String| Error::DamagedRecord { object: name.to_string(), why };
     let sealed: Sealed = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
     if sealed.format != FORMAT {

@@ -3,7 +3,7 @@
 //! An engine works on one store, with the volumes that jobs name. It must not know messages, the broker or events,
 //! and it never runs a job a second time: that is for `runner`.
 
-mod catalog;
+pub(crate) mod catalog;
 pub mod chunked;
 mod cpu;
 mod error;
@@ -135,13 +135,12 @@ impl Engine {
 
     /// Does the job by this method.
     pub async fn run(&self, ctx: &Context, job: &Job, method: Method) -> Result<Receipt, Error> {
-        if !matches!(job.work, Work::Backup(_)) {
-            ctx.check()?;
-        }
         match &job.work {
-            // It looks later: one that is done already is found done, whoever wants its end.
+            // These two look whether they are to end: a backup that is done already is found done, whoever wants its end,
+            // and what was restored of an image is removed.
             Work::Backup(work) => self.backup(ctx, job.id, work, method).await,
             Work::Restore(work) => self.restore(ctx, job.id, work).await,
+            _ if ctx.cancel.is_cancelled() => Err(Cancelled.into()),
             Work::Verify(work) => self.verify(ctx, job.id, *work).await,
             Work::Delete(id) => self.delete(ctx, job.id, *id).await,
         }
@@ -534,15 +533,37 @@ impl Engine {
     }
 
     async fn restore(&self, ctx: &Context, job_id: JobId, work: &RestoreWork) -> Result<Receipt, Error> {
-        let record = self.catalog.available(work.backup_id).await?;
+        let record = self.catalog.available(work.backup_id).await;
         // A backup that was deleted and made again has another writer.
-        let restore = format!("{job_id} {} {}", record.backup_id, record.writer);
+        let name = |record: &Record| format!("{job_id} {} {}", record.backup_id, record.writer);
+        if ctx.check().is_err() {
+            #[cfg(feature = "ceph")]
+            if let Ok(record) = &record
+                && !ctx.hand_back.is_cancelled()
+                && let Err(error) =
+                    self.volumes.discard(&work.target, record.volume_bytes, name(record)).await
+            {
+                warn!(error = %Causes(&error), "what there is of the image that was restored to could not be removed");
+            }
+            return Err(Cancelled.into());
+        }
+        let record = record?;
+        let restore = name(&record);
         let target = self.volumes.target(&work.target, record.volume_bytes, restore).await?;
         let chain = self.catalog.chain(work.backup_id).await?;
         let digest = match &self.format {
             Format::Chunked(chunked) => Some(chunked.restore(ctx, &chain, target.into_volume()).await?),
             #[cfg(feature = "ceph")]
-            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into(), None).await?,
+            Format::Rbd(rbd) => {
+                let to = rbd::To::from(target);
+                let read = rbd.read_back(ctx, &chain, to.clone(), None).await;
+                if let (Err(_), rbd::To::Rbd(image)) = (&read, &to)
+                    && ctx.hand_back.is_cancelled()
+                {
+                    image.leave();
+                }
+                read?
+            }
         };
         Ok(read_receipt(ctx, &chain[0], digest))
     }

@@ -88,6 +88,14 @@ impl Volumes {
         .await?
     }
 
+    /// Removes what an attempt of a restore, of the same name as in [`Volumes::target`], has left for the next one.
+    #[cfg(feature = "ceph")]
+    pub async fn discard(&self, location: &Location, bytes: u64, restore: String) -> Result<(), Error> {
+        let Location::Rbd(image) = location else { return Ok(()) };
+        let (clusters, image) = (self.clusters.clone(), image.clone());
+        Ok(blocking(move || RbdTarget::discard(&clusters, &image, bytes, &restore)).await??)
+    }
+
     /// Removes snapshots that were taken of an image for backups, as far as they are there.
     #[cfg(feature = "ceph")]
     pub async fn remove_snapshots(&self, image: &RbdImage, taken: Vec<SourceSnapshot>) -> Result<(), Error> {

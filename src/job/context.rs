@@ -19,6 +19,8 @@ pub struct Cancelled;
 pub struct Context {
     /// Fires when the job is to end; engines look at it between chunks.
     pub cancel: CancellationToken,
+    /// Fires before `cancel` when the job is only to stop, for another worker to go on with.
+    pub hand_back: CancellationToken,
     /// How fast the job may be.
     pub pace: Pace,
     /// Where engines count what they do.

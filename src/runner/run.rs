@@ -93,8 +93,8 @@ pub enum Ended {
     Untold(event::Error),
 }
 
-/// Runs a job by the first method that can do it. Tells every `progress_every` how far it is. Fire `hand_back` before
-/// `ctx.cancel` to have it stop as for a cancel, but without being ended.
+/// Runs a job by the first method that can do it. Tells every `progress_every` how far it is. Fire `ctx.hand_back`
+/// before `ctx.cancel` to have it stop as for a cancel, but without being ended.
 ///
 /// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
 /// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle).
@@ -105,7 +105,6 @@ pub async fn run(
     attempts: &Attempts,
     progress_every: Duration,
     report: &Report<'_>,
-    hand_back: &CancellationToken,
 ) -> Ended {
     let started = Instant::now();
     let (was_out_before, revival_count) = (attempts.was_out_before(), attempts.revival_count);
@@ -173,7 +172,7 @@ pub async fn run(
                 account.fallback_reason.get_or_insert(problem);
             }
             // If somebody asked for its end as well, the next worker finds that out.
-            (Class::Cancelled, _) if hand_back.is_cancelled() => return Ended::HandedBack,
+            (Class::Cancelled, _) if ctx.hand_back.is_cancelled() => return Ended::HandedBack,
             (Class::Cancelled, _) => {
                 let late = late(job).filter(|_| !ctx.cancel.is_cancelled());
                 break late.map_or(Outcome::Cancelled, Outcome::Failed);

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -19,6 +19,7 @@ use crate::cinder::volumes::{VolumeService, object_of};
 use crate::error::{Causes, Class, Problem};
 use crate::job::{BackupId, BackupWork, Job, JobId, Parent, Record, RestoreWork, VolumeId, Work};
 use crate::message::oslo::{self, BackupDevice, BackupDeviceInfo, Failure, Request};
+use crate::runner::Place;
 
 const CREATE: Action = Action { id: "013", name: "create backup" };
 const DELETE: Action = Action { id: "014", name: "delete backup" };
@@ -135,7 +136,7 @@ impl StandIn {
         let Some(service) = volume.service() else {
             return fail(Detail::Attach, &format!("Volume {} is on no host.", volume.id)).await;
         };
-        let _slot = self.slot().await?;
+        let _place = self.place(&row).await?;
         let context = context_of(request, id, CREATE);
         let volumes = VolumeService::new(&self.rpc, service, &context, volume.id, self.reply_time_max());
         let attached = self.attach(&volumes, volume.object.to_json()).await;
@@ -261,7 +262,7 @@ impl StandIn {
         if !self.driver.made(row.service.as_deref()) {
             return fail(Detail::Restore, &self.not_ours(&row)).await;
         }
-        let _slot = self.slot().await?;
+        let _place = self.place(&row).await?;
         let context = context_of(request, id, RESTORE);
         let volumes = match self.volume_service(&volume, &context) {
             Ok(volumes) => volumes,
@@ -552,9 +553,9 @@ impl StandIn {
     }
 
     /// Waits for a turn among the backups and restores.
-    async fn slot(&self) -> Result<OwnedSemaphorePermit, Trouble> {
+    async fn place(&self, row: &BackupRow) -> Result<Place, Trouble> {
         tokio::select! {
-            slot = self.slots.clone().acquire_owned() => slot.map_err(|_| Trouble::HandedBack),
+            place = self.places.take(row.project_id.clone(), Timestamp::now()) => place.ok_or(Trouble::HandedBack),
             () = self.hand_back.cancelled() => Err(Trouble::HandedBack),
         }
     }

@@ -97,14 +97,13 @@ impl StandIn {
         cancel: &CancellationToken,
         status: Option<&str>,
     ) -> Result<Ran, Trouble> {
-        let ctx = Context { cancel: self.hand_back.child_token(), ..Context::default() };
+        let hand_back = self.hand_back.clone();
+        let ctx = Context { cancel: hand_back.child_token(), hand_back, ..Context::default() };
         let work = async {
             let report = Report::new(&Unheard, job);
             let mut attempts = Attempts { max: ATTEMPTS_MAX, seconds_max: u32::MAX, ..Attempts::one() };
             loop {
-                let ended =
-                    runner::run(&ctx, engine, job, &attempts, PROGRESS_EVERY, &report, &self.hand_back).await;
-                match ended {
+                match runner::run(&ctx, engine, job, &attempts, PROGRESS_EVERY, &report).await {
                     Ended::Over(completion) => return Ok(completion.outcome),
                     Ended::HandedBack => return Err(Trouble::HandedBack),
                     Ended::Untold(error) => return Err(Trouble::Later(Causes(&error).to_string())),

@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -34,6 +33,7 @@ use crate::engine::Volumes;
 use crate::error::Causes;
 use crate::job::BackupId;
 use crate::message::oslo::{Failure, Malformed};
+use crate::runner::Places;
 use crate::volume::FileRoots;
 use crate::worker::{self, Shutdown, Stores};
 
@@ -55,6 +55,8 @@ const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
 const LATER_PAUSE: Duration = Duration::from_secs(5);
 /// How long the schedulers may take to be told that we take no more.
 const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a request waits for its turn, at most: nobody else would take it.
+const PLACE_TIME_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Why the worker could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +99,7 @@ struct StandIn {
     /// What the store keeps backups as.
     form: Form,
     /// How many backups and restores run at the same time.
-    slots: Arc<Semaphore>,
+    places: Arc<Places>,
     /// Fires when jobs are to stop where they are, for the next worker to go on with.
     hand_back: CancellationToken,
     uses: Mutex<HashMap<BackupId, Use>>,
@@ -114,8 +116,8 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
     let database = Database::connect(&database_url(&conf)?, CONNECTIONS_MAX).await?;
     let rpc = Rpc::start(settings(&conf)?)?;
     let slot_count = match conf.default.backup_max_operations {
-        0 => Semaphore::MAX_PERMITS,
-        count => usize::try_from(count).unwrap_or(Semaphore::MAX_PERMITS).min(Semaphore::MAX_PERMITS),
+        0 => usize::MAX,
+        count => usize::try_from(count).unwrap_or(usize::MAX),
     };
     let stand_in = Arc::new(StandIn {
         form: driver.form(&conf)?,
@@ -131,7 +133,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
             driver: driver.class().into(),
         },
         rpc,
-        slots: Arc::new(Semaphore::new(slot_count)),
+        places: Places::new(slot_count, usize::MAX, PLACE_TIME_MAX),
         hand_back: CancellationToken::new(),
         uses: Mutex::default(),
         conf,

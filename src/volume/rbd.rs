@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -425,6 +426,8 @@ pub struct RbdTarget {
     new: Option<String>,
     /// What the attempt before noted.
     note: Option<String>,
+    /// Whether a new image stays that is not whole.
+    stays: AtomicBool,
 }
 
 impl RbdTarget {
@@ -467,7 +470,18 @@ impl RbdTarget {
         let bytes = image.bytes()?;
         let note = if new.is_some() { image.metadata(NOTE_KEY)? } else { None };
         let image = Mutex::new(Some(Arc::new(image)));
-        Ok(Self { pool: pool.clone(), image, bytes, before, runtime: Handle::current(), new, note })
+        let (pool, runtime, stays) = (pool.clone(), Handle::current(), AtomicBool::new(false));
+        Ok(Self { pool, image, bytes, before, runtime, new, note, stays })
+    }
+
+    /// Removes the new image that an attempt of this restore has left, if there is one. Blocks.
+    pub fn discard(clusters: &Clusters, location: &RbdImage, bytes: u64, restore: &str) -> Result<(), Error> {
+        let pool = &clusters.connect(location.cluster.as_deref())?.pool(&location.pool)?;
+        if let Some(image) = Self::take_over(pool, &location.image, bytes, restore)? {
+            drop(image);
+            pool.remove_image(&partial(&location.image))?;
+        }
+        Ok(())
     }
 
     /// Opens the new image that an attempt of the same restore has left, and has the cluster refuse all that this one, if
@@ -515,6 +529,11 @@ impl RbdTarget {
         let image = self.image()?;
         self.runtime.block_on(image.flush()).map_err(ceph::Error::into_io)?;
         image.set_metadata(NOTE_KEY, note).map_err(ceph::Error::into_io)
+    }
+
+    /// Leaves a new image where it is though it is not whole, for the next attempt of the same restore.
+    pub fn leave(&self) {
+        self.stays.store(true, Ordering::Relaxed);
     }
 
     /// Its size.
@@ -600,6 +619,7 @@ impl Drop for RbdTarget {
     fn drop(&mut self) {
         self.close();
         if let Some(name) = &self.new
+            && !self.stays.load(Ordering::Relaxed)
             && let Err(error) = self.pool.remove_image(&partial(name))
         {
             // It is gone already when the restore succeeded, which is no error.

@@ -172,6 +172,12 @@ impl Drop for Worker {
     }
 }
 
+/// Sets how many files a process may have open; what it has stays open.
+pub(crate) fn limit_handles(pid: u32, count: &str) {
+    let limit = [format!("--pid={pid}"), format!("--nofile={count}:")];
+    assert!(Command::new("prlimit").args(limit).status().unwrap().success());
+}
+
 /// How the broker is reached, with the exchanges and queues of the stack.
 pub(crate) fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
     Settings {

@@ -101,6 +101,8 @@ fn decoded(text: &str) -> Vec<u8> {
     let mut rest = text.as_bytes();
     while let [first, others @ ..] = rest {
         let code = (*first == b'%').then(|| others.get(..2)).flatten();
+        // A sign is no digit, though Rust reads it as a part of a number.
+        let code = code.filter(|two| two.iter().all(u8::is_ascii_hexdigit));
         let code = code.and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
         bytes.push(code.unwrap_or(*first));
         rest = if code.is_some() { &others[2..] } else { others };
@@ -150,6 +152,11 @@ mod tests {
         for text in ["", "cinder", "oracle://c@db/cinder", "sqlite://", "sqlite:///:memory:"] {
             assert!(url(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_percent_before_a_plus_sign_is_no_code_in_a_password() {
+        assert_eq!(url("mysql://c:a%+5b@db/cinder").as_deref(), Ok("mysql://c:a%25%2B5b@db/cinder"));
     }
 
     #[test]

@@ -8,16 +8,16 @@
 mod backup;
 mod changes;
 mod checkpoints;
-mod checksums;
+pub(crate) mod checksums;
 mod compression;
 pub mod digest;
 mod gc;
 mod layers;
 mod lists;
 mod memory;
-mod metadata;
+pub(crate) mod metadata;
 mod read_back;
-mod sha256_file;
+pub(crate) mod sha256_file;
 pub(super) mod stored;
 
 pub use backup::Unfinished;

@@ -1,5 +1,6 @@
 //! What workers tell each other.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::command::{encode_command, parse_command};
@@ -25,6 +26,22 @@ pub enum Control {
         /// Who runs it.
         worker: String,
     },
+    /// A worker has put a job off that waits for others to end.
+    Waits {
+        /// The job.
+        job_id: JobId,
+        /// What it is to have for itself.
+        names: Vec<String>,
+        /// Since when it waits.
+        since: Timestamp,
+        /// For how long it was put off.
+        seconds: u32,
+    },
+    /// A job that has waited for others does so no more.
+    WaitsNoMore {
+        /// The job.
+        job_id: JobId,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -32,6 +49,19 @@ pub enum Control {
 enum Wire {
     WhoRuns { job_id: JobId, worker: String },
     Runs { job_id: JobId, worker: String },
+    Waits { job_id: JobId, names: Vec<String>, since: Timestamp, seconds: u32 },
+    WaitsNoMore { job_id: JobId },
+}
+
+impl From<Wire> for Control {
+    fn from(wire: Wire) -> Self {
+        match wire {
+            Wire::WhoRuns { job_id, worker } => Self::WhoRuns { job_id, worker },
+            Wire::Runs { job_id, worker } => Self::Runs { job_id, worker },
+            Wire::Waits { job_id, names, since, seconds } => Self::Waits { job_id, names, since, seconds },
+            Wire::WaitsNoMore { job_id } => Self::WaitsNoMore { job_id },
+        }
+    }
 }
 
 /// Writes a message to all workers.
@@ -40,17 +70,17 @@ pub fn encode_control(control: Control) -> Vec<u8> {
         Control::Cancel(id) => return encode_command(&Command::Cancel(id)),
         Control::WhoRuns { job_id, worker } => Wire::WhoRuns { job_id, worker },
         Control::Runs { job_id, worker } => Wire::Runs { job_id, worker },
+        Control::Waits { job_id, names, since, seconds } => Wire::Waits { job_id, names, since, seconds },
+        Control::WaitsNoMore { job_id } => Wire::WaitsNoMore { job_id },
     };
-    // Texts: they cannot fail to be written.
+    // Texts and numbers: they cannot fail to be written.
     serde_json::to_vec(&wire).unwrap_or_default()
 }
 
 /// Reads a message to all workers.
 pub fn parse_control(body: &[u8]) -> Result<Control, Rejection> {
-    match serde_json::from_slice(body) {
-        Ok(Wire::WhoRuns { job_id, worker }) => return Ok(Control::WhoRuns { job_id, worker }),
-        Ok(Wire::Runs { job_id, worker }) => return Ok(Control::Runs { job_id, worker }),
-        Err(_) => {}
+    if let Ok(wire) = serde_json::from_slice::<Wire>(body) {
+        return Ok(wire.into());
     }
     match parse_command(body)? {
         Command::Cancel(id) => Ok(Control::Cancel(id)),
