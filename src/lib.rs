@@ -15,6 +15,7 @@ pub mod event;
 pub mod fuzz;
 pub mod health;
 pub mod job;
+pub mod log;
 pub mod message;
 pub mod runner;
 #[cfg(feature = "ceph")]

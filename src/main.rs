@@ -1,13 +1,12 @@
 //! The command line program.
 
-use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use backhaul::cli::args::{Args, LogFormat};
+use backhaul::log;
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tracing_subscriber::EnvFilter;
 
 /// Threads are started when they are needed only.
 const BLOCKING_THREADS_MAX: usize = 8192;
@@ -19,14 +18,7 @@ const HANDLES_MIN: u64 = 1024;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(args.log_filter()))
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    match args.log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
-    }
+    log::start(args.log_filter(), args.log_format == LogFormat::Json);
     // The process holds keys and passwords, which are not for a core dump. systemd-coredump heeds this limit, too.
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     if let Err(error) = setrlimit(Resource::Core, none) {

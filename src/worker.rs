@@ -3,6 +3,8 @@
 //! A delivery is settled once, and only after what it caused is safe: data, record, event confirmed by the broker,
 //! then the acknowledgement. Whatever dies in between leads to the same job again, which finds how far it had come.
 
+mod calls;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
@@ -425,7 +427,7 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         }
         None => None,
     };
-    let message_bytes_max = settings.message_bytes_max;
+    let (message_bytes_max, reach) = (settings.message_bytes_max, settings.reach());
     let jobs_max = config.worker.jobs_max;
     let ahead_max = jobs_max.min(AHEAD_MAX);
     let worker = Arc::new(Worker {
@@ -449,6 +451,11 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
     if let Some(listener) = listener {
         let of_worker = worker.clone();
         beside.spawn(async move { match health::serve(listener, move || of_worker.health()).await {} });
+    }
+    if let Some(topic) = &config.worker.oslo_topic {
+        let (broker, name) = (worker.broker.clone(), &config.worker.name);
+        let calls = Arc::new(calls::Calls::new(reach, broker, topic, name, message_bytes_max)?);
+        beside.spawn(calls.take());
     }
     let drain_time_max = Duration::from_secs(config.worker.drain_seconds_max.into());
     // One more than may wait, to look whether there are others.

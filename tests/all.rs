@@ -37,6 +37,7 @@ mod openstack;
 #[cfg(feature = "ceph")]
 mod openstack_bugs;
 mod oslo;
+mod oslo_calls;
 mod pace;
 #[cfg(feature = "ceph")]
 mod rbd;

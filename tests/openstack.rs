@@ -1,10 +1,13 @@
 //! Our worker in the place of cinder-backup, beside the rest of a real Cinder: `cargo nextest run -E 'test(openstack::)'`.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::support::ceph::{Ceph, Image};
-use crate::support::openstack::{Openstack, run, text};
+use crate::support::openstack::{Ceilometer, Openstack, run, text};
+use crate::support::oslo::Oslo;
 use crate::support::stack::{noise, until};
 use crate::support::swift;
 
@@ -212,6 +215,7 @@ fn a_backup_goes_on_when_its_worker_was_killed() {
 #[test]
 fn a_backup_that_cannot_be_made_says_why_and_gives_its_volume_back() {
     let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let mut listener = openstack.listen();
     let _worker = openstack.backhaul("ceph", ceph.conf());
     let volume = openstack.volume();
     let spec = format!("volumes/volume-{volume}");
@@ -227,6 +231,14 @@ fn a_backup_that_cannot_be_made_says_why_and_gives_its_volume_back() {
         (&json!("available"), &json!("error_backing-up"))
     );
     assert_eq!(openstack.delete(&text(&failed["id"]))["status"], "deleted");
+    let told = listener_hears(&mut listener, "backup.delete.end");
+    let events: Vec<String> = told.iter().map(|told| text(&told["event_type"])).collect();
+    let (start, error) = ("backup.create.start", "backup.create.error");
+    assert_eq!(events, [start, error, "backup.delete.start", "backup.delete.end"]);
+    assert_eq!(told[1]["priority"], "error");
+    assert_eq!(told[1]["payload"]["status"], "error");
+    assert_eq!(told[1]["payload"]["fail_reason"], failed["fail_reason"]);
+    assert!(text(&told[1]["payload"]["message"]).contains(&volume), "{}", told[1]);
 }
 
 #[test]
@@ -297,4 +309,208 @@ fn a_backup_that_is_deleted_by_force_while_it_is_made_leaves_nothing() {
     assert_eq!(volume["status"], "available", "{volume}");
     let left: Vec<_> = std::fs::read_dir(openstack.backups()).unwrap().flatten().map(|e| e.path()).collect();
     assert!(!left.iter().any(|path| path.join(&backup[2..4]).join(&backup).exists()), "{left:?}");
+}
+
+/// Hears notifications up to the first one with this `event_type`.
+fn listener_hears(listener: &mut Oslo, last: &str) -> Vec<Value> {
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|told: &Value| told["event_type"] != last) {
+        heard.push(listener.told());
+    }
+    heard
+}
+
+/// What the values of an object are, by their names.
+fn shape(object: &Value) -> BTreeMap<String, &'static str> {
+    let kind = |value: &Value| match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "text",
+        Value::Array(_) => "list",
+        Value::Object(_) => "object",
+    };
+    object.as_object().unwrap().iter().map(|(name, value)| (name.clone(), kind(value))).collect()
+}
+
+/// Whether it says that a status was reset, for which Ceilometer has no meter.
+fn is_reset(told: &Value) -> bool {
+    told["event_type"] == "backup.reset_status.end"
+}
+
+/// What Ceilometer has made of a notification, but for what is in it.
+fn kinds(made: &Value) -> Value {
+    let samples = made["samples"].as_array().unwrap().iter();
+    let samples: Vec<_> = samples.map(|sample| [&sample["name"], &sample["type"], &sample["unit"]]).collect();
+    let traits = made["event"]["traits"].as_array().unwrap().iter();
+    json!([samples, traits.map(|one| &one[0]).collect::<Vec<_>>()])
+}
+
+#[rstest]
+fn who_listens_hears_of_us_what_they_hear_of_cinders_own_service(#[values("ceph", "posix")] driver: &str) {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let mut listener = openstack.listen();
+    let volume = openstack.volume();
+    image(&ceph, &volume).write(&[(0, &noise(1, 3 * MIB))]);
+    let mut heard_of = |openstack: &mut Openstack| {
+        let backup = openstack.backup(&volume, &[]);
+        assert_eq!(backup["status"], "available", "{backup}");
+        let id = text(&backup["id"]);
+        let restored = openstack.restore(&[&id]);
+        assert_eq!(restored["status"], "available", "{restored}");
+        openstack.ok(&["reset", &id, "available"]);
+        let mut told = listener_hears(&mut listener, "backup.reset_status.end");
+        openstack.delete(&id);
+        told.extend(listener_hears(&mut listener, "backup.delete.end"));
+        for told in &told {
+            assert_eq!(told["payload"]["backup_id"], backup["id"], "{told}");
+            assert_eq!(told["payload"]["tenant_id"], backup["project_id"], "{told}");
+            assert_eq!(told["context"]["auth_token"], Value::Null);
+        }
+        told
+    };
+
+    let backhaul = openstack.backhaul(driver, ceph.conf());
+    let ours = heard_of(&mut openstack);
+    backhaul.stop();
+    let cinder = openstack.cinder_backup(driver, ceph.conf());
+    let theirs = heard_of(&mut openstack);
+    cinder.stop();
+
+    let mut ceilometer = Ceilometer::start();
+    for told in &ours {
+        let made = ceilometer.makes_of(told);
+        let size = &made["samples"][0];
+        assert_eq!(made["samples"].as_array().unwrap().len(), usize::from(!is_reset(told)), "{told}: {made}");
+        if !is_reset(told) {
+            let payload = &told["payload"];
+            assert_eq!((&size["name"], &size["volume"]), (&json!("backup.size"), &json!(1)), "{made}");
+            assert_eq!(size["resource_id"], payload["backup_id"], "{made}");
+            assert_eq!(size["project_id"], payload["tenant_id"], "{made}");
+            assert_eq!(size["resource_metadata"]["display_name"], "a backup", "{made}");
+        }
+        let theirs = theirs.iter().find(|theirs| theirs["event_type"] == told["event_type"]);
+        if let Some(theirs) = theirs {
+            let theirs = ceilometer.makes_of(theirs);
+            assert_eq!(kinds(&made), kinds(&theirs), "{told}");
+        }
+    }
+
+    // How far it is both tell as often as the clock says.
+    let is_progress = |told: &&Value| text(&told["event_type"]).ends_with("progress");
+    let events = |all: &[Value]| -> Vec<String> {
+        all.iter().filter(|told| !is_progress(told)).map(|told| text(&told["event_type"])).collect()
+    };
+    assert_eq!(events(&ours), events(&theirs));
+    assert_eq!(events(&ours).len(), 7, "{:?}", events(&ours));
+    for (ours, theirs) in
+        ours.iter().filter(|told| !is_progress(told)).zip(theirs.iter().filter(|told| !is_progress(told)))
+    {
+        let event = &ours["event_type"];
+        assert_eq!(shape(&ours["payload"]), shape(&theirs["payload"]), "{event}");
+        assert_eq!(shape(&ours["metadata"]), shape(&theirs["metadata"]), "{event}");
+        let names =
+            |told: &Value| told["context"].as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+        assert_eq!(names(ours), names(theirs), "{event}");
+        for same in ["publisher_id", "priority"] {
+            assert_eq!(ours[same], theirs[same], "{event}");
+        }
+        for same in
+            ["host", "availability_zone", "status", "size", "service", "volume_id", "num_dependent_backups"]
+        {
+            assert_eq!(ours["payload"][same], theirs["payload"][same], "{same} of {event}");
+        }
+    }
+    let last =
+        |all: &[Value]| all.iter().rfind(|told| told["event_type"] == "backup.createprogress").cloned();
+    let ours = last(&ours).unwrap();
+    assert_eq!(ours["payload"]["backup_percent"], 100);
+    if driver == "posix" {
+        let (ours, mut theirs) = (shape(&ours["payload"]), shape(&last(&theirs).unwrap()["payload"]));
+        for of_the_driver in ["id", "list", "prefix", "volume_meta"] {
+            assert!(theirs.remove(of_the_driver).is_some(), "{of_the_driver}");
+        }
+        assert!(ours.keys().eq(theirs.keys()), "{ours:?}\n{theirs:?}");
+    }
+}
+
+#[test]
+fn how_far_a_backup_and_a_restore_are_is_told_meanwhile() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let mut listener = openstack.listen();
+    let _worker = openstack.backhaul("posix", ceph.conf());
+    let (volume, target) = (openstack.volume(), openstack.volume());
+    for place in 0..8 {
+        image(&ceph, &volume).write(&[(place << 27, &noise(place, 3 * MIB))]);
+    }
+    for slow in [&volume, &target] {
+        image(&ceph, slow).slow_down(4 << 20);
+    }
+
+    let backup = text(&openstack.backup(&volume, &[])["id"]);
+    openstack.restore(&[&backup, &target]);
+
+    for (event, name, end) in [
+        ("backup.createprogress", "backup_percent", "backup.create.end"),
+        ("backup.restoreprogress", "restore_percent", "backup.restore.end"),
+    ] {
+        let told = listener_hears(&mut listener, end);
+        let of_progress = told.iter().filter(|told| told["event_type"] == event);
+        let percent: Vec<u64> = of_progress.map(|told| told["payload"][name].as_u64().unwrap()).collect();
+        assert!(percent.is_sorted() && percent.last() == Some(&100), "{percent:?}");
+        assert!(percent.iter().any(|percent| (1..100).contains(percent)), "{percent:?}");
+    }
+}
+
+#[test]
+fn how_much_is_logged_is_asked_for_and_changed_while_we_work() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let worker = openstack.backhaul("posix", ceph.conf());
+    let host = openstack.host().to_owned();
+    let levels = openstack.ok(&["get-log", &host]);
+    assert_eq!((&levels["cinder.backup.manager"], &levels["sqlalchemy"]), (&json!("INFO"), &json!("INFO")));
+    assert!(!worker.log().contains("DEBUG"));
+
+    openstack.ok(&["set-log", &host, "debug", "cinder.backup"]);
+
+    let levels = openstack.ok(&["get-log", &host, "cinder"]);
+    let expected = ["cinder.backup.manager", "cinder.backup.drivers", "cinder.db"];
+    assert!(expected.iter().all(|name| levels[name] == "DEBUG"), "{levels}");
+    assert_eq!(levels.get("sqlalchemy"), None);
+    assert_eq!(openstack.ok(&["get-log", &host, "sql"]), json!({ "sqlalchemy": "INFO" }));
+    openstack.ok(&["set-log", &host, "ERROR"]);
+    assert_eq!(openstack.ok(&["get-log", &host, "cinder.rpc"]), json!({ "cinder.rpc": "ERROR" }));
+    let log = worker.log();
+    openstack.volume();
+    openstack.ok(&["set-log", &host, "Info"]);
+    let refused = openstack.ask(&["set-log", &host, "loud"]).unwrap_err();
+    assert_eq!(refused["error"], "InvalidInput_Remote");
+    assert!(text(&refused["message"]).contains("loud is not a valid log level."), "{refused}");
+    assert!(worker.log()[log.len()..].contains("log level changed"), "{}", worker.log());
+}
+
+#[test]
+fn what_a_worker_has_left_that_died_is_put_right_unless_its_message_comes_again() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let worker = openstack.backhaul("posix", ceph.conf());
+    let (volume, first, second) = (openstack.volume(), openstack.volume(), openstack.volume());
+    image(&ceph, &volume).write(&[(0, &noise(1, 64 * MIB))]);
+    let ids: Vec<String> = (0..3).map(|_| text(&openstack.backup(&volume, &[])["id"])).collect();
+    let [deleting, restoring, at_work] = &ids[..] else { panic!() };
+    image(&ceph, &first).slow_down(1 << 18);
+    openstack.ok(&["restore", at_work, &first]);
+    until("the restore has begun", || worker.log().matches("started method").count() == 4);
+    drop(worker);
+    openstack.ok(&["strand", deleting, "deleting"]);
+    openstack.ok(&["strand", restoring, "restoring", &second]);
+
+    let worker = openstack.backhaul("posix", ceph.conf());
+
+    assert_eq!(openstack.ok(&["settled", deleting])["status"], "deleted");
+    assert!(!worker.log().contains("nobody was at"), "too early: {}", worker.log());
+    assert_eq!(openstack.ok(&["settled", restoring])["status"], "available");
+    assert_eq!(openstack.ok(&["volume", &second])["status"], "error_restoring");
+    // Its message came again.
+    assert_eq!(openstack.ok(&["show", at_work])["status"], "restoring");
+    assert_eq!(openstack.ok(&["volume", &first])["status"], "restoring-backup");
 }

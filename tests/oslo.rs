@@ -5,6 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use backhaul::broker::{Reach, RpcQueues, RpcSettings, Tls, TransportUrl};
+use backhaul::cinder::database::BackupRow;
+use backhaul::cinder::notifications::{Notifier, Priority, payload};
 use backhaul::cinder::rpc::{CallError, Incoming, Requests, Rpc, Target};
 use backhaul::message::oslo::{
     Answer, Backup, BackupDevice, BackupDeviceInfo, Context, Failure, Notification, NotificationFormat,
@@ -18,6 +20,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::{Map, Value, json};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::support::oslo::Oslo;
 use crate::support::rabbit::Rabbit;
@@ -270,7 +273,7 @@ impl Names {
         Self { url, exchange: format!("exchange-{unique}"), topic: format!("topic-{unique}") }
     }
 
-    async fn rpc(&self, queues: RpcQueues) -> Rpc {
+    fn settings(&self, queues: RpcQueues) -> RpcSettings {
         let (url, other_urls) = self.url.parse::<TransportUrl>().unwrap().urls(false);
         let reach = Reach {
             url,
@@ -281,7 +284,11 @@ impl Names {
             reconnect_seconds_max: 1,
             publish_seconds_max: 60,
         };
-        Rpc::connect(RpcSettings { reach, exchange: self.exchange.clone(), queues }).await.unwrap()
+        RpcSettings { reach, exchange: self.exchange.clone(), queues }
+    }
+
+    async fn rpc(&self, queues: RpcQueues) -> Rpc {
+        Rpc::connect(self.settings(queues)).await.unwrap()
     }
 
     fn oslo(&self, options: &[&str]) -> Oslo {
@@ -497,6 +504,135 @@ async fn either_may_take_over_the_queues_of_the_other(
     rpc.close().await;
 }
 
+/// A notification as Cinder's own service has sent it.
+fn notification_of_cinder(event: &str) -> Value {
+    let path = format!("{}/tests/contracts/notifications/{event}.json", env!("CARGO_MANIFEST_DIR"));
+    opened(&fs::read(path).unwrap())
+}
+
+fn opened(body: &[u8]) -> Value {
+    let envelope: Value = serde_json::from_slice(body).unwrap();
+    assert_eq!(envelope["oslo.version"], "2.0");
+    serde_json::from_str(envelope["oslo.message"].as_str().unwrap()).unwrap()
+}
+
+/// The row that Cinder has made a payload of.
+fn row_of(payload: &Value) -> BackupRow {
+    let text = |name: &str| payload[name].as_str().map(str::to_owned);
+    let created_at = payload["created_at"].as_str().unwrap().strip_suffix("+00:00").unwrap();
+    BackupRow {
+        id: text("backup_id").unwrap(),
+        user_id: text("user_id"),
+        project_id: text("tenant_id"),
+        volume_id: text("volume_id").unwrap(),
+        snapshot_id: text("snapshot_id"),
+        host: text("host"),
+        availability_zone: text("availability_zone"),
+        display_name: text("display_name"),
+        display_description: Some("not told".into()),
+        container: Some("not-told".into()),
+        parent_id: text("parent_id"),
+        status: text("status").unwrap(),
+        fail_reason: text("fail_reason"),
+        service_metadata: text("service_metadata"),
+        service: text("service"),
+        size: payload["size"].as_i64().unwrap(),
+        object_count: 7,
+        temp_volume_id: None,
+        temp_snapshot_id: None,
+        num_dependent_backups: payload["num_dependent_backups"].as_i64().unwrap(),
+        data_timestamp: None,
+        restore_volume_id: None,
+        encryption_key_id: None,
+        created_at: Some(created_at.parse().unwrap()),
+        updated_at: None,
+        deleted_at: None,
+        deleted: payload["status"] == "deleted",
+    }
+}
+
+#[rstest]
+fn a_notification_is_what_cinders_own_service_sends(
+    #[values("create.start", "create.end", "restore.end", "delete.end")] event: &str,
+) {
+    let theirs = notification_of_cinder(event);
+    // The context comes with the request that the notification is about.
+    let mut request = theirs.clone();
+    request["method"] = json!("create_backup");
+    request["_context_auth_token"] = json!("hush");
+    request["_context_service_catalog"] = json!([{ "type": "identity", "endpoints": [] }]);
+    let request = Request::parse(request.to_string().as_bytes()).unwrap();
+    let ours = Notification {
+        message_id: theirs["message_id"].as_str().unwrap().parse().unwrap(),
+        publisher_id: "backup.node1".into(),
+        event_type: format!("backup.{event}"),
+        priority: "INFO",
+        payload: payload(&row_of(&theirs["payload"])).into(),
+        context: request.context,
+    };
+    let (day, time) = theirs["timestamp"].as_str().unwrap().split_once(' ').unwrap();
+    let at: Timestamp = format!("{day}T{time}Z").parse().unwrap();
+
+    let mut told = opened(&ours.encode(at, NotificationFormat::Messagingv2));
+    let unenveloped: Value = serde_json::from_slice(&ours.encode(at, NotificationFormat::Messaging)).unwrap();
+
+    assert_ne!(told["_unique_id"], unenveloped["_unique_id"]);
+    told["_unique_id"] = unenveloped["_unique_id"].clone();
+    assert_eq!(told, unenveloped, "the driver decides about the envelope alone");
+    told["_unique_id"] = theirs["_unique_id"].clone();
+    assert_eq!(told, theirs);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_notification_that_nobody_takes_holds_nothing_up_for_long() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let names = Names { url: format!("rabbit://guest:guest@{closed}/"), ..Names::new() };
+    let notifier = Notifier {
+        rpc: Rpc::start(names.settings(RpcQueues::default())).unwrap(),
+        formats: vec![NotificationFormat::Messagingv2, NotificationFormat::Messaging],
+        topics: vec![names.topic.clone(), format!("{}-other", names.topic)],
+        publisher_id: "backup.host-1".into(),
+    };
+
+    let context = Context::admin("req-1");
+    let told = notifier.tell(&context, "backup.create.end", Priority::Info, Map::new());
+
+    timeout(PATIENCE, told).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_notification_goes_to_every_topic_once_for_each_driver() {
+    let names = Names::new();
+    let rpc = names.rpc(RpcQueues::default()).await;
+    let other = format!("{}-other", names.topic);
+    let notifier = Notifier {
+        rpc,
+        formats: vec![NotificationFormat::Messagingv2, NotificationFormat::Messaging],
+        topics: vec![names.topic.clone(), other.clone()],
+        publisher_id: "backup.host-1".into(),
+    };
+    let payload = Map::from_iter([("message".to_owned(), json!("no space left"))]);
+
+    notifier.tell(&Context::admin("req-1"), "backup.create.error", Priority::Error, payload).await;
+
+    let mut ids = Vec::new();
+    for topic in [&names.topic, &other] {
+        let mut listener = names.oslo(&[]);
+        listener.must(&json!({ "do": "listen", "topic": topic }));
+        for _ in 0..2 {
+            let told = listener.told();
+            assert_eq!(
+                (&told["priority"], &told["event_type"]),
+                (&json!("error"), &json!("backup.create.error"))
+            );
+            assert_eq!(told["payload"], json!({ "message": "no space left" }));
+            ids.push(told["metadata"]["message_id"].clone());
+        }
+    }
+    ids.dedup();
+    assert_eq!(ids.len(), 1, "it is one notification");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_notification_reaches_whoever_listens_later_and_has_no_token() {
     let names = Names::new();
@@ -504,6 +640,7 @@ async fn a_notification_reaches_whoever_listens_later_and_has_no_token() {
     let mut context = Context::admin("req-1");
     context.set("auth_token", json!("hush"));
     let notification = Notification {
+        message_id: Uuid::new_v4(),
         publisher_id: "backup.host-1".into(),
         event_type: "backup.create.end".into(),
         priority: "INFO",

@@ -335,6 +335,21 @@ impl Rpc {
         }
     }
 
+    /// How many consume the queue of a service's instance on a host, us included.
+    pub async fn consumer_count(&self, topic: &str, host: &str) -> Result<u32, Error> {
+        let queue = format!("{topic}.{host}");
+        let name = short("the name of a queue of the service", &queue)?;
+        let looking = || format!("look at queue {queue}");
+        let looked = async {
+            let live = self.link.live().await?;
+            let channel = open_channel(&live.connection).await?;
+            let options = QueueDeclareOptions { passive: true, ..Default::default() };
+            let found = channel.queue_declare(name, options, FieldTable::default()).await;
+            Ok(found.map_err(|error| Error::doing(looking(), &error))?.consumer_count())
+        };
+        self.link.bounded(&looking, looked).await
+    }
+
     /// Leaves the broker. What was handed out and not settled goes back.
     pub async fn close(&self) {
         self.link.close().await;

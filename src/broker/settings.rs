@@ -58,7 +58,8 @@ pub struct Reach {
 }
 
 impl Settings {
-    pub(super) fn reach(&self) -> Reach {
+    /// How it is reached, without what is of our own queues.
+    pub fn reach(&self) -> Reach {
         Reach {
             url: self.url.clone(),
             other_urls: Vec::new(),

@@ -6,6 +6,7 @@
 pub mod conf;
 pub mod database;
 pub mod export_record;
+pub mod notifications;
 pub mod rpc;
 pub mod scheduler;
 pub mod volumes;

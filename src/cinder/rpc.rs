@@ -218,6 +218,11 @@ impl Rpc {
         Ok(Requests { deliveries, wire: self.wire.clone(), known: Known::default() })
     }
 
+    /// How many take what the instance of `topic` on `host` is asked for, us included.
+    pub async fn consumer_count(&self, topic: &str, host: &str) -> Result<u32, broker::Error> {
+        self.wire.consumer_count(topic, host).await
+    }
+
     /// Leaves the broker. What was handed out and not settled goes back.
     pub async fn close(&self) {
         self.wire.close().await;
@@ -329,7 +334,7 @@ impl Requests {
             }
             let heartbeat = request.call.as_ref().and_then(|call| heartbeats(&self.wire, call));
             let (wire, known) = (self.wire.clone(), self.known.clone());
-            return Some(Incoming { request, redelivered, id, known, wire, heartbeat });
+            return Some(Incoming { request, redelivered, id, known, wire, heartbeat, accepted: false });
         }
     }
 
@@ -397,9 +402,17 @@ pub struct Incoming {
     known: Known,
     wire: broker::Rpc,
     heartbeat: Option<AbortOnDropHandle<()>>,
+    accepted: bool,
 }
 
 impl Incoming {
+    /// Says that the request is not needed any more, and that its answer comes later. It is not taken up again by this process
+    /// in any case; after an error another one may.
+    pub async fn accept(&mut self) -> Result<(), broker::Error> {
+        self.accepted = true;
+        self.leave_done().await
+    }
+
     /// Answers, if an answer is wanted, and says that the request is not needed any more. An error means that the caller may
     /// not have heard, or that the request may come again after a restart.
     pub async fn reply(mut self, answer: Result<Value, Failure>) -> Result<(), broker::Error> {
@@ -417,12 +430,16 @@ impl Incoming {
             };
         }
         // A caller who cannot be told does not want it done once more.
-        self.ack().await.and(replied)
+        if self.accepted { replied } else { self.leave_done().await.and(replied) }
     }
 
     /// Says that the request is not needed any more. This process does not take it up again in any case; after an error
     /// another one may.
     pub async fn ack(self) -> Result<(), broker::Error> {
+        self.leave_done().await
+    }
+
+    async fn leave_done(&self) -> Result<(), broker::Error> {
         let mut acked = Err(broker::Error::DeliveryLost);
         for delivery in self.known.leave(&self.id, true) {
             let heard = delivery.ack().await;

@@ -21,7 +21,8 @@ pub use value::Queue;
 use value::{
     AuthVersion, Kind, auth_version, broker_url, bucket, ceph_user, cluster, compression, container,
     core_count, endpoint, host_name, interface, kind, name, number, path, paths, pool, prefix, proxy, queue,
-    region, secret, share, some_address, some_path, some_whole, storage_policy, swift_url, text, whole,
+    region, secret, share, some_address, some_path, some_prefix, some_whole, storage_policy, swift_url, text,
+    whole,
 };
 
 use crate::broker::AmqpUrl;
@@ -63,6 +64,7 @@ pub const SETTINGS: &[&str] = &[
     "worker.progress_seconds",
     "worker.drain_seconds_max",
     "worker.health_listen",
+    "worker.oslo_topic",
     "ceph.NAME.conf",
     "ceph.NAME.user",
     "ceph.NAME.operation_seconds_max",
@@ -286,6 +288,9 @@ pub struct Worker {
     /// Where it is told over HTTP how it stands with the worker; nowhere if absent.
     #[serde(default, deserialize_with = "some_address")]
     pub health_listen: Option<SocketAddr>,
+    /// The topic of oslo.messaging whose calls are taken as jobs; none are if absent.
+    #[serde(default, deserialize_with = "some_prefix")]
+    pub oslo_topic: Option<String>,
 }
 
 /// `[ceph.NAME]`: how a Ceph cluster is reached.

@@ -119,6 +119,11 @@ pub(super) fn prefix<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Strin
     })
 }
 
+/// Reads the same, where it may be left out.
+pub(super) fn some_prefix<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    prefix(deserializer).map(Some)
+}
+
 /// Reads the name of a worker.
 pub(super) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     text_that(deserializer, "1 to 100 of a-z, A-Z, 0-9, '.', '_', '-' and '@', in quotes", |text| {

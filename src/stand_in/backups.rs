@@ -11,25 +11,32 @@ use uuid::Uuid;
 
 use super::attach::Attached;
 use super::jobs::Ran;
+use super::notices::Progress;
 use super::{Driver, StandIn, TOPIC, Trouble};
 use crate::cinder::database::{BackupRow, Changes, QuotaRefresh, Restored, UserMessage, VolumeRow};
 use crate::cinder::export_record;
-use crate::cinder::rpc::Target;
+use crate::cinder::rpc::{Incoming, Target};
 use crate::cinder::volumes::{VolumeService, object_of};
 use crate::error::{Causes, Class, Problem};
 use crate::job::{BackupId, BackupWork, Job, JobId, Parent, Record, RestoreWork, VolumeId, Work};
 use crate::message::oslo::{self, BackupDevice, BackupDeviceInfo, Failure, Request};
 use crate::runner::Place;
 
-const CREATE: Action = Action { id: "013", name: "create backup" };
-const DELETE: Action = Action { id: "014", name: "delete backup" };
-const RESTORE: Action = Action { id: "015", name: "restore backup" };
+const CREATE: Action =
+    Action { id: "013", name: "create backup", event: "create", percent: "backup_percent" };
+const DELETE: Action = Action { id: "014", name: "delete backup", event: "delete", percent: "" };
+pub(super) const RESTORE: Action =
+    Action { id: "015", name: "restore backup", event: "restore", percent: "restore_percent" };
 
-/// What is done with a backup, in the words of Cinder's messages to users.
+/// What is done with a backup, in the words of Cinder's messages to users and of its notifications.
 #[derive(Clone, Copy)]
-struct Action {
+pub(super) struct Action {
     id: &'static str,
     name: &'static str,
+    /// What its notifications begin with.
+    pub event: &'static str,
+    /// What they call it how far it is.
+    pub percent: &'static str,
 }
 
 /// Why it came to nothing, in the numbers of the same.
@@ -69,6 +76,7 @@ impl StandIn {
             info!(backup = %id, status = row.status, "not to be made any more");
             return Ok(Value::Null);
         }
+        self.tell_start(request, id, CREATE).await;
         let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
         let Some(volume) = self.database.volume(&row.volume_id).await? else {
             let reason = format!("Volume {} could not be found.", row.volume_id);
@@ -114,7 +122,8 @@ impl StandIn {
     }
 
     /// Makes a backup of what the volume service gives for it.
-    pub(super) async fn continue_backup(&self, request: &Request) -> Result<Value, Trouble> {
+    pub(super) async fn continue_backup(&self, incoming: &Incoming) -> Result<Value, Trouble> {
+        let request = &incoming.request;
         let id = oslo::Backup::read(request.arg("backup")?)?.id;
         let device = BackupDeviceInfo::read(request.arg("backup_device")?)?.device;
         let used = self.use_of(id);
@@ -122,6 +131,9 @@ impl StandIn {
         let row = self.row(id).await?;
         if row.status != "creating" {
             info!(backup = %id, status = row.status, "not to be made any more");
+            if incoming.redelivered && row.status == "available" {
+                self.tell_end(request, id, CREATE).await;
+            }
             return Ok(Value::Null);
         }
         let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
@@ -165,6 +177,7 @@ impl StandIn {
                 };
                 let ended = self.database.finish_backup(&row.id, &self.changes_of(&record)).await?;
                 info!(backup = %id, ?ended, "backup made");
+                self.tell_end(request, id, CREATE).await;
                 Ok(Value::Null)
             }
             Ran::Failed(problem) => {
@@ -174,6 +187,7 @@ impl StandIn {
             Ran::Cancelled => {
                 // Its row says what it has become, and only the volume is given back.
                 self.database.fail_backup(&row.id, "The backup was cancelled.").await?;
+                self.tell_end(request, id, CREATE).await;
                 Ok(Value::Null)
             }
         }
@@ -214,7 +228,8 @@ impl StandIn {
         // The same backup is always made by the same job, so that whoever is handed the message goes on with it.
         let job_id = id.to_string().parse().unwrap_or_else(|_| JobId::random());
         let job = Job { id: job_id, store: None, deadline: None, work: Work::Backup(work) };
-        self.run(&engine, &job, cancel, Some("creating")).await
+        let progress = Progress { worker: self, request, id, action: CREATE };
+        self.run(&engine, &job, cancel, Some("creating"), &progress).await
     }
 
     /// What the row of a backup says once it is made, as Cinder's driver would have it.
@@ -238,21 +253,28 @@ impl StandIn {
     }
 
     /// Puts a backup onto a volume.
-    pub(super) async fn restore_backup(&self, request: &Request) -> Result<Value, Trouble> {
+    pub(super) async fn restore_backup(&self, incoming: &Incoming) -> Result<Value, Trouble> {
+        let request = &incoming.request;
         let id = oslo::Backup::read(request.arg("backup")?)?.id;
-        let volume_id: VolumeId = request.text("volume_id")?.parse().map_err(|error| {
-            Trouble::Failure(Failure::cinder("InvalidInput", format!("Invalid input received: {error}"), 400))
-        })?;
+        let volume_id: VolumeId =
+            request.text("volume_id")?.parse().map_err(|error: <VolumeId as std::str::FromStr>::Err| {
+                Trouble::Failure(Failure::invalid_input(&error.to_string()))
+            })?;
         let used = self.use_of(id);
         let _turn = used.turn.lock().await;
         let row = self.row(id).await?;
         let volume = self.database.volume(&volume_id.to_string()).await?;
+        let is_done = volume.as_ref().is_some_and(|volume| volume.status == "available");
         let Some(volume) = volume.filter(|volume| AWAITING.contains(&volume.status.as_str())) else {
             info!(backup = %id, volume = %volume_id, "the volume does not wait for a restore any more");
             let changes = Changes::new().text("status", "available");
             self.database.change_backup(&row.id, &["restoring"], &changes).await?;
+            if incoming.redelivered && is_done {
+                self.tell_end(request, id, RESTORE).await;
+            }
             return Ok(Value::Null);
         };
+        self.tell_start(request, id, RESTORE).await;
         let fail =
             async |detail, reason: &str| self.fail_restore(request, id, volume_id, detail, reason).await;
         if row.status != "restoring" {
@@ -279,11 +301,13 @@ impl StandIn {
             Ran::Succeeded => {
                 self.database.finish_restore(&row.id, &volume.id, Restored::Done).await?;
                 info!(backup = %id, volume = %volume_id, "backup restored");
+                self.tell_end(request, id, RESTORE).await;
                 Ok(Value::Null)
             }
             Ran::Cancelled => {
                 self.database.finish_restore(&row.id, &volume.id, Restored::Cancelled).await?;
                 info!(backup = %id, volume = %volume_id, "restore cancelled");
+                self.tell_end(request, id, RESTORE).await;
                 Ok(Value::Null)
             }
             Ran::Failed(problem) => {
@@ -311,7 +335,8 @@ impl StandIn {
         let work =
             RestoreWork { backup_id: id, target: attached.location.clone(), volume_id: Some(volume_id) };
         let job = Job { id: job_id(request), store: None, deadline: None, work: Work::Restore(work) };
-        let ran = self.run(&engine, &job, cancel, Some("restoring")).await?;
+        let progress = Progress { worker: self, request, id, action: RESTORE };
+        let ran = self.run(&engine, &job, cancel, Some("restoring"), &progress).await?;
         if let Ran::Succeeded = ran {
             let meta = match engine.volume_meta(id).await {
                 Ok(meta) => meta,
@@ -330,8 +355,18 @@ impl StandIn {
     }
 
     /// Removes a backup.
-    pub(super) async fn delete_backup(&self, request: &Request) -> Result<Value, Trouble> {
-        let id = oslo::Backup::read(request.arg("backup")?)?.id;
+    pub(super) async fn delete_backup(&self, incoming: &Incoming) -> Result<Value, Trouble> {
+        let id = oslo::Backup::read(incoming.request.arg("backup")?)?.id;
+        self.delete(&incoming.request, id, incoming.redelivered).await
+    }
+
+    /// Removes a backup; `redelivered` says that somebody may have done it before.
+    pub(super) async fn delete(
+        &self,
+        request: &Request,
+        id: BackupId,
+        redelivered: bool,
+    ) -> Result<Value, Trouble> {
         let used = self.use_of(id);
         if self.row(id).await?.status == "deleting" {
             // Whatever is done with it must end first.
@@ -341,8 +376,12 @@ impl StandIn {
         let row = self.row(id).await?;
         if row.deleted || row.status != "deleting" {
             info!(backup = %id, status = row.status, "not to be deleted any more");
+            if redelivered && row.deleted {
+                self.tell_end(request, id, DELETE).await;
+            }
             return Ok(Value::Null);
         }
+        self.tell_start(request, id, DELETE).await;
         if !self.driver.made(row.service.as_deref()) {
             let reason = format!("Delete backup aborted, {}", self.not_ours(&row));
             return self.fail_delete(request, id, &reason).await;
@@ -367,6 +406,7 @@ impl StandIn {
         };
         self.database.delete_backup(&row.id, &refresh).await?;
         info!(backup = %id, "backup deleted");
+        self.tell_end(request, id, DELETE).await;
         Ok(Value::Null)
     }
 
@@ -455,6 +495,7 @@ impl StandIn {
         if row.service.is_some() && !row.deleted {
             self.database.change_backup(&row.id, &[], &Changes::new().text("status", status)).await?;
             info!(backup = %id, status, "status of the backup set");
+            self.tell(request, id, "reset_status.end").await;
         }
         Ok(Value::Null)
     }
@@ -502,7 +543,9 @@ impl StandIn {
         detail: Detail,
         reason: &str,
     ) -> Result<Value, Trouble> {
-        self.database.fail_backup(&id.to_string(), reason).await?;
+        if self.database.fail_backup(&id.to_string(), reason).await? {
+            self.tell_error(request, id, CREATE, reason).await;
+        }
         self.tell_user(request, id, CREATE, detail).await;
         Err(Trouble::Failure(Failure::invalid_backup(reason)))
     }
@@ -516,13 +559,16 @@ impl StandIn {
         reason: &str,
     ) -> Result<Value, Trouble> {
         self.database.finish_restore(&id.to_string(), &volume_id.to_string(), Restored::Failed).await?;
+        self.tell_error(request, id, RESTORE, reason).await;
         self.tell_user(request, id, RESTORE, detail).await;
         Err(Trouble::Failure(Failure::invalid_backup(&format!("Restore backup aborted: {reason}"))))
     }
 
     async fn fail_delete(&self, request: &Request, id: BackupId, reason: &str) -> Result<Value, Trouble> {
         let changes = Changes::new().text("status", "error").text("fail_reason", reason);
-        self.database.change_backup(&id.to_string(), &["deleting"], &changes).await?;
+        if self.database.change_backup(&id.to_string(), &["deleting"], &changes).await? {
+            self.tell_error(request, id, DELETE, reason).await;
+        }
         self.tell_user(request, id, DELETE, Detail::Delete).await;
         Err(Trouble::Failure(Failure::invalid_backup(reason)))
     }

@@ -23,8 +23,6 @@ const ATTEMPTS_MAX: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_secs(10);
 /// How often it is looked whether somebody wants the end of what runs.
 const STATUS_LOOK: Duration = Duration::from_secs(3);
-/// How often a job would tell how far it is, if anybody listened.
-const PROGRESS_EVERY: Duration = Duration::from_secs(60);
 /// Chains are never longer.
 const CHAIN_COUNT_MAX: usize = 10_000;
 
@@ -41,7 +39,7 @@ impl From<engine::Error> for Ran {
     }
 }
 
-/// Nobody waits for the events of these jobs: the database tells.
+/// Takes the events of jobs that nobody wants to hear of on their way.
 struct Unheard;
 
 #[async_trait]
@@ -96,14 +94,16 @@ impl StandIn {
         job: &Job,
         cancel: &CancellationToken,
         status: Option<&str>,
+        sink: &dyn EventSink,
     ) -> Result<Ran, Trouble> {
         let hand_back = self.hand_back.clone();
         let ctx = Context { cancel: hand_back.child_token(), hand_back, ..Context::default() };
         let work = async {
-            let report = Report::new(&Unheard, job);
+            let report = Report::new(sink, job);
             let mut attempts = Attempts { max: ATTEMPTS_MAX, seconds_max: u32::MAX, ..Attempts::one() };
             loop {
-                match runner::run(&ctx, engine, job, &attempts, PROGRESS_EVERY, &report).await {
+                let every = self.progress_every();
+                match runner::run(&ctx, engine, job, &attempts, every, &report).await {
                     Ended::Over(completion) => return Ok(completion.outcome),
                     Ended::HandedBack => return Err(Trouble::HandedBack),
                     Ended::Untold(error) => return Err(Trouble::Later(Causes(&error).to_string())),
@@ -194,7 +194,7 @@ impl StandIn {
             }
         }
         let job = Job { id: job_id, store: None, deadline: None, work: Work::Delete(id) };
-        self.run(&engine, &job, &CancellationToken::new(), None).await
+        self.run(&engine, &job, &CancellationToken::new(), None, &Unheard).await
     }
 
     /// Makes a backup known to the store that Cinder's own service made, and those that it builds on.

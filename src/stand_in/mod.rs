@@ -10,9 +10,12 @@
 mod attach;
 mod backups;
 mod jobs;
+mod leftovers;
+mod log_levels;
+mod notices;
 mod stores;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +23,7 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::broker::{self, InvalidTransportUrl, Reach, RpcQueues, RpcSettings, Tls, TransportUrl};
@@ -27,6 +31,7 @@ use crate::ceph::{Access, Clusters};
 use crate::cinder::conf::Conf;
 use crate::cinder::database::{self, Database, DatabaseUrl, Registration};
 use crate::cinder::export_record::Form;
+use crate::cinder::notifications::Notifier;
 use crate::cinder::rpc::{Incoming, Rpc};
 use crate::cinder::scheduler::Capabilities;
 use crate::engine::Volumes;
@@ -71,10 +76,10 @@ pub enum Error {
     #[error("Cinder's database cannot be used")]
     Database(#[from] database::Error),
     /// The broker cannot be found by its URL.
-    #[error("[DEFAULT] transport_url cannot be used")]
+    #[error("a transport_url of cinder.conf cannot be used")]
     TransportUrl(#[from] InvalidTransportUrl),
     /// The broker's settings cannot be used.
-    #[error("the broker of [DEFAULT] transport_url cannot be used")]
+    #[error("the broker of a transport_url of cinder.conf cannot be used")]
     Broker(#[from] broker::Error),
 }
 
@@ -95,6 +100,8 @@ struct StandIn {
     own_clusters: BTreeMap<String, Access>,
     database: Database,
     rpc: Rpc,
+    /// None where nobody wants to hear of anything.
+    notifier: Option<Notifier>,
     capabilities: Capabilities,
     /// What the store keeps backups as.
     form: Form,
@@ -103,6 +110,9 @@ struct StandIn {
     /// Fires when jobs are to stop where they are, for the next worker to go on with.
     hand_back: CancellationToken,
     uses: Mutex<HashMap<BackupId, Use>>,
+    /// The ids of the requests whose begin was told, and that are not dealt with yet.
+    begun: Mutex<HashSet<String>>,
+    heard: leftovers::Heard,
 }
 
 /// Works until it is told to end.
@@ -114,7 +124,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
         false => Stores::open(&config)?,
     };
     let database = Database::connect(&database_url(&conf)?, CONNECTIONS_MAX).await?;
-    let rpc = Rpc::start(settings(&conf)?)?;
+    let rpc = Rpc::start(settings(&conf, conf.default.transport_url.reveal())?)?;
     let slot_count = match conf.default.backup_max_operations {
         0 => usize::MAX,
         count => usize::try_from(count).unwrap_or(usize::MAX),
@@ -132,14 +142,20 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
             availability_zone: conf.default.storage_availability_zone.clone(),
             driver: driver.class().into(),
         },
+        notifier: notices::notifier(&conf, &rpc)?,
         rpc,
         places: Places::new(slot_count, usize::MAX, PLACE_TIME_MAX),
         hand_back: CancellationToken::new(),
         uses: Mutex::default(),
+        begun: Mutex::default(),
+        heard: Mutex::new(Some(HashSet::new())),
         conf,
     });
     let result = stand_in.work(&shutdown).await;
     stand_in.rpc.close().await;
+    if let Some(notifier) = &stand_in.notifier {
+        notifier.rpc.close().await;
+    }
     info!("worker stopped");
     result
 }
@@ -165,6 +181,8 @@ impl StandIn {
         }
         let mut running = JoinSet::new();
         info!(host = %self.host, driver = self.driver.class(), "worker started in the place of cinder-backup");
+        let cleaning = self.clone();
+        let _cleaning = AbortOnDropHandle::new(tokio::spawn(async move { cleaning.clean_up().await }));
         loop {
             tokio::select! {
                 Some(incoming) = requests.next() => self.begin(incoming, &mut running),
@@ -239,6 +257,7 @@ impl StandIn {
     }
 
     fn begin(self: &Arc<Self>, incoming: Incoming, running: &mut JoinSet<()>) {
+        self.note_heard(&incoming.request);
         let worker = self.clone();
         let span = info_span!(
             "request",
@@ -255,9 +274,9 @@ impl StandIn {
         } else {
             match request.method.as_str() {
                 "create_backup" => self.create_backup(request).await,
-                "continue_backup" => self.continue_backup(request).await,
-                "restore_backup" => self.restore_backup(request).await,
-                "delete_backup" => self.delete_backup(request).await,
+                "continue_backup" => self.continue_backup(&incoming).await,
+                "restore_backup" => self.restore_backup(&incoming).await,
+                "delete_backup" => self.delete_backup(&incoming).await,
                 "export_record" => self.export_record(request).await,
                 "import_record" => self.import_record(request).await,
                 "reset_status" => self.reset_status(request).await,
@@ -266,9 +285,14 @@ impl StandIn {
                     self.report(true).await;
                     Ok(Value::Null)
                 }
+                "get_log_levels" => self.get_log_levels(request),
+                "set_log_levels" => self.set_log_levels(request),
                 other => Err(Trouble::Failure(Failure::no_such_method(other))),
             }
         };
+        if !matches!(answer, Err(Trouble::HandedBack | Trouble::Later(_))) {
+            self.forget_start(request);
+        }
         let settled = match answer {
             Ok(result) => incoming.reply(Ok(result)).await,
             Err(Trouble::Failure(failure)) => {
@@ -312,10 +336,10 @@ fn database_url(conf: &Conf) -> Result<DatabaseUrl, database::Error> {
     DatabaseUrl::parse(conf.database.connection.reveal()).map_err(|problem| database::Error::Url { problem })
 }
 
-/// How the broker is reached that Cinder's services share, and what its queues are like.
-fn settings(conf: &Conf) -> Result<RpcSettings, Error> {
+/// How a broker of Cinder's services is reached, and what its queues are like.
+fn settings(conf: &Conf, transport_url: &str) -> Result<RpcSettings, Error> {
     let (default, rabbit) = (&conf.default, &conf.rabbit);
-    let (url, other_urls) = default.transport_url.reveal().parse::<TransportUrl>()?.urls(rabbit.ssl);
+    let (url, other_urls) = transport_url.parse::<TransportUrl>()?.urls(rabbit.ssl);
     let file = |path: &String| (!path.is_empty()).then(|| path.into());
     let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
     Ok(RpcSettings {

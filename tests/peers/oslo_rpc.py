@@ -61,9 +61,15 @@ class Listener:
     def __init__(self, told):
         self.told = told
 
-    def info(self, context, publisher_id, event_type, payload, metadata):
-        self.told.put({"context": context, "publisher_id": publisher_id, "event_type": event_type,
-                       "payload": payload, "metadata": metadata})
+    def put(self, priority, context, publisher_id, event_type, payload, metadata):
+        self.told.put({"priority": priority, "context": context, "publisher_id": publisher_id,
+                       "event_type": event_type, "payload": payload, "metadata": metadata})
+
+    def info(self, *told):
+        self.put("info", *told)
+
+    def error(self, *told):
+        self.put("error", *told)
 
 
 def main():

@@ -10,10 +10,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use backhaul::job::Container;
 use backhaul::store::{Folder, ObjectStore, S3, Swift};
 use md5::{Digest, Md5};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use super::oslo::Oslo;
 use super::stack::until;
 use super::{s3, swift};
 
@@ -101,6 +102,11 @@ impl Openstack {
         self.ok(&["settled", backup])
     }
 
+    /// The host of this test's own backup services.
+    pub(crate) fn host(&self) -> &str {
+        &self.name
+    }
+
     /// Where the backups of the posix driver lie.
     pub(crate) fn backups(&self) -> PathBuf {
         self.work.path().join("backups")
@@ -184,7 +190,9 @@ impl Openstack {
         };
         let conf = format!(
             "[DEFAULT]\nhost = {name}\nstorage_availability_zone = {name}\nbackup_file_size = 33554432\n\
-             backup_driver = cinder.backup.drivers.{class}\n{options}\n"
+             backup_driver = cinder.backup.drivers.{class}\nbackup_timer_interval = 1\n{options}\n\
+             [oslo_messaging_rabbit]\nheartbeat_timeout_threshold = 2\n\
+             [oslo_messaging_notifications]\ntopics = {name}\n",
         );
         let path = self.work.path().join("backup.conf");
         fs::write(&path, conf).unwrap();
@@ -222,6 +230,14 @@ impl Openstack {
             self.reports()[heard..].contains(&true)
         });
         service
+    }
+
+    /// Hears the notifications of this test's own backup services, whenever they were sent.
+    pub(crate) fn listen(&self) -> Oslo {
+        let url = fs::read_to_string(self.folder.join("rabbit/url")).unwrap();
+        let mut oslo = Oslo::start(&url.trim().replacen("amqp://", "rabbit://", 1), "openstack", &[]);
+        oslo.must(&json!({ "do": "listen", "topic": self.name }));
+        oslo
     }
 
     /// What the scheduler has heard so far of whether this test's backup service takes backups.
@@ -285,4 +301,43 @@ impl Drop for Service {
 /// A text in JSON.
 pub(crate) fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("no text: {value}")).into()
+}
+
+/// Ceilometer's own definitions of meters and events, in a process of its own.
+pub(crate) struct Ceilometer {
+    process: Child,
+    notifications: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Ceilometer {
+    pub(crate) fn start() -> Self {
+        let python =
+            std::env::var_os("BACKHAUL_TEST_CINDER").expect("run `make test`, which installs Ceilometer");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/ceilometer_meters.py");
+        let mut process = Command::new(python)
+            .args(["-W", "ignore", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (notifications, answers) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
+        Self { process, notifications, answers: BufReader::new(answers) }
+    }
+
+    /// The samples and the event that it makes of a notification.
+    pub(crate) fn makes_of(&mut self, notification: &Value) -> Value {
+        writeln!(self.notifications, "{notification}").unwrap();
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap_or_else(|_| panic!("Ceilometer ended in {notification}"))
+    }
+}
+
+impl Drop for Ceilometer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }

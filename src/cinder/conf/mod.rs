@@ -388,6 +388,10 @@ const VERIFIED: &str =
 
 /// What Cinder's worker obeys and this one does not, and why.
 pub const NOT_OBEYED: &[(&str, &str)] = &[
+    (
+        "backup_object_number_per_notification",
+        "how far a backup is, is told by the clock: backup_timer_interval",
+    ),
     ("backup_workers", "one process uses all processors"),
     ("backup_native_threads_pool_size", "deletes run beside backups, with no threads of their own"),
     ("backup_service_inithost_offload", "nothing is done in the way of the start"),
@@ -395,6 +399,7 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("executor_thread_pool_size", "requests need no threads of their own"),
     ("periodic_fuzzy_delay", "reports begin at once"),
     ("rootwrap_config", "no command is run as root"),
+    ("retry", "a notification is tried for ten seconds, and then given up"),
     ("backup_ceph_chunk_size", "how much is read at once is no setting"),
     ("restore_discard_excess_bytes", "what an image has behind the end of a backup is always discarded"),
     ("backup_mount_attempts", "mount itself tries for two minutes, and a worker without its share ends"),
@@ -438,8 +443,9 @@ impl Conf {
 impl Settings {
     /// Those of [`NOT_OBEYED`] that are set, for one line of the log.
     pub fn not_obeyed(&self) -> Vec<(&'static str, &'static str)> {
-        let set =
-            |name: &str| Default::OPTIONS.iter().any(|option| option.name == name && self.is_set(option));
+        let set = |name: &str| {
+            OPTIONS.iter().copied().flatten().any(|option| option.name == name && self.is_set(option))
+        };
         NOT_OBEYED.iter().filter(|(name, _)| set(name)).copied().collect()
     }
 }

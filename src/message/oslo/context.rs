@@ -102,10 +102,11 @@ impl Context {
         self.0.insert(name.to_owned(), value);
     }
 
-    /// The same context without the user's token, for messages to all who listen.
-    pub(super) fn without_token(&self) -> Self {
+    /// The same context for messages to all who listen: without the user's token, and the services that it opens.
+    pub(super) fn for_all(&self) -> Self {
         let mut context = self.clone();
         context.set("auth_token", Value::Null);
+        context.set("service_catalog", json!([]));
         context
     }
 }

@@ -19,11 +19,13 @@ pub enum NotificationFormat {
 /// Something that has happened.
 #[derive(Debug, Clone)]
 pub struct Notification {
+    /// Its id, by which whoever gets it twice knows.
+    pub message_id: Uuid,
     /// Who says so, `backup.HOST`.
     pub publisher_id: String,
     /// What has happened, such as `backup.create.end`.
     pub event_type: String,
-    /// `INFO` for all that Cinder's backup service sends.
+    /// `INFO` for all that Cinder's backup service sends, or `ERROR`.
     pub priority: &'static str,
     /// To whom and with what.
     pub payload: Value,
@@ -32,17 +34,17 @@ pub struct Notification {
 }
 
 impl Notification {
-    /// Writes the notification, with ids of its own.
+    /// Writes the notification, for one queue.
     pub fn encode(&self, at: Timestamp, format: NotificationFormat) -> Vec<u8> {
         let mut message = Map::new();
-        message.insert("message_id".into(), json!(Uuid::new_v4().to_string()));
+        message.insert("message_id".into(), json!(self.message_id.to_string()));
         message.insert("publisher_id".into(), json!(self.publisher_id));
         message.insert("event_type".into(), json!(self.event_type));
         message.insert("priority".into(), json!(self.priority));
         message.insert("payload".into(), self.payload.clone());
         message.insert("timestamp".into(), json!(at.strftime("%Y-%m-%d %H:%M:%S.%6f").to_string()));
         message.insert(UNIQUE_ID.into(), json!(unique_id()));
-        self.context.without_token().put_into(&mut message);
+        self.context.for_all().put_into(&mut message);
         match format {
             NotificationFormat::Messagingv2 => seal(message),
             NotificationFormat::Messaging => Value::Object(message).to_string().into_bytes(),

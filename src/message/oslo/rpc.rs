@@ -281,6 +281,13 @@ impl Failure {
         failure
     }
 
+    /// `cinder.exception.InvalidInput`: an argument is not valid.
+    pub fn invalid_input(reason: &str) -> Self {
+        let mut failure = Self::cinder("InvalidInput", format!("Invalid input received: {reason}"), 400);
+        failure.kwargs.insert("reason".into(), json!(reason));
+        failure
+    }
+
     /// We have no such method.
     pub fn no_such_method(method: &str) -> Self {
         let message = format!("Endpoint does not support RPC method {method}");

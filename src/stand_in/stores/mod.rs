@@ -186,6 +186,7 @@ pub fn config(conf: &Conf, driver: Driver) -> Result<Config, Error> {
             progress_seconds: 1,
             drain_seconds_max: 60,
             health_listen: None,
+            oslo_topic: None,
         },
         ceph: BTreeMap::from([(BACKUPS.to_owned(), ceph)]),
         stores,
