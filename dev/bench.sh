@@ -5,6 +5,7 @@
 #   bench.sh jobs [N] many tiny jobs through a broker: N (2000) through one worker, and as many through four
 #   bench.sh peers    beside Cinder's drivers, restic and borg, and the machine's limit; bench-peers.sh says what may follow
 #   bench.sh ceph     RBD volumes on private Ceph clusters; bench-ceph.sh says what may follow
+#   bench.sh openstack [--runs N]   a backup in the place of cinder-backup, beside that: from the request to its end
 # Needs about 25 GB of disk below the target folder, and removes what it made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +17,7 @@ die() { echo "bench.sh: $*" >&2; exit 1; }
 
 case ${1:-} in
 ceph) exec dev/bench-ceph.sh "${@:2}" ;;
+openstack) exec dev/bench-openstack.sh "${@:2}" ;;
 peers) exec dev/bench-peers.sh "${@:2}" ;;
 esac
 dev/install.sh bench
