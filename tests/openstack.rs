@@ -269,7 +269,12 @@ fn an_exported_backup_is_taken_in_again_and_restored() {
     let backup = openstack.backup(&volume, &[]);
     let id = text(&backup["id"]);
     let export = openstack.ok(&["export", &id]);
-    let import = ["import", &text(&export["backup_service"]), &text(&export["backup_url"])];
+    // The first one that is asked has another driver, and passes it on.
+    let another = Openstack::shared().unwrap();
+    let _another_worker = another.backhaul("ceph", ceph.conf());
+    let host = openstack.host().to_owned();
+    let (service, record) = (text(&export["backup_service"]), text(&export["backup_url"]));
+    let import = ["import", &service, &record, &host, another.host()];
     assert_eq!(openstack.ask(&import).unwrap_err()["error"], "InvalidBackup", "its row is there");
 
     // Cinder has no way to lose a row alone: the objects are put aside meanwhile.
