@@ -347,8 +347,9 @@ fn who_listens_hears_of_us_what_they_hear_of_cinders_own_service(#[values("ceph"
         let id = text(&backup["id"]);
         let restored = openstack.restore(&[&id]);
         assert_eq!(restored["status"], "available", "{restored}");
+        let mut told = listener_hears(&mut listener, "backup.restore.end");
         openstack.ok(&["reset", &id, "available"]);
-        let mut told = listener_hears(&mut listener, "backup.reset_status.end");
+        told.extend(listener_hears(&mut listener, "backup.reset_status.end"));
         openstack.delete(&id);
         told.extend(listener_hears(&mut listener, "backup.delete.end"));
         for told in &told {

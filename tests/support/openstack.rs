@@ -115,6 +115,8 @@ impl Openstack {
             let status = self.ok(&["volume", &volume])["status"].clone();
             status != "restoring-backup" && status != "creating"
         });
+        // The volume is free a moment earlier than the backup.
+        self.ok(&["settled", words[0]]);
         self.ok(&["volume", &volume])
     }
 
