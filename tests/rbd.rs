@@ -976,7 +976,7 @@ async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
     // More than is read at once: of a job all of whose reads are under way nobody sees how far it is.
     volume.write(&[(0, &noise(2, 128 << 20))]);
     volume.snapshot("named");
-    volume.slow_down(64 * MIB);
+    volume.slow_down(24 * MIB);
     let named = location("main", &format!("{}@named", volume.spec()));
     let before = bench.traces(volume_id, &volume).await;
 
@@ -1016,7 +1016,7 @@ async fn a_cancelled_restore_leaves_nothing_new_and_can_be_done_again() {
         location("main", old.spec()),
         Location::File(file.clone()),
     ] {
-        base.slow_down(32 * MIB);
+        base.slow_down(12 * MIB);
         let job = restore_job(full.backup_id, &target);
         assert_eq!(bench.cancel_after(&job, 12 * MIB).await, Outcome::Cancelled);
         assert_eq!((images(), names()), (Vec::<String>::new(), files.clone()), "{target}");
