@@ -2,7 +2,7 @@
 # Measures `backhaul cinder` beside Cinder's own backup service, each in the same place of the same control plane: how long a
 # full backup of a volume of 1 GiB that holds 64 MiB takes, and an incremental one in which nothing has changed, from the request
 # to `available`. Prints the table that stands in docs/openstack.md. Needs root, as dev/cinder-stack.sh does.
-#   bench-openstack.sh [--runs N]   medians of N runs (5)
+#   bench-openstack.sh [RUNS]   medians of so many runs (5)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repository=$PWD
@@ -10,14 +10,8 @@ export LC_ALL=C PYTHONWARNINGS=ignore
 unset "${!BACKHAUL_@}" CEPH_ARGS CEPH_CONF
 die() { echo "bench-openstack.sh: $*" >&2; exit 1; }
 
-runs=5
-while (($#)); do
-  case $1 in
-  --runs) runs=${2:?} ;;
-  *) die "usage: bench-openstack.sh [--runs N]" ;;
-  esac
-  shift 2
-done
+runs=${1:-5}
+((runs > 0)) || die "usage: bench-openstack.sh [RUNS]"
 
 dev/install.sh test
 python=$(dev/cinder.sh)

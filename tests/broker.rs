@@ -53,6 +53,15 @@ async fn next(jobs: &mut Jobs) -> Delivery {
     soon("a delivery", jobs.next()).await.expect("the jobs have ended")
 }
 
+/// Publishes the job "a", which comes a second time.
+async fn redelivered(broker: &Broker, jobs: &mut Jobs) -> Delivery {
+    publish(broker, "a").await;
+    next(jobs).await.requeue().await.unwrap();
+    let again = next(jobs).await;
+    assert!(again.redelivered);
+    again
+}
+
 async fn next_notice(subscription: &mut Subscription) -> Notice {
     soon("a notice", subscription.next()).await.expect("the subscription has ended")
 }
@@ -255,11 +264,8 @@ async fn a_delivery_that_comes_before_the_last_ones_ack_is_known_to_be_heard_is_
 #[tokio::test]
 async fn a_requeued_job_comes_again_as_redelivered() {
     let (broker, _) = shared().await;
-    publish(&broker, "a").await;
     let mut jobs = broker.jobs(1, 0);
-    next(&mut jobs).await.requeue().await.unwrap();
-    let again = next(&mut jobs).await;
-    assert!(again.redelivered);
+    let again = redelivered(&broker, &mut jobs).await;
     assert_eq!(again.properties.attempt, 1);
     again.ack().await.unwrap();
     assert_none(&mut jobs).await;
@@ -395,12 +401,9 @@ async fn a_job_that_awaits_its_turn_comes_back_soon_and_that_is_no_attempt() {
 #[tokio::test]
 async fn a_job_that_is_handed_back_in_good_order_is_not_taken_for_one_whose_worker_has_died() {
     let (broker, _) = shared().await;
-    publish(&broker, "a").await;
     let mut jobs = broker.jobs(1, 0);
     // Its first worker dies, and the next one parks it.
-    next(&mut jobs).await.requeue().await.unwrap();
-    let again = next(&mut jobs).await;
-    assert!(again.redelivered);
+    let again = redelivered(&broker, &mut jobs).await;
     soon("the end of it", again.park()).await.unwrap();
     let parked = next(&mut jobs).await;
     assert!(parked.properties.parked);

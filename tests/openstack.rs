@@ -5,32 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::support::ceph::{Ceph, Image};
-use crate::support::openstack::{Ceilometer, Openstack, run, text};
+use crate::support::ceph::Ceph;
+use crate::support::openstack::{
+    Ceilometer, Openstack, assert_holds, backhaul_beside_cinder, image, run, text,
+};
 use crate::support::oslo::Oslo;
 use crate::support::stack::{noise, until};
 use crate::support::swift;
 
 const MIB: usize = 1 << 20;
 
-/// The image of a volume.
-fn image<'a>(ceph: &'a Ceph, volume: &str) -> Image<'a> {
-    ceph.existing(&format!("volumes/volume-{volume}"))
-}
-
-/// Fails unless the volume holds what it held when `content` was taken.
-fn assert_holds(ceph: &Ceph, volume: &Value, content: &crate::support::content::Content) {
-    assert_eq!(volume["status"], "available", "{volume}");
-    let image = format!("volumes/volume-{}", text(&volume["id"]));
-    assert!(ceph.content(&image) == *content, "{image} holds something else");
-}
-
 #[rstest]
 fn a_volume_is_backed_up_restored_and_its_backups_deleted(
     #[values("ceph", "posix", "s3", "swift")] driver: &str,
 ) {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul(driver, ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
 
@@ -158,8 +147,7 @@ fn cinders_own_service_goes_on_where_we_stopped_and_we_where_it_stopped(
 
 #[test]
 fn a_users_token_that_is_good_no_more_ends_the_request_and_not_the_worker() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul("swift of users", ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder("swift of users") else { return };
     let volume = openstack.volume();
     image(&ceph, &volume).write(&[(0, &noise(1, MIB))]);
     let content = ceph.content(image(&ceph, &volume).spec());
@@ -186,8 +174,7 @@ fn a_users_token_that_is_good_no_more_ends_the_request_and_not_the_worker() {
 
 #[test]
 fn a_backup_goes_on_when_its_worker_was_killed() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 24 * MIB))]);
@@ -243,8 +230,7 @@ fn a_backup_that_cannot_be_made_says_why_and_gives_its_volume_back() {
 
 #[test]
 fn a_restore_that_nobody_wants_any_more_ends() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     let (volume, target) = (openstack.volume(), openstack.volume());
     image(&ceph, &volume).write(&[(0, &noise(1, 32 * MIB))]);
     let backup = text(&openstack.backup(&volume, &[])["id"]);
@@ -261,8 +247,7 @@ fn a_restore_that_nobody_wants_any_more_ends() {
 
 #[test]
 fn an_exported_backup_is_taken_in_again_and_restored() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     let volume = openstack.volume();
     image(&ceph, &volume).write(&[(0, &noise(1, 3 * MIB))]);
     let content = ceph.content(image(&ceph, &volume).spec());
@@ -297,8 +282,7 @@ fn an_exported_backup_is_taken_in_again_and_restored() {
 
 #[test]
 fn a_backup_that_is_deleted_by_force_while_it_is_made_leaves_nothing() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 32 * MIB))]);
@@ -363,8 +347,9 @@ fn who_listens_hears_of_us_what_they_hear_of_cinders_own_service(#[values("ceph"
         let id = text(&backup["id"]);
         let restored = openstack.restore(&[&id]);
         assert_eq!(restored["status"], "available", "{restored}");
+        let mut told = listener_hears(&mut listener, "backup.restore.end");
         openstack.ok(&["reset", &id, "available"]);
-        let mut told = listener_hears(&mut listener, "backup.reset_status.end");
+        told.extend(listener_hears(&mut listener, "backup.reset_status.end"));
         openstack.delete(&id);
         told.extend(listener_hears(&mut listener, "backup.delete.end"));
         for told in &told {
@@ -469,8 +454,7 @@ fn how_far_a_backup_and_a_restore_are_is_told_meanwhile() {
 
 #[test]
 fn how_much_is_logged_is_asked_for_and_changed_while_we_work() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((_ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     let host = openstack.host().to_owned();
     let levels = openstack.ok(&["get-log", &host]);
     assert_eq!((&levels["cinder.backup.manager"], &levels["sqlalchemy"]), (&json!("INFO"), &json!("INFO")));
@@ -496,8 +480,7 @@ fn how_much_is_logged_is_asked_for_and_changed_while_we_work() {
 
 #[test]
 fn what_a_worker_has_left_that_died_is_put_right_unless_its_message_comes_again() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     let (volume, first, second) = (openstack.volume(), openstack.volume(), openstack.volume());
     image(&ceph, &volume).write(&[(0, &noise(1, 64 * MIB))]);
     let ids: Vec<String> = (0..3).map(|_| text(&openstack.backup(&volume, &[])["id"])).collect();

@@ -4,42 +4,29 @@
 use rstest::rstest;
 use serde_json::json;
 
-use crate::support::ceph::{Ceph, Image};
-use crate::support::openstack::{Openstack, text};
+use crate::support::ceph::Ceph;
+use crate::support::content::Content;
+use crate::support::openstack::{Openstack, assert_holds, backhaul_beside_cinder, image, text};
 use crate::support::stack::{noise, until};
 
 const MIB: usize = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-fn image<'a>(ceph: &'a Ceph, volume: &str) -> Image<'a> {
-    ceph.existing(&format!("volumes/volume-{volume}"))
-}
-
-/// Restores a backup onto a volume of its own, and fails unless that holds `content`.
-fn assert_restores(
-    openstack: &mut Openstack,
-    ceph: &Ceph,
-    backup: &str,
-    content: &crate::support::content::Content,
-) {
+/// Restores a backup onto a volume of its own, which is deleted again, and fails unless that holds `content`.
+fn assert_restores(openstack: &mut Openstack, ceph: &Ceph, backup: &str, content: &Content) {
     let restored = openstack.restore(&[backup]);
-    assert_eq!(restored["status"], "available", "{restored}");
-    let image = image(ceph, &text(&restored["id"]));
-    assert!(ceph.content(image.spec()) == *content, "{backup} gives something else");
-    assert_eq!(
-        ceph.rbd(&["snap", "ls", image.spec()]),
-        "",
-        "a snapshot of the backup stays on the restored volume"
-    );
-    openstack.ok(&["delete-volume", &text(&restored["id"])]);
+    assert_holds(ceph, &restored, content);
+    let volume = text(&restored["id"]);
+    let snapshots = ceph.rbd(&["snap", "ls", image(ceph, &volume).spec()]);
+    assert_eq!(snapshots, "", "a snapshot of the backup stays on the restored volume");
+    openstack.ok(&["delete-volume", &volume]);
 }
 
 /// Cinder has one name for the images of all backups of snapshots of a volume: the second one fails, its delete takes the data
 /// of the first, and so does the clean-up after an incremental backup on it.
 #[test]
 fn backups_of_snapshots_of_one_volume_do_not_take_each_others_data() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul("ceph", ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder("ceph") else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     let mut points = Vec::new();
@@ -84,8 +71,7 @@ fn backups_of_snapshots_of_one_volume_do_not_take_each_others_data() {
 /// Cinder looks for snapshot and metadata of a backup in the pool of its configuration only.
 #[test]
 fn a_backup_in_another_pool_is_restored_with_what_describes_its_volume() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul("ceph", ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder("ceph") else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 2 * MIB))]);
@@ -114,8 +100,7 @@ fn a_backup_in_another_pool_is_restored_with_what_describes_its_volume() {
 fn an_older_point_of_a_volume_that_has_grown_is_restored_in_its_own_size_and_onto_the_larger_volume(
     #[values("ceph", "posix")] driver: &str,
 ) {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul(driver, ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 2 * MIB)), (GIB - MIB as u64, &noise(2, MIB))]);
@@ -144,8 +129,7 @@ fn an_older_point_of_a_volume_that_has_grown_is_restored_in_its_own_size_and_ont
 fn a_backup_that_is_restored_onto_its_own_volume_takes_no_more_space_than_before(
     #[values("ceph", "posix")] driver: &str,
 ) {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul(driver, ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 4 * MIB)), (300 << 20, &noise(2, 4 * MIB))]);
@@ -166,8 +150,7 @@ fn a_backup_that_is_restored_onto_its_own_volume_takes_no_more_space_than_before
 /// When it ends it says nothing.
 #[test]
 fn the_scheduler_hears_at_once_that_backups_are_taken_and_at_the_end_that_they_are_not() {
-    let (ceph, Some(openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let worker = openstack.backhaul("posix", ceph.conf());
+    let Some((_ceph, openstack, worker)) = backhaul_beside_cinder("posix") else { return };
     assert_eq!(openstack.reports().first(), Some(&true));
 
     worker.stop();
@@ -177,8 +160,7 @@ fn the_scheduler_hears_at_once_that_backups_are_taken_and_at_the_end_that_they_a
 
 #[rstest]
 fn a_volume_that_is_in_use_is_backed_up_by_force_and_stays_in_use(#[values("ceph", "posix")] driver: &str) {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let _worker = openstack.backhaul(driver, ceph.conf());
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     let mut points = Vec::new();

@@ -9,15 +9,18 @@ use uuid::Uuid;
 
 use crate::support::oslo::Oslo;
 use crate::support::rabbit::Rabbit;
-use crate::support::stack::{Stack, noise, until};
+use crate::support::stack::{Stack, Worker, noise, until};
 
 const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
 
-/// A worker's configuration, on a topic that nobody else has.
-fn stack(rabbit: &Rabbit, topic: &str) -> Stack {
+/// A worker that takes calls, on a topic that nobody else has.
+fn worker(rabbit: &Rabbit) -> (String, Stack, Worker) {
+    let topic = format!("calls-{}", Uuid::new_v4());
     let stack = Stack::new(rabbit.url(), &format!("oslo_topic = \"{topic}\""), "");
     fs::write(stack.volume("a.img"), noise(1, 3_000_000)).unwrap();
-    stack
+    let worker = stack.worker();
+    until("calls are taken", || worker.log().contains("calls of oslo.messaging are taken"));
+    (topic, stack, worker)
 }
 
 fn transport_url(rabbit: &Rabbit) -> String {
@@ -42,10 +45,7 @@ fn documented(topic: &str) -> String {
 #[test]
 fn the_program_of_the_documentation_has_a_backup_made_and_hears_of_it() {
     let rabbit = Rabbit::shared();
-    let topic = format!("calls-{}", Uuid::new_v4());
-    let stack = stack(&rabbit, &topic);
-    let worker = stack.worker();
-    until("calls are taken", || worker.log().contains("calls of oslo.messaging are taken"));
+    let (topic, stack, _worker) = worker(&rabbit);
     let script: PathBuf = stack.path("producer.py");
     fs::write(&script, documented(&topic)).unwrap();
     let python =
@@ -73,10 +73,7 @@ fn the_program_of_the_documentation_has_a_backup_made_and_hears_of_it() {
 #[test]
 fn who_calls_hears_how_the_job_ended_and_who_casts_need_not_wait() {
     let rabbit = Rabbit::shared();
-    let topic = format!("calls-{}", Uuid::new_v4());
-    let stack = stack(&rabbit, &topic);
-    let worker = stack.worker();
-    until("calls are taken", || worker.log().contains("calls of oslo.messaging are taken"));
+    let (topic, stack, _worker) = worker(&rabbit);
     let mut oslo = Oslo::start(&transport_url(&rabbit), "openstack", &[]);
     let (backup, job) = (Uuid::new_v4().to_string(), Uuid::new_v4().to_string());
     let args = json!({ "backup_id": backup, "job_id": job, "volume_id": VOLUME, "source": stack.location("a.img"),

@@ -27,6 +27,7 @@ use backhaul::store::{Folder, Memory, ObjectStore};
 use backhaul::volume::FileRoots;
 use rstest::rstest;
 use tempfile::TempDir;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 const MIB: u64 = 1 << 20;
@@ -166,6 +167,19 @@ impl Bench {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
             } => {}
+        }
+    }
+
+    /// Waits until a restore has noted on the image that it writes how far it is.
+    async fn wait_for_checkpoint<T>(&self, image: &str, restore: &JoinHandle<T>) {
+        let pool = self.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
+        let is_noted = || match pool.open_image(image, None, OpenMode::Read) {
+            Ok(image) => image.metadata("backhaul.restored").unwrap().is_some(),
+            Err(_) => false,
+        };
+        while !is_noted() {
+            assert!(!restore.is_finished());
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
@@ -1573,21 +1587,13 @@ async fn a_restore_that_is_taken_over_goes_on_from_its_last_checkpoint() {
     let name = format!("restored-{}", point.backup_id);
     let (target, hidden) = (format!("volumes/{name}"), format!("{name}.backhaul-partial"));
     let job = restore_job(point.backup_id, &location("main", &target));
-    let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
-    let is_noted = || match pool.open_image(&hidden, None, OpenMode::Read) {
-        Ok(image) => image.metadata("backhaul.restored").unwrap().is_some(),
-        Err(_) => false,
-    };
     let first = Bench::beside(bench.store.clone(), Ceph::shared(), settings(), 2);
     // With room for two pieces at a time it is in no hurry.
     let little = 8 << 20;
     let most = first.memory.reserve(MEMORY_BYTES - little).await;
     let (engine, task_job, method) = (first.engine.clone(), job.clone(), first.methods(&job)[0]);
     let overtaken = tokio::spawn(async move { engine.run(&Context::default(), &task_job, method).await });
-    while !is_noted() {
-        assert!(!overtaken.is_finished());
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    bench.wait_for_checkpoint(&hidden, &overtaken).await;
     // It stands still in the middle, with the image's lock, and believes in itself.
     let held = (first.memory.reserve(little).await, most);
     assert!(!overtaken.is_finished());
@@ -1622,11 +1628,6 @@ async fn a_restore_that_is_handed_back_goes_on_and_one_that_is_cancelled_then_le
         let name = format!("restored-{}", point.backup_id);
         let (target, hidden) = (format!("volumes/{name}"), format!("{name}.backhaul-partial"));
         let job = restore_job(point.backup_id, &location("main", &target));
-        let pool = bench.clusters.connect(Some("main")).unwrap().pool("volumes").unwrap();
-        let is_noted = || match pool.open_image(&hidden, None, OpenMode::Read) {
-            Ok(image) => image.metadata("backhaul.restored").unwrap().is_some(),
-            Err(_) => false,
-        };
         let hand_back = CancellationToken::new();
         let ctx =
             Context { cancel: hand_back.child_token(), hand_back: hand_back.clone(), ..Context::default() };
@@ -1635,10 +1636,7 @@ async fn a_restore_that_is_handed_back_goes_on_and_one_that_is_cancelled_then_le
         let most = bench.memory.reserve(MEMORY_BYTES - little).await;
         let (engine, task_job, method) = (bench.engine.clone(), job.clone(), bench.methods(&job)[0]);
         let running = tokio::spawn(async move { engine.run(&ctx, &task_job, method).await });
-        while !is_noted() {
-            assert!(!running.is_finished());
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        bench.wait_for_checkpoint(&hidden, &running).await;
 
         hand_back.cancel();
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::support::ceph::Ceph;
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
-use crate::support::stack::{Stack, Worker, event, noise, settings, until};
+use crate::support::stack::{Stack, Worker, event, listen, noise, settings, until};
 use backhaul::broker::{Broker, Properties};
 use serde_json::{Value, json};
 
@@ -76,8 +76,7 @@ async fn a_backup_that_takes_longer_than_its_worker_may_is_handed_back_and_ended
     let stack = Stack::new(rabbit.url(), &format!("{ONE_ATTEMPT}drain_seconds_max = 1"), SLOW);
     let volume = noise(21, 64 << 20);
     fs::write(stack.volume("a.img"), &volume).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
     let job_id = submit_backup(&stack);
     until("an object is there", || is_begun(&stack));
@@ -116,8 +115,7 @@ async fn a_restore_is_handed_back_at_once_if_a_worker_may_not_wait_for_it() {
     fs::write(stack.volume("a.img"), &volume).unwrap();
     let source = stack.location("a.img");
     stack.ok(&["run", "backup", "--volume-id", VOLUME, "--source", &source, "--backup-id", BACKUP]);
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
     let job_id = submit(&stack, &["restore", "--backup-id", BACKUP, "--target", &stack.location("b.img")]);
     let partial = stack.volume(".b.img.backhaul-partial");
@@ -150,8 +148,7 @@ async fn an_image_whose_backup_is_handed_back_is_free_for_the_next_worker() {
     image.slow_down(16 << 20);
     let [volume_id, backup_id] = [(); 2].map(|()| uuid::Uuid::new_v4().to_string());
     let source = format!("rbd:{}", image.spec());
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
     let backup = ["backup", "--volume-id", &volume_id, "--source", &source, "--backup-id", &backup_id];
     let job_id = submit(&stack, &backup);

@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
-use crate::support::stack::{Stack, event, limit_handles, noise, rest_of, settings, until};
+use crate::support::stack::{Stack, event, limit_handles, listen, noise, rest_of, settings, until};
 use backhaul::broker::{Broker, Properties, Routed, Subscription};
 use backhaul::job::{BackupId, BackupWork, Command, Job, JobId, Parent, VolumeId, Work};
 use backhaul::message;
@@ -86,8 +86,7 @@ async fn a_worker_that_is_killed_during_a_backup_leaves_the_job_to_another_one()
     let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);
     let volume = noise(2, 32 << 20);
     fs::write(stack.volume("a.img"), &volume).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
     let job =
         stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--backup-id", BACKUP, "--json"]))].concat());
@@ -136,8 +135,7 @@ async fn what_a_worker_that_was_killed_had_stored_is_not_stored_again() {
     let stack = Stack::new(rabbit.url(), ONE_THREAD, "object_bytes = 4194304\ncompression = \"zlib\"");
     let volume = noise(4, 448 << 20);
     fs::write(stack.volume("a.img"), &volume).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
     stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--backup-id", BACKUP, "--json"]))].concat());
 
@@ -241,8 +239,7 @@ async fn a_cancel_that_no_worker_heard_ends_the_job_when_one_is_there() {
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);
     fs::write(stack.volume("a.img"), noise(3, 64 << 20)).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
     stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
     cancel(&stack, job_id);
@@ -257,8 +254,7 @@ async fn a_cancel_that_no_worker_heard_ends_the_job_when_one_is_there() {
 async fn a_job_that_failed_is_brought_back_and_done() {
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), "", SMALL);
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let _worker = stack.worker();
     let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
     stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
@@ -357,8 +353,7 @@ async fn a_second_job_of_a_volume_waits_for_the_first_one_and_holds_no_other_up(
     let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 2", SLOW);
     fs::write(stack.volume("a.img"), noise(5, 64 << 20)).unwrap();
     fs::write(stack.volume("b.img"), noise(6, 1 << 20)).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let worker = stack.worker();
     let submit = |more: &[&str]| {
         let printed = stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--json"])), more].concat());
@@ -396,8 +391,7 @@ async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 1", SLOW);
     fs::write(stack.volume("a.img"), noise(7, 32 << 20)).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
     let submit = || stack.ok(&[&["submit"][..], &strs(&backup(&stack, &[]))].concat());
     submit();
@@ -451,8 +445,7 @@ async fn the_few_jobs_of_one_project_do_not_wait_for_the_many_of_another() {
     // Each takes a second or so.
     let stack = Stack::new(rabbit.url(), "jobs_max = 2\njob_bytes_per_second_max = 1048576", SMALL);
     fs::write(stack.volume("a.img"), noise(11, 2 << 20)).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
     let mut few = Vec::new();
     for (project, count) in [("many", 40), ("few", 3)] {
         for _ in 0..count {
@@ -475,8 +468,7 @@ async fn jobs_that_wait_for_one_volume_are_begun_in_the_order_in_which_they_came
     let rabbit = Rabbit::shared();
     let stack = Stack::new(rabbit.url(), "jobs_max = 2\njob_bytes_per_second_max = 1048576", SMALL);
     fs::write(stack.volume("a.img"), noise(12, 3 << 20)).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
     let (workers, volume_id) = ([stack.worker(), stack.worker()], VolumeId::random());
     let put_off = |id: &str| {
         let is_put_off = |line: &str| line.contains(id) && line.contains("delivery put off");
@@ -582,8 +574,7 @@ async fn jobs_that_take_longer_than_the_broker_allows_end_once() {
     let rabbit = Rabbit::start_with(&["consumer_timeout = 2000"]);
     rabbit.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 500)."]);
     let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 2", SLOW);
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
     let mut workers = [stack.worker(), stack.worker()];
     for (index, megabytes) in [(1, 48), (2, 48), (3, 48)] {
         fs::write(stack.volume(&format!("{index}.img")), noise(index, megabytes << 20)).unwrap();
@@ -632,8 +623,7 @@ async fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() 
     let stack = Stack::new(link.url(), ONE_THREAD, SLOW);
     // It takes longer than to connect again.
     fs::write(stack.volume("a.img"), noise(9, 64 << 20)).unwrap();
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
     let mut worker = stack.worker();
     stack.ok(&[&["submit"][..], &strs(&backup(&stack, &[]))].concat());
     until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));

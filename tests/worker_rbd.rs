@@ -6,8 +6,8 @@ use std::process::{Child, Stdio};
 
 use crate::support::ceph::{Ceph, Image};
 use crate::support::rabbit::Rabbit;
-use crate::support::stack::{Stack, event, noise, rest_of, settings, until};
-use backhaul::broker::{Broker, Properties};
+use crate::support::stack::{Stack, event, listen, noise, rest_of, until};
+use backhaul::broker::Properties;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -223,8 +223,7 @@ async fn kill_while(doing: Doing) {
         image.write(&[(8 << 20, &noise(3, 48 * MIB))]);
     }
     ceph.existing(slow).slow_down(MIB as u64);
-    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
-    let mut events = broker.events("#").await.unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
     let first = stack.worker();
 
     let told = stack.ok(&[&["submit"], &job[..], &["--json"]].concat());

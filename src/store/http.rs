@@ -56,6 +56,20 @@ pub struct HttpSettings {
     pub retries_max: u16,
 }
 
+/// What a configuration that says nothing of it has.
+impl Default for HttpSettings {
+    fn default() -> Self {
+        Self {
+            ca_file: None,
+            proxy: None,
+            connect_seconds_max: 10,
+            idle_seconds_max: 60,
+            connections_max: 32,
+            retries_max: 8,
+        }
+    }
+}
+
 /// Connections to one server.
 #[derive(Debug, Clone)]
 pub(super) struct Http {

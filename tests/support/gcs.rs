@@ -9,12 +9,10 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use backhaul::store::GcsSettings;
+use backhaul::store::{GcsSettings, HttpSettings};
 use serde_json::json;
 use tempfile::TempDir;
 use uuid::Uuid;
-
-use super::link::usual_http;
 
 /// The bucket of tests that need none of their own; every test needs names of its own in it.
 pub(crate) const BUCKET: &str = "tests";
@@ -51,7 +49,7 @@ pub(crate) fn settings(url: &str, bucket: &str) -> GcsSettings {
         project: Some("backups".into()),
         location: "US".into(),
         storage_class: "NEARLINE".into(),
-        http: usual_http(),
+        http: HttpSettings::default(),
     }
 }
 

@@ -7,20 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use backhaul::store::HttpSettings;
 use url::Url;
-
-/// How a server is reached if nothing is said of it.
-pub(crate) fn usual_http() -> HttpSettings {
-    HttpSettings {
-        ca_file: None,
-        proxy: None,
-        connect_seconds_max: 10,
-        idle_seconds_max: 60,
-        connections_max: 32,
-        retries_max: 8,
-    }
-}
 
 /// Passes bytes between its clients and a server.
 pub(crate) struct Link {

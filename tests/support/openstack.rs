@@ -14,9 +14,31 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use super::ceph::{Ceph, Image};
+use super::content::Content;
 use super::oslo::Oslo;
 use super::stack::until;
 use super::{s3, swift};
+
+/// Our worker with this driver beside the control plane and the cluster that all tests share; none where `make test` says that
+/// there is no control plane.
+pub(crate) fn backhaul_beside_cinder(driver: &str) -> Option<(Ceph, Openstack, Service)> {
+    let (ceph, openstack) = (Ceph::shared(), Openstack::shared()?);
+    let worker = openstack.backhaul(driver, ceph.conf());
+    Some((ceph, openstack, worker))
+}
+
+/// The image of a volume.
+pub(crate) fn image<'a>(ceph: &'a Ceph, volume: &str) -> Image<'a> {
+    ceph.existing(&format!("volumes/volume-{volume}"))
+}
+
+/// Fails unless the volume is there to be used and holds what it held when `content` was taken.
+pub(crate) fn assert_holds(ceph: &Ceph, volume: &Value, content: &Content) {
+    assert_eq!(volume["status"], "available", "{volume}");
+    let image = image(ceph, &text(&volume["id"]));
+    assert!(ceph.content(image.spec()) == *content, "{} holds something else", image.spec());
+}
 
 /// A way to ask the control plane for things, and a host and an availability zone that nobody else has.
 pub(crate) struct Openstack {
@@ -93,6 +115,8 @@ impl Openstack {
             let status = self.ok(&["volume", &volume])["status"].clone();
             status != "restoring-backup" && status != "creating"
         });
+        // The volume is free a moment earlier than the backup.
+        self.ok(&["settled", words[0]]);
         self.ok(&["volume", &volume])
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use backhaul::store::{S3Settings, Secret, SecretFrom};
+use backhaul::store::{HttpSettings, S3Settings, Secret, SecretFrom};
 use jiff::Timestamp;
 use quick_xml::de::from_str;
 use rusty_s3::signing::sign;
@@ -11,8 +11,6 @@ use rusty_s3::{Bucket, Method, UrlStyle};
 use serde::Deserialize;
 use url::Url;
 use uuid::Uuid;
-
-use super::link::usual_http;
 
 /// The bucket of tests that need none of their own; every test needs names of its own in it.
 pub(crate) const BUCKET: &str = "tests";
@@ -53,7 +51,7 @@ pub(crate) fn settings(url: &str, bucket: &str) -> S3Settings {
         access_key: Secret::new(access_key),
         secret_key: SecretFrom::Setting(Secret::new(secret_key)),
         sse_c_key: None,
-        http: usual_http(),
+        http: HttpSettings::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use backhaul::broker::{QueueKind, Settings, Subscription, Tls};
+use backhaul::broker::{Broker, QueueKind, Settings, Subscription, Tls};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -193,6 +193,13 @@ pub(crate) fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
         publish_seconds_max: 30,
         message_bytes_max: 1 << 20,
     }
+}
+
+/// Connects to the broker, and hears all events from now on.
+pub(crate) async fn listen(rabbit: &Rabbit, stack: &Stack) -> (Broker, Subscription) {
+    let broker = Broker::connect(settings(rabbit, stack)).await.unwrap();
+    let events = broker.events("#").await.unwrap();
+    (broker, events)
 }
 
 /// The next event of a job with one of these states.

@@ -4,12 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use backhaul::store::{Credentials, Endpoint, Secret, SecretFrom, SwiftSettings};
+use backhaul::store::{Credentials, Endpoint, HttpSettings, Secret, SecretFrom, SwiftSettings};
 use tempfile::TempDir;
 use url::Url;
 use uuid::Uuid;
-
-use super::link::usual_http;
 
 /// The container of tests that need none of their own; every test needs names of its own in it.
 pub(crate) const CONTAINER: &str = "tests";
@@ -118,7 +116,7 @@ fn settings_with(url: &str, credentials: Credentials, endpoint: Endpoint, contai
         container: container.into(),
         create_containers: true,
         storage_policy: None,
-        http: usual_http(),
+        http: HttpSettings::default(),
     }
 }
 

@@ -421,14 +421,7 @@ fn some(number: u64) -> u16 {
 
 /// How servers are reached of which Cinder says no more than how often to try.
 fn usual_http(retries: u64) -> HttpSettings {
-    HttpSettings {
-        ca_file: None,
-        proxy: None,
-        connect_seconds_max: 10,
-        idle_seconds_max: 60,
-        connections_max: 32,
-        retries_max: some(retries),
-    }
+    HttpSettings { retries_max: some(retries), ..HttpSettings::default() }
 }
 
 /// How volumes are cut up into files.
