@@ -3,6 +3,7 @@
 #   dev/mariadb.sh up DIR        start it on a free port, its files in DIR; prints the URL that cinder.conf's [database]
 #                                connection takes, which DIR/url keeps. One that runs already is left as it is
 #   dev/mariadb.sh sql DIR ARG…  the client against it, as root, in the database `cinder`
+#   dev/mariadb.sh restart DIR   stop it, if it runs, and start it again with what is in it, on the same port
 #   dev/mariadb.sh down DIR      stop it; the files stay until the next `up`
 set -euo pipefail
 
@@ -15,7 +16,7 @@ die() {
 }
 
 usage() {
-    sed -n '3,6s/^# \{0,1\}//p' "$0" >&2
+    sed -n '3,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -46,14 +47,18 @@ down() {
     rm -f "$dir/pid"
 }
 
+# Makes the files of an empty server.
+install() {
+    rm -rf "$dir"/{data,log,pid,socket,url}
+    mkdir -p "$dir/log"
+    mariadb-install-db --no-defaults --datadir="$dir/data" --user="$(id -un)" \
+        --auth-root-authentication-method=normal --skip-test-db >"$dir/log/install.log" 2>&1
+}
+
 # Starts the server on `port` and waits until it takes connections; fails if it ends before that.
 start() {
     local port=$1 user
     user=$(id -un)
-    rm -rf "$dir"/{data,log,pid,socket,url}
-    mkdir -p "$dir/log"
-    mariadb-install-db --no-defaults --datadir="$dir/data" --user="$user" \
-        --auth-root-authentication-method=normal --skip-test-db >"$dir/log/install.log" 2>&1
     # What a power cut would take is of no worth here, and writing it out is most of the time.
     PATH=$PATH:/usr/sbin setsid mariadbd --no-defaults --datadir="$dir/data" --user="$user" --socket="$dir/socket" \
         --port="$port" --bind-address=127.0.0.1 --skip-name-resolve --pid-file="$dir/pid" \
@@ -84,6 +89,7 @@ up() {
     # Somebody may take a port between our look and the start.
     for _ in 1 2 3; do
         port=$(free_ports 1)
+        install
         if start "$port"; then
             # Any further database too: each test has one of its own.
             sql -e "CREATE DATABASE cinder CHARACTER SET utf8mb3; CREATE USER cinder@'%' IDENTIFIED BY 'cinder';
@@ -97,6 +103,16 @@ up() {
     die "the server did not start, see $dir/log"
 }
 
+restart() {
+    local address
+    [[ -s $dir/url ]] || die "nothing was started in $dir"
+    address=$(<"$dir/url")
+    address=${address##*@}
+    address=${address%%/*}
+    down
+    start "${address#*:}" || die "the server did not start, see $dir/log"
+}
+
 (($# >= 2)) || usage
 command=$1
 dir=$(realpath -m "$2")
@@ -104,6 +120,7 @@ shift 2
 case $command in
 up) up ;;
 sql) sql --database=cinder "$@" ;;
+restart) restart ;;
 down) down ;;
 *) usage ;;
 esac

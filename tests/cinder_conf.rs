@@ -117,7 +117,7 @@ restore_discard_excess_bytes = Off
 backup_gcs_retry_error_codes = 429, 500 ,503,
 backup_share =
 backup_swift_object_size =
-transport_url = rabbit://a:b@one:5672,c:d@two:5672/v?x=y
+transport_url = rabbit://a:b@one:5672,c:d@two:5672/v?ssl=no
 
 [Database]
 connection = mysql+pymysql://c:p%40@db/cinder?charset=utf8
@@ -363,4 +363,38 @@ fn an_error_names_file_line_and_option_but_no_value() {
     let missing: PathBuf = Path::new("/nowhere/cinder.conf").into();
     let error = Settings::read(&[Source::File(missing)]).unwrap_err().to_string();
     assert_eq!(error, "read /nowhere/cinder.conf");
+}
+
+#[test]
+fn the_query_of_a_transport_url_goes_before_the_options_of_the_same_names() {
+    let folder = TempDir::new().unwrap();
+    let conf = |text: &str| {
+        let settings = Settings::read(&[written(&folder, "query.conf", text)]).unwrap();
+        Conf::new(&settings).map(|conf| (conf, settings))
+    };
+    let text = "[DEFAULT]\ntransport_url = rabbit://a:hush@b/?heartbeat_timeout_threshold=7&ssl=1&ssl_ca_file=%2fa%24$$b\n\
+                [oslo_messaging_rabbit]\nheartbeat_timeout_threshold = 3\nrabbit_interval_max = 4\n\
+                [oslo_messaging_notifications]\n\
+                transport_url = rabbit://c/?rabbit_quorum_queue=true&use_queue_manager=true\n";
+
+    let (read, settings) = conf(text).unwrap();
+
+    let (rabbit, others) = (&read.rabbit, &read.notifications_rabbit);
+    assert_eq!((rabbit.heartbeat_timeout_threshold, rabbit.rabbit_interval_max), (7, 4));
+    assert_eq!((rabbit.ssl, rabbit.ssl_ca_file.as_str()), (true, "/a$$b"));
+    assert!(!rabbit.rabbit_quorum_queue);
+    assert_eq!((others.heartbeat_timeout_threshold, others.rabbit_interval_max, others.ssl), (3, 4, false));
+    assert!(others.rabbit_quorum_queue);
+    let not_obeyed: Vec<_> = settings.not_obeyed().into_iter().map(|(option, _)| option).collect();
+    assert_eq!(not_obeyed, ["use_queue_manager"]);
+
+    for (query, named) in [
+        ("colour=red", "colour"),
+        ("heartbeat_timeout_threshold=soon", "heartbeat_timeout_threshold"),
+        ("kombu_compression=gzip", "kombu_compression"),
+    ] {
+        let error = conf(&text.replace("ssl=1", query)).unwrap_err().to_string();
+        assert!(error.contains(named) && error.contains("the query of a transport_url"), "{error}");
+        assert!(!error.contains("hush"), "{error}");
+    }
 }

@@ -3,10 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use backhaul::cinder::database::{
-    Changes, Database, DatabaseUrl, Error, Finished, QuotaRefresh, Registration, Restored, UserMessage,
+    Changes, Connections, Database, DatabaseUrl, Error, Finished, QuotaRefresh, Registration, Restored,
+    UserMessage,
 };
 use backhaul::error::Class;
 use rstest::rstest;
@@ -35,8 +38,6 @@ struct Stage {
 
 impl Stage {
     async fn on(server: Server) -> Self {
-        let python =
-            std::env::var_os("BACKHAUL_TEST_CINDER").expect("run `make test`, which installs Cinder");
         let folder = TempDir::new().unwrap();
         let variable =
             |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `make test`"));
@@ -45,17 +46,23 @@ impl Stage {
             MariaDb => variable("BACKHAUL_TEST_MARIADB"),
             Postgres => variable("BACKHAUL_TEST_POSTGRES"),
         };
+        Self::at(&connection, folder).await
+    }
+
+    async fn at(connection: &str, folder: TempDir) -> Self {
+        let python =
+            std::env::var_os("BACKHAUL_TEST_CINDER").expect("run `make test`, which installs Cinder");
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_database.py");
         let mut process = Command::new(python);
-        process.arg(script).arg(&connection).arg(folder.path());
+        process.arg(script).arg(connection).arg(folder.path());
         let mut process = process.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (commands, answers) =
             (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
-        let url = DatabaseUrl::parse(&connection).unwrap();
+        let url = DatabaseUrl::parse(connection).unwrap();
         let project = Uuid::new_v4().simple().to_string();
         // It answers its first command when the schema is there.
         let (commands, answers) = asked(commands, answers);
-        let database = Database::connect(&url, 5).await.unwrap();
+        let database = Database::connect(&url, &Connections::default()).await.unwrap();
         Self { database, process, commands, answers, project, _folder: folder }
     }
 
@@ -582,4 +589,134 @@ async fn two_transactions_that_end_each_other_are_both_done(
             assert_eq!(stage.database.backup(id).await.unwrap().unwrap().num_dependent_backups, round);
         }
     }
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_restore_whose_volume_is_gone_gives_its_backup_back(
+    #[values(Sqlite, MariaDb, Postgres)] server: Server,
+) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let backup = stage.backup(&volume, None);
+    stage.ask("set", json!({ "table": "backups", "id": backup, "status": "restoring" }));
+
+    let error = stage.database.finish_restore(&backup, "nowhere", Restored::Failed).await.unwrap_err();
+
+    assert!(matches!(error, Error::NotThere { what: "volume", .. }), "{error}");
+    assert_eq!(stage.columns("backups", &backup, &["status"]), texts(["available"]));
+}
+
+/// A MariaDB of a test's own, which it may stop.
+struct OwnServer(TempDir);
+
+impl OwnServer {
+    /// Starts it, and gives its address.
+    fn start() -> (Self, String) {
+        let server = Self(TempDir::new_in("/tmp").unwrap());
+        let url = server.run("up", &[]);
+        (server, url)
+    }
+
+    fn run(&self, command: &str, arguments: &[&str]) -> String {
+        let output = self.command(command, arguments).stderr(Stdio::inherit()).output().unwrap();
+        assert!(output.status.success(), "{command} {arguments:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    fn command(&self, command: &str, arguments: &[&str]) -> Command {
+        let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/mariadb.sh"));
+        script.arg(command).arg(self.path()).args(arguments);
+        script
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        Path::join(self.0.path(), "server")
+    }
+
+    /// What a query gives, in one line.
+    fn query(&self, sql: &str) -> String {
+        self.run("sql", &["--batch", "--skip-column-names", "--execute", sql])
+    }
+
+    /// Waits until a query gives this.
+    async fn until(&self, sql: &str, expected: impl Fn(&str) -> bool) {
+        for _ in 0..600 {
+            if expected(&self.query(sql)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("{sql} gives {}", self.query(sql));
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        let _ = self.command("down", &[]).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_the_server_ends_nothing_for_good() {
+    let (server, url) = OwnServer::start();
+    let mut stage = Stage::at(&url, TempDir::new().unwrap()).await;
+    let volume = stage.volume();
+    let backup = stage.backup(&volume, None);
+    let lock = format!("BEGIN; SELECT id FROM backups WHERE id = '{backup}' FOR UPDATE; SELECT SLEEP(600)");
+    let mut other = server.command("sql", &["--execute", &lock]).stdout(Stdio::null()).spawn().unwrap();
+    server
+        .until("SELECT COUNT(*) FROM information_schema.processlist WHERE state = 'User sleep'", |count| {
+            count == "1"
+        })
+        .await;
+    let (database, id) = (stage.database.clone(), backup.clone());
+    let failing = tokio::spawn(async move { database.fail_backup(&id, "the store is full").await });
+    let waiting = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'";
+    server.until(waiting, |count| count == "1").await;
+
+    server.run("restart", &[]);
+
+    assert!(failing.await.unwrap().unwrap());
+    other.wait().unwrap();
+    assert_eq!(stage.columns("volumes", &volume, &["status"]), texts(["in-use"]));
+    let row = stage.database.backup(&backup).await.unwrap().unwrap();
+    assert_eq!((row.status.as_str(), row.fail_reason.as_deref()), ("error", Some("the store is full")));
+
+    // One that is away at the start is waited for; and the number and the age of connections are what was said.
+    server.query("CREATE USER few@'%' IDENTIFIED BY 'few'; GRANT ALL ON *.* TO few@'%'");
+    server.run("down", &[]);
+    let url = DatabaseUrl::parse(&url.replace("cinder:cinder@", "few:few@")).unwrap();
+    let connections = Connections {
+        count_max: 2,
+        wait_seconds_max: 20,
+        age_seconds_max: Some(1),
+        tries_max: Some(1000),
+        retry_seconds: 0,
+    };
+    let first = Connections { wait_seconds_max: 1, tries_max: Some(2), ..connections.clone() };
+    let error = Database::connect(&url, &first).await.unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error}");
+    let connecting = tokio::spawn(async move {
+        let connections = Connections { wait_seconds_max: 1, ..connections };
+        Database::connect(&url, &connections).await
+    });
+    server.run("restart", &[]);
+    let database = connecting.await.unwrap().unwrap();
+    let all = "SELECT GROUP_CONCAT(id ORDER BY id) FROM information_schema.processlist WHERE user = 'few'";
+    let mut seen = Vec::new();
+    let mut rounds = 0;
+    // Until all that were there at first were replaced.
+    while rounds < 200 && seen.len() < 4 {
+        rounds += 1;
+        let reads = (0..10).map(|_| database.backup(&backup));
+        for read in futures_util::future::join_all(reads).await {
+            assert!(read.unwrap().is_some());
+        }
+        let now = server.query(all);
+        let now: Vec<String> = now.split(',').map(str::to_owned).collect();
+        assert!(now.len() <= 2, "{now:?}");
+        seen.extend(now.into_iter().filter(|id| !seen.contains(id)).collect::<Vec<_>>());
+    }
+    assert!(seen.len() >= 4, "the same connections all the time: {seen:?}");
 }

@@ -502,3 +502,113 @@ fn what_a_worker_has_left_that_died_is_put_right_unless_its_message_comes_again(
     assert_eq!(openstack.ok(&["show", at_work])["status"], "restoring");
     assert_eq!(openstack.ok(&["volume", &first])["status"], "restoring-backup");
 }
+
+#[test]
+fn a_backup_that_a_service_was_making_that_died_is_ended_unless_its_message_comes() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let host = openstack.host().to_owned();
+    let worker = openstack.backhaul("posix", ceph.conf());
+    let volumes: Vec<String> = (0..8).map(|_| openstack.volume()).collect();
+    let [at_work, asked, unasked, copied, copying, elsewhere, copy, old_copy] = &volumes[..] else {
+        panic!()
+    };
+    image(&ceph, at_work).write(&[(0, &noise(1, 64 * MIB))]);
+    image(&ceph, at_work).slow_down(1 << 18);
+    let at_work = openstack.begin_backup(at_work, &[]);
+    until("the backup has begun", || worker.log().contains("started method"));
+    drop(worker);
+    let mut left = |volume: &str, columns: &[&str]| {
+        text(&openstack.ok(&[&["abandon", volume, &host], columns].concat())["id"])
+    };
+    let (asked_id, unasked_id) = (left(asked, &[]), left(unasked, &["service="]));
+    let (copying_id, elsewhere_id) = (left(copying, &[]), left(elsewhere, &[]));
+    let failed = left(asked, &["status=error", &format!("temp_volume_id={old_copy}")]);
+    openstack.ok(&["set", asked, "previous_status=available"]);
+    openstack.ok(&["in-use", copied]);
+    let snapshot = text(&openstack.ok(&["snapshot", copied])["id"]);
+    let (volume, of) = (format!("temp_volume_id={copy}"), format!("temp_snapshot_id={snapshot}"));
+    let copied_id = text(&openstack.ok(&["abandon", copied, &host, &volume, &of])["id"]);
+    // The volume service is at this one, and that of this one is away.
+    let unfinished = openstack.volume();
+    openstack.ok(&["set", &unfinished, "status=creating", &format!("display_name=backup-vol-{copying}")]);
+    openstack.ok(&["set", elsewhere, "host=nowhere@rbd1#rbd1"]);
+
+    let worker = openstack.backhaul("posix", ceph.conf());
+
+    assert!(!worker.log().contains("nobody was at"), "too early: {}", worker.log());
+    for (backup, volume, status) in
+        [(&asked_id, asked, "available"), (&unasked_id, unasked, "available"), (&copied_id, copied, "in-use")]
+    {
+        let ended = openstack.ok(&["settled", backup]);
+        assert_eq!(ended["status"], "error", "{ended}\n{}", worker.log());
+        assert_eq!(ended["fail_reason"], "incomplete backup reset on manager restart");
+        assert_eq!(openstack.ok(&["volume", volume])["status"], status);
+    }
+    for (backup, volume) in [(&copied_id, copy), (&failed, old_copy)] {
+        until("the copy is gone", || openstack.ok(&["volume", volume])["status"] == "deleted");
+        let is_free = |row: Value| row["temp_volume_id"].is_null() && row["temp_snapshot_id"].is_null();
+        until("it needs no copy any more", || is_free(openstack.ok(&["show", backup])));
+    }
+    until("the snapshot is gone", || ceph.rbd(&["snap", "ls", image(&ceph, copied).spec()]).is_empty());
+    assert!(worker.log().contains("it is waited for"), "{}", worker.log());
+    // The message of the last one came again.
+    for backup in [&copying_id, &elsewhere_id, &at_work] {
+        assert_eq!(openstack.ok(&["show", backup])["status"], "creating");
+    }
+    // What the volume service was at may still come.
+    openstack.ok(&["pass-on", &copying_id]);
+    assert_eq!(openstack.ok(&["settled", &copying_id])["status"], "available");
+}
+
+#[test]
+fn a_backup_whose_end_the_database_refuses_is_not_lost() {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let worker = openstack.backhaul("posix", ceph.conf());
+    let volume = openstack.volume();
+    image(&ceph, &volume).write(&[(0, &noise(1, 16 * MIB))]);
+    image(&ceph, &volume).slow_down(1 << 20);
+    let backup = openstack.begin_backup(&volume, &[]);
+    let name = format!("refuse_{}", backup.replace('-', ""));
+    openstack.sql(&format!(
+        "CREATE TRIGGER {name} BEFORE UPDATE ON backups FOR EACH ROW \
+         IF NEW.id = '{backup}' AND NEW.status = 'available' THEN SIGNAL SQLSTATE '45000'; END IF"
+    ));
+
+    until("it was refused twice", || worker.log().matches("will not pass by itself").count() == 2);
+    assert_eq!(openstack.ok(&["show", &backup])["status"], "creating");
+    openstack.sql(&format!("DROP TRIGGER {name}"));
+
+    let made = openstack.ok(&["settled", &backup]);
+    assert_eq!(made["status"], "available", "{made}");
+    assert!(!worker.log().contains("handed back"), "{}", worker.log());
+}
+
+#[rstest]
+fn a_snapshot_that_the_volume_service_made_for_a_backup_is_read_and_removed(
+    #[values("ceph", "posix")] driver: &str,
+) {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let _worker = openstack.backhaul(driver, ceph.conf());
+    let volume = openstack.volume();
+    let image = image(&ceph, &volume);
+    image.write(&[(0, &noise(1, 2 * MIB))]);
+    let content = ceph.content(image.spec());
+    openstack.ok(&["in-use", &volume]);
+    let snapshot = text(&openstack.ok(&["snapshot", &volume])["id"]);
+    image.write(&[(MIB as u64, &noise(2, MIB))]);
+    let class = match driver {
+        "ceph" => "service=cinder.backup.drivers.ceph.CephBackupDriver",
+        _ => "service=cinder.backup.drivers.posix.PosixBackupDriver",
+    };
+    let (host, of) = (openstack.host().to_owned(), format!("temp_snapshot_id={snapshot}"));
+
+    let backup = text(&openstack.ok(&["abandon", &volume, &host, class, &of])["id"]);
+    openstack.ok(&["pass-on", &backup]);
+
+    let made = openstack.ok(&["settled", &backup]);
+    assert_eq!(made["status"], "available", "{made}");
+    until("it needs no snapshot any more", || openstack.ok(&["show", &backup])["temp_snapshot_id"].is_null());
+    assert_eq!(openstack.ok(&["volume", &volume])["status"], "in-use");
+    assert_holds(&ceph, &openstack.restore(&[&backup]), &content);
+    until("the snapshot is gone", || !ceph.rbd(&["snap", "ls", image.spec()]).contains(&snapshot));
+}

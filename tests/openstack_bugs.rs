@@ -169,7 +169,8 @@ fn a_volume_that_is_in_use_is_backed_up_by_force_and_stays_in_use(#[values("ceph
         image.write(&[(round * MIB as u64, &noise(round, 2 * MIB))]);
         let backup = openstack.backup(&volume, options);
         assert_eq!(backup["status"], "available", "{backup}");
-        assert_eq!(backup["temp_volume_id"], json!(null), "{backup}");
+        let id = text(&backup["id"]);
+        until("it needs no volume any more", || openstack.ok(&["show", &id])["temp_volume_id"].is_null());
         assert_eq!(openstack.ok(&["volume", &volume])["status"], "in-use");
         points.push((text(&backup["id"]), ceph.content(image.spec())));
     }
@@ -177,4 +178,43 @@ fn a_volume_that_is_in_use_is_backed_up_by_force_and_stays_in_use(#[values("ceph
     for (backup, content) in &points {
         assert_restores(&mut openstack, &ceph, backup, content);
     }
+}
+
+/// Cinder leaves what it has written so far, until somebody deletes the backup.
+#[rstest]
+fn a_backup_that_fails_in_the_middle_leaves_nothing_behind(#[values("ceph", "posix")] driver: &str) {
+    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    if driver == "posix" {
+        // Who may make no block devices may mount nothing.
+        if std::env::var_os("BACKHAUL_TEST_NO_BLOCK_DEVICES").is_some() {
+            return;
+        }
+        openstack.limit_backups(80);
+    }
+    let _worker = openstack.backhaul(driver, ceph.conf());
+    let volume = openstack.volume();
+    let image = image(&ceph, &volume);
+    for place in 0..12 {
+        image.write(&[(place << 24, &noise(place, 16 * MIB))]);
+    }
+    if driver == "ceph" {
+        image.slow_down(16 << 20);
+    }
+
+    let backup = openstack.begin_backup(&volume, &[]);
+    if driver == "ceph" {
+        let spec = format!("backups/volume-{volume}.backup.{backup}");
+        until("there is something of it", || ceph.rbd(&["ls", "backups"]).contains(&backup));
+        // Whoever writes behind its end is refused.
+        ceph.rbd(&["resize", "--no-progress", "--allow-shrink", "--size", "1M", &spec]);
+    }
+
+    let failed = openstack.ok(&["settled", &backup]);
+    assert_eq!(failed["status"], "error", "{failed}");
+    assert_eq!(openstack.ok(&["volume", &volume])["status"], "available");
+    assert_eq!(ceph.names_with("backups", &[&volume, &backup]), [""; 0], "{failed}");
+    assert_eq!(ceph.rbd(&["snap", "ls", image.spec()]), "", "a snapshot of the backup stays on the volume");
+    let files = openstack.files();
+    assert!(!files.iter().any(|path| path.contains(&backup)), "{files:?}");
+    assert_eq!(openstack.delete(&text(&failed["id"]))["status"], "deleted");
 }

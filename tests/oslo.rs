@@ -255,6 +255,16 @@ fn flavour(name: &str) -> (RpcQueues, &'static [&'static str]) {
                 "rabbit_quorum_delivery_limit = 7",
             ],
         ),
+        // All that is sent to all goes through one queue of theirs. Ours is at the same exchange.
+        "stream" => (
+            RpcQueues { transient_quorum: true, cancel_on_failover: true, ..plain },
+            &[
+                "rabbit_stream_fanout = true",
+                "rabbit_transient_quorum_queue = true",
+                "rabbit_qos_prefetch_count = 10",
+                "enable_cancel_on_failover = true",
+            ],
+        ),
         _ => panic!("{name}"),
     }
 }
@@ -351,7 +361,9 @@ async fn answer(incoming: Incoming) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_of_oslo_is_served(#[values("transient", "durable", "auto-delete", "quorum")] queues: &str) {
+async fn a_client_of_oslo_is_served(
+    #[values("transient", "durable", "auto-delete", "quorum", "stream")] queues: &str,
+) {
     let names = Names::new();
     let (queues, options) = flavour(queues);
     let rpc = names.rpc(queues).await;
@@ -416,7 +428,7 @@ async fn a_client_of_oslo_is_served(#[values("transient", "durable", "auto-delet
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_of_oslo_is_called(
-    #[values("transient", "durable", "auto-delete", "quorum")] queues: &str,
+    #[values("transient", "durable", "auto-delete", "quorum", "stream")] queues: &str,
 ) {
     let names = Names::new();
     let (queues, options) = flavour(queues);

@@ -72,6 +72,8 @@ pub struct RpcQueues {
     pub quorum_memory_bytes_max: u32,
     /// `rabbit_ha_queues`: they are mirrored, by brokers that still know that.
     pub mirrored: bool,
+    /// `enable_cancel_on_failover`: the broker says when the queue moves to another mirror; then it is consumed anew.
+    pub cancel_on_failover: bool,
     /// `rabbit_transient_queues_ttl`: how long those for replies and for messages to all stay when nobody uses them; 0
     /// for ever.
     pub transient_seconds_max: u32,
@@ -89,6 +91,7 @@ impl Default for RpcQueues {
             quorum_memory_messages_max: 0,
             quorum_memory_bytes_max: 0,
             mirrored: false,
+            cancel_on_failover: false,
             transient_seconds_max: 1800,
         }
     }
@@ -150,6 +153,8 @@ struct Queue {
     binding: Option<(Exchange, ShortString)>,
     /// How many of its messages the broker hands out before the first of them is settled; 0 for no limit.
     prefetch_count: u16,
+    /// The broker is to say when it moves to another mirror.
+    cancel_on_failover: bool,
     /// It is ours alone, and of no use without us.
     own: bool,
 }
@@ -204,6 +209,7 @@ impl Rpc {
             auto_delete: self.queues.auto_delete,
             arguments: self.queues.lasting(),
             prefetch_count,
+            cancel_on_failover: self.queues.cancel_on_failover,
             own: false,
         };
         let for_all = Queue {
@@ -213,6 +219,7 @@ impl Rpc {
             arguments: self.queues.transient(),
             binding: Some((fanout, topic_name.clone())),
             prefetch_count,
+            cancel_on_failover: self.queues.cancel_on_failover,
             own: true,
         };
         let (sender, receiver) = mpsc::channel(WAITING_COUNT_MAX);
@@ -242,6 +249,7 @@ impl Rpc {
                 arguments: self.queues.transient(),
                 binding: None,
                 prefetch_count: REPLY_PREFETCH_COUNT,
+                cancel_on_failover: self.queues.cancel_on_failover,
                 own: true,
             },
             sender,
@@ -322,6 +330,7 @@ impl Rpc {
             auto_delete: self.queues.auto_delete,
             arguments: self.queues.lasting(),
             prefetch_count: 0,
+            cancel_on_failover: false,
             own: false,
         };
         let declared = async {
@@ -475,7 +484,10 @@ impl Queue {
         let channel = open_channel(&live.connection).await?;
         let consume = async {
             channel.basic_qos(self.prefetch_count, BasicQosOptions::default()).await?;
-            let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+            let (options, mut arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+            if self.cancel_on_failover {
+                arguments.insert("x-cancel-on-ha-failover".into(), AMQPValue::Boolean(true));
+            }
             channel.basic_consume(self.name.clone(), "".into(), options, arguments).await
         };
         let consumer =

@@ -22,7 +22,7 @@ use crate::message::oslo::{Answer, Call, Failure, Reply, Request, SeenIds};
 const NOWHERE_PAUSE: Duration = Duration::from_millis(500);
 
 /// Who is to do something.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Target {
     topic: String,
     host: Option<String>,
@@ -197,6 +197,13 @@ impl Rpc {
                 seconds: patience.as_secs(),
             }),
         }
+    }
+
+    /// Waits until a service has begun all that it was asked for before, for `patience` at most; `probe` is a request that changes
+    /// nothing. Requests are taken in their order: an answer to it, even that it cannot be done, comes after those before it were
+    /// begun. False if none came.
+    pub async fn catches_up(&self, target: &Target, probe: Request, patience: Duration) -> bool {
+        matches!(self.call(target, probe, patience).await, Ok(_) | Err(CallError::Failed { .. }))
     }
 
     /// Sends a notification to the queue `topic.priority`.

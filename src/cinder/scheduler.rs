@@ -7,7 +7,7 @@ use super::rpc::{CallError, Rpc, Target};
 use crate::message::oslo::{Context, Request};
 
 /// The topic that the schedulers listen on.
-const TOPIC: &str = "cinder-scheduler";
+pub const TOPIC: &str = "cinder-scheduler";
 
 /// What the scheduler knows of us.
 #[derive(Debug, Clone, PartialEq, Eq)]

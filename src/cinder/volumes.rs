@@ -14,7 +14,7 @@ const VERSION: &str = "3.0";
 const VERSION_OF_DEVICES: &str = "3.17";
 
 /// The fields of a volume that are columns of its row.
-const FIELDS: [&str; 40] = [
+const VOLUME_FIELDS: [&str; 40] = [
     "id",
     "_name_id",
     "ec2_id",
@@ -52,6 +52,31 @@ const FIELDS: [&str; 40] = [
     "previous_status",
     "service_uuid",
     "shared_targets",
+    "created_at",
+    "updated_at",
+    "deleted_at",
+];
+
+/// The fields of a snapshot that are columns of its row.
+const SNAPSHOT_FIELDS: [&str; 21] = [
+    "id",
+    "user_id",
+    "project_id",
+    "use_quota",
+    "volume_id",
+    "cgsnapshot_id",
+    "group_snapshot_id",
+    "status",
+    "progress",
+    "volume_size",
+    "display_name",
+    "display_description",
+    "encryption_key_id",
+    "volume_type_id",
+    "provider_location",
+    "provider_id",
+    "provider_auth",
+    "deleted",
     "created_at",
     "updated_at",
     "deleted_at",
@@ -145,13 +170,17 @@ impl<'a> VolumeService<'a> {
         }
     }
 
-    /// Says that nobody here uses the volume any more.
+    /// Says that we do not use the volume any more.
     pub async fn terminate_connection(&self, connector: &Value) -> Result<(), Error> {
         let mut args = Map::new();
         args.insert("volume_id".into(), json!(self.volume_id));
         args.insert("connector".into(), connector.clone());
         args.insert("force".into(), json!(true));
-        self.call("terminate_connection", args).await?;
+        self.call("terminate_connection", args).await.map(drop)
+    }
+
+    /// Says that nobody uses the volume any more.
+    pub async fn remove_export(&self) -> Result<(), Error> {
         let mut args = Map::new();
         args.insert("volume_id".into(), json!(self.volume_id));
         self.call("remove_export", args).await.map(drop)
@@ -164,6 +193,14 @@ impl<'a> VolumeService<'a> {
         args.insert("unmanage_only".into(), json!(false));
         args.insert("cascade".into(), json!(false));
         self.cast("delete_volume", VERSION, args).await
+    }
+
+    /// Asks for the end of a snapshot that was made for a backup alone.
+    pub async fn delete_snapshot(&self, snapshot: &Object) -> Result<(), Error> {
+        let mut args = Map::new();
+        args.insert("snapshot".into(), snapshot.to_json());
+        args.insert("unmanage_only".into(), json!(false));
+        self.cast("delete_snapshot", VERSION, args).await
     }
 
     async fn cast(&self, method: &'static str, version: &str, args: Map<String, Value>) -> Result<(), Error> {
@@ -187,9 +224,18 @@ impl<'a> VolumeService<'a> {
 
 /// Cinder's volume object with the fields that its row has; what else belongs to it the volume service looks up itself.
 pub fn object_of(columns: Map<String, Value>) -> Object {
+    Object::new("Volume", "1.9", fields_of(columns, &VOLUME_FIELDS))
+}
+
+/// The same of a snapshot.
+pub fn snapshot_object_of(columns: Map<String, Value>) -> Object {
+    Object::new("Snapshot", "1.6", fields_of(columns, &SNAPSHOT_FIELDS))
+}
+
+fn fields_of(columns: Map<String, Value>, names: &[&str]) -> Map<String, Value> {
     let mut fields = Map::new();
     for (name, value) in columns {
-        if !FIELDS.contains(&name.as_str()) {
+        if !names.contains(&name.as_str()) {
             continue;
         }
         let value = match value {
@@ -199,7 +245,7 @@ pub fn object_of(columns: Map<String, Value>) -> Object {
         };
         fields.insert(name, value);
     }
-    Object::new("Volume", "1.9", fields)
+    fields
 }
 
 /// The way to a volume that is an RBD image.

@@ -58,6 +58,15 @@ pub struct Attached {
     _files: Vec<Arc<NamedTempFile>>,
 }
 
+impl Attached {
+    /// Has a snapshot of the image read in the place of it.
+    pub fn read_snapshot(&mut self, name: String) {
+        if let Location::Rbd(image) = &mut self.location {
+            image.snapshot = Some(name);
+        }
+    }
+}
+
 impl Attachments {
     /// Makes a volume known that the service has told the way to. `others` are clusters besides those of volumes.
     pub fn attach(

@@ -13,16 +13,16 @@ use super::attach::Attached;
 use super::jobs::Ran;
 use super::notices::Progress;
 use super::{Driver, StandIn, TOPIC, Trouble};
-use crate::cinder::database::{BackupRow, Changes, QuotaRefresh, Restored, UserMessage, VolumeRow};
+use crate::cinder::database::{self, BackupRow, Changes, QuotaRefresh, Restored, UserMessage, VolumeRow};
 use crate::cinder::export_record;
 use crate::cinder::rpc::{Incoming, Target};
-use crate::cinder::volumes::{VolumeService, object_of};
+use crate::cinder::volumes::{VolumeService, object_of, snapshot_object_of};
 use crate::error::{Causes, Class, Problem};
 use crate::job::{BackupId, BackupWork, Job, JobId, Parent, Record, RestoreWork, VolumeId, Work};
 use crate::message::oslo::{self, BackupDevice, BackupDeviceInfo, Failure, Request};
 use crate::runner::Place;
 
-const CREATE: Action =
+pub(super) const CREATE: Action =
     Action { id: "013", name: "create backup", event: "create", percent: "backup_percent" };
 const DELETE: Action = Action { id: "014", name: "delete backup", event: "delete", percent: "" };
 pub(super) const RESTORE: Action =
@@ -134,15 +134,18 @@ impl StandIn {
             if incoming.redelivered && row.status == "available" {
                 self.tell_end(request, id, CREATE).await;
             }
+            self.remove_temporary(&request.context, &row).await?;
             return Ok(Value::Null);
         }
         let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
-        let volume = match device {
-            BackupDevice::Volume(volume) => volume,
-            BackupDevice::Snapshot(_) => {
-                let reason = "A snapshot that is attached itself cannot be read yet: set backup_use_temp_snapshot = False \
-                              for the volume service.";
-                return fail(Detail::Attach, reason).await;
+        let (volume, snapshot) = match device {
+            BackupDevice::Volume(volume) => (volume, None),
+            BackupDevice::Snapshot(snapshot) => {
+                let volume_id = snapshot.volume_id;
+                let Some(columns) = self.database.volume_columns(&volume_id.to_string()).await? else {
+                    return fail(Detail::Attach, &format!("Volume {volume_id} could not be found.")).await;
+                };
+                (oslo::Volume { id: volume_id, object: object_of(columns) }, Some(snapshot))
             }
         };
         let Some(service) = volume.service() else {
@@ -151,24 +154,39 @@ impl StandIn {
         let _place = self.place(&row).await?;
         let context = context_of(request, id, CREATE);
         let volumes = VolumeService::new(&self.rpc, service, &context, volume.id, self.reply_time_max());
-        let attached = self.attach(&volumes, volume.object.to_json()).await;
+        let mut attached = self.attach(&volumes, volume.object.to_json()).await;
+        if let (Ok(attached), Some(snapshot)) = (&mut attached, &snapshot) {
+            // Cinder's driver for Ceph attaches no snapshots. What leads to the image leads to them, too.
+            attached.read_snapshot(self.conf.default.snapshot_name_template.replace("%s", &snapshot.id));
+        }
         let ran = match &attached {
             Ok(attached) => self.make(request, id, &row, attached, &used.cancel).await,
             Err(problem) => Ok(Ran::Failed(problem.clone())),
         };
-        self.detach(&volumes).await;
-        let ran = ran?;
-        if volume.id.to_string() != row.volume_id {
-            match volumes.delete_volume(&volume.object).await {
-                Ok(()) => {
-                    let changes = Changes::new().text_or_null("temp_volume_id", None);
-                    self.database.change_backup(&row.id, &[], &changes).await?;
-                }
-                Err(error) => {
-                    warn!(volume = %volume.id, error = %Causes(&error), "the volume that was made for the backup stays");
-                }
-            }
+        match snapshot {
+            None => self.detach(&volumes).await,
+            // Whoever else uses the volume goes on with it.
+            Some(_) => drop(self.disconnect(&volumes).await),
         }
+        let detail = if attached.is_err() { Detail::Attach } else { Detail::Create };
+        let ended = self.end_backup(request, &row, id, ran?, detail).await;
+        // Not before: whoever goes on with the message reads it once more.
+        if let Ok(_) | Err(Trouble::Failure(_)) = ended {
+            self.remove_temporary(&context, &row).await?;
+        }
+        ended
+    }
+
+    /// Writes down how a backup has ended; `detail` is where it has failed, if so.
+    async fn end_backup(
+        &self,
+        request: &Request,
+        row: &BackupRow,
+        id: BackupId,
+        ran: Ran,
+        detail: Detail,
+    ) -> Result<Value, Trouble> {
+        let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
         match ran {
             Ran::Succeeded => {
                 let record = match self.made(request, id).await? {
@@ -177,20 +195,15 @@ impl StandIn {
                 };
                 let ended = self.database.finish_backup(&row.id, &self.changes_of(&record)).await?;
                 info!(backup = %id, ?ended, "backup made");
-                self.tell_end(request, id, CREATE).await;
-                Ok(Value::Null)
             }
-            Ran::Failed(problem) => {
-                let detail = if attached.is_err() { Detail::Attach } else { Detail::Create };
-                fail(detail, &problem.to_string()).await
-            }
+            Ran::Failed(problem) => return fail(detail, &problem.to_string()).await,
+            // Its row says what it has become, and only the volume is given back.
             Ran::Cancelled => {
-                // Its row says what it has become, and only the volume is given back.
                 self.database.fail_backup(&row.id, "The backup was cancelled.").await?;
-                self.tell_end(request, id, CREATE).await;
-                Ok(Value::Null)
             }
         }
+        self.tell_end(request, id, CREATE).await;
+        Ok(Value::Null)
     }
 
     async fn make(
@@ -496,8 +509,62 @@ impl StandIn {
             self.database.change_backup(&row.id, &[], &Changes::new().text("status", status)).await?;
             info!(backup = %id, status, "status of the backup set");
             self.tell(request, id, "reset_status.end").await;
+            let used = self.use_of(id);
+            // Whoever is at it removes it when he has ended.
+            if status == "error"
+                && let Ok(_turn) = used.turn.try_lock()
+            {
+                self.remove_temporary(&request.context, &self.row(id).await?).await?;
+            }
         }
         Ok(Value::Null)
+    }
+
+    /// Has the volume service remove what it has made of a volume for this backup alone. What cannot be asked for now is asked
+    /// for at the next start, if the backup has failed.
+    pub(super) async fn remove_temporary(
+        &self,
+        context: &oslo::Context,
+        row: &BackupRow,
+    ) -> Result<(), database::Error> {
+        if let Some(id) = &row.temp_volume_id {
+            if let (Some(volume), Some(columns)) =
+                (self.database.volume(id).await?, self.database.volume_columns(id).await?)
+            {
+                let asked = match self.volume_service(&volume, context) {
+                    Ok(volumes) => volumes.delete_volume(&object_of(columns)).await.map_err(|e| problem(&e)),
+                    Err(homeless) => Err(homeless),
+                };
+                if let Err(error) = asked {
+                    warn!(volume = id, %error, "the volume that was made for the backup stays");
+                    return Ok(());
+                }
+            }
+            let changes = Changes::new().text_or_null("temp_volume_id", None);
+            self.database.change_backup(&row.id, &[], &changes).await?;
+        }
+        if let Some(id) = &row.temp_snapshot_id {
+            if let Some(snapshot) = self.database.snapshot(id).await?
+                && let Some(volume) = self.database.volume(&snapshot.volume_id).await?
+            {
+                let deleting = Changes::new().text("status", "deleting");
+                self.database.change_snapshot(id, &[], &deleting).await?;
+                let columns = self.database.snapshot_columns(id).await?.unwrap_or_default();
+                let asked = match self.volume_service(&volume, context) {
+                    Ok(volumes) => {
+                        volumes.delete_snapshot(&snapshot_object_of(columns)).await.map_err(|e| problem(&e))
+                    }
+                    Err(homeless) => Err(homeless),
+                };
+                if let Err(error) = asked {
+                    warn!(snapshot = id, %error, "the snapshot that was made for the backup stays");
+                    return Ok(());
+                }
+            }
+            let changes = Changes::new().text_or_null("temp_snapshot_id", None);
+            self.database.change_backup(&row.id, &[], &changes).await?;
+        }
+        Ok(())
     }
 
     /// The row of a backup, even of one that is deleted.
@@ -515,9 +582,7 @@ impl StandIn {
         volume: &'a VolumeRow,
         context: &'a oslo::Context,
     ) -> Result<VolumeService<'a>, Problem> {
-        let named = |name: &'a Option<String>| name.as_deref().filter(|name| !name.is_empty());
-        let host = named(&volume.cluster_name).or_else(|| named(&volume.host));
-        let (Some(host), Ok(id)) = (host.and_then(|host| host.split('#').next()), volume.id.parse()) else {
+        let (Some(host), Ok(id)) = (service_of(volume), volume.id.parse()) else {
             let message = format!("Volume {} is on no host.", volume.id);
             return Err(Problem { class: Class::Permanent, message, causes: Vec::new() });
         };
@@ -531,9 +596,20 @@ impl StandIn {
     }
 
     async fn detach(&self, volumes: &VolumeService<'_>) {
-        if let Err(error) = volumes.terminate_connection(&self.connector()).await {
-            warn!(error = %Causes(&error), "the volume service could not be told that the volume is used no more");
+        if self.disconnect(volumes).await
+            && let Err(error) = volumes.remove_export().await
+        {
+            warn!(error = %Causes(&error), "the volume service could not be told that nobody uses the volume any more");
         }
+    }
+
+    /// Says that we do not use a volume any more. Whether the service knows.
+    async fn disconnect(&self, volumes: &VolumeService<'_>) -> bool {
+        let told = volumes.terminate_connection(&self.connector()).await;
+        if let Err(error) = &told {
+            warn!(error = %Causes(error), "the volume service could not be told that the volume is used no more");
+        }
+        told.is_ok()
     }
 
     async fn fail_backup(
@@ -622,6 +698,12 @@ impl StandIn {
     fn reply_time_max(&self) -> Duration {
         Duration::from_secs(self.conf.default.rpc_response_timeout)
     }
+}
+
+/// The name of the service that has a volume: its cluster, or its host, without the pool.
+pub(super) fn service_of(volume: &VolumeRow) -> Option<&str> {
+    let names = [&volume.cluster_name, &volume.host];
+    names.into_iter().flatten().find(|name| !name.is_empty())?.split('#').next()
 }
 
 /// What a volume is that waits for a backup to be put onto it.

@@ -3,22 +3,30 @@
 //!
 //! What has a message that is still to come must not be touched. Deletes are done in any case: whichever comes second finds
 //! nothing to do. A restore has its message in our own queue, all of which is handed to us when we consume it and whoever had
-//! it before is gone, or has none. A backup that is being made may wait for the volume service, which sends its message when it
-//! is ready, however long that takes; nothing tells it from one whose message is gone, so that it is left alone.
+//! it before is gone, or has none. A backup that is being made may have it at the scheduler, which has chosen us, or at the
+//! volume service, which we were asked to wait for. Both take their messages in order. So one that answers has begun all that
+//! it was asked for before, and what it begins it sends on at once; but for a copy of the volume, which stands in the database
+//! while it is made. What a service has left of which nothing has come then, nobody is at.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use serde_json::Map;
+use futures_util::future::join_all;
+use serde_json::{Map, Value};
 use tokio::time::{sleep, timeout};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::backups::RESTORE;
-use super::{DRAIN_TIME_MAX, HAND_BACK_TIME_MAX, LATER_PAUSE, StandIn, TOPIC, Trouble};
+use super::backups::{CREATE, RESTORE, service_of};
+use super::{
+    DRAIN_TIME_MAX, HAND_BACK_TIME_MAX, LATER_PAUSE, NOT_BY_ITSELF, NOT_FOR_NOW, StandIn, TOPIC, Trouble,
+    longer,
+};
 use crate::broker::State;
 use crate::cinder::database::{self, BackupRow, Changes, Restored};
+use crate::cinder::rpc::Target;
+use crate::cinder::scheduler;
 use crate::error::Causes;
 use crate::job::BackupId;
 use crate::message::oslo::{self, Context, Request};
@@ -27,6 +35,10 @@ use crate::message::oslo::{self, Context, Request};
 const HEARTBEATS_MAX: u32 = 3;
 /// Why a restore has failed that nobody is at.
 const INTERRUPTED: &str = "The service that restored it has died, and its message is gone.";
+/// Why a backup has failed that nobody is at, as Cinder says it.
+const INCOMPLETE: &str = "incomplete backup reset on manager restart";
+/// How long a service may take to answer that a message of ours may be with.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(600);
 
 /// The backups of which requests have come since the start; none once nobody asks any more.
 pub(super) type Heard = Mutex<Option<HashSet<BackupId>>>;
@@ -45,20 +57,103 @@ impl StandIn {
 
     /// Puts right what is left of earlier services, while requests are taken.
     pub(super) async fn clean_up(&self) {
-        let restoring = self.left("restoring").await;
-        for row in self.left("deleting").await {
-            self.go_on_deleting(&row).await;
+        let mut groups: HashMap<Option<Target>, Vec<BackupRow>> = HashMap::new();
+        for row in self.left("creating").await {
+            groups.entry(self.who_has(&row).await).or_default().push(row);
         }
-        let all_heard = !restoring.is_empty() && self.await_all_messages().await;
-        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
-        for row in restoring.into_iter().filter(|_| all_heard) {
-            if let Ok(id) = row.id.parse::<BackupId>()
-                && !heard.contains(&id)
-                && let Err(error) = self.end_restore(id, &row).await
-            {
-                warn!(backup = %id, error = %Causes(&error), "a restore that nobody is at is not ended");
+        let mut rest = self.left("restoring").await;
+        let failed = self.left("error").await.into_iter();
+        rest.extend(failed.filter(|row| row.temp_volume_id.is_some() || row.temp_snapshot_id.is_some()));
+        if !rest.is_empty() {
+            groups.entry(None).or_default().append(&mut rest);
+        }
+        let deletes = async {
+            for row in self.left("deleting").await {
+                self.go_on_deleting(&row).await;
+            }
+        };
+        let ends = async {
+            join_all(groups.into_iter().map(|(from, rows)| self.end_all(from, rows))).await;
+            self.heard.lock().unwrap_or_else(PoisonError::into_inner).take();
+        };
+        tokio::join!(deletes, ends);
+    }
+
+    /// The service that may have a message that brings us the backup; none if only we can.
+    async fn who_has(&self, row: &BackupRow) -> Option<Target> {
+        if row.service.is_none() {
+            return Some(Target::any(scheduler::TOPIC));
+        }
+        match self.database.volume(&row.volume_id).await {
+            Ok(volume) => volume.as_ref().and_then(service_of).map(Target::volume_service),
+            // Nobody answers to that name, and so it is left alone.
+            Err(_) => Some(Target::volume_service("")),
+        }
+    }
+
+    /// Ends what nobody is at any more, of backups whose messages can only be with `from` or in our own queue.
+    async fn end_all(&self, from: Option<Target>, rows: Vec<BackupRow>) {
+        if let Some(service) = from {
+            // Neither needs to know of anything for these.
+            let (method, argument) = match service == Target::any(scheduler::TOPIC) {
+                true => ("get_pools", "filters"),
+                false => ("secure_file_operations_enabled", "volume"),
+            };
+            let args = Map::from_iter([(argument.to_owned(), Value::Null)]);
+            let probe = Request::new(own_request(method).context, method, "3.0", args);
+            if !self.rpc.catches_up(&service, probe, ANSWER_TIME_MAX).await {
+                let count = rows.len();
+                warn!(%service, count, "the service does not answer: backups that it may be about to pass on stay as they are");
+                return;
             }
         }
+        if !self.await_all_messages().await {
+            return;
+        }
+        for row in rows {
+            let Ok(id) = row.id.parse() else { continue };
+            if !self.has_heard(id)
+                && let Err(error) = self.end(id, &row).await
+            {
+                warn!(backup = %id, status = row.status, error = %Causes(&error), "what nobody is at is not ended");
+            }
+        }
+    }
+
+    /// Whether a request about a backup has come.
+    fn has_heard(&self, id: BackupId) -> bool {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.as_ref().is_some_and(|heard| heard.contains(&id))
+    }
+
+    /// Ends what was done with a backup that nobody is at, as Cinder's own service does, unless its row has changed since it
+    /// was read.
+    async fn end(&self, id: BackupId, row: &BackupRow) -> Result<(), database::Error> {
+        let used = self.use_of(id);
+        let _turn = used.turn.lock().await;
+        if self.database.backup(&row.id).await?.as_ref() != Some(row) {
+            return Ok(());
+        }
+        match row.status.as_str() {
+            "restoring" => return self.end_restore(id, row).await,
+            "creating" => {
+                if row.temp_volume_id.is_none()
+                    && row.temp_snapshot_id.is_none()
+                    && self.database.is_being_copied(&row.volume_id).await?
+                {
+                    let volume = &row.volume_id;
+                    info!(backup = %id, volume, "a copy is being made for the backup: it is waited for");
+                    return Ok(());
+                }
+                if !self.database.fail_backup(&row.id, INCOMPLETE).await? {
+                    return Ok(());
+                }
+                info!(backup = %id, volume = row.volume_id, "a backup that nobody was at has ended as failed");
+                self.tell_error(&own_request("create_backup"), id, CREATE, INCOMPLETE).await;
+            }
+            _ => {}
+        }
+        self.remove_temporary(&own_request("create_backup").context, row).await
     }
 
     /// The backups of this host with a status.
@@ -84,6 +179,7 @@ impl StandIn {
         }
         info!(backup = %id, "a delete that was begun is gone on with");
         let request = own_request("delete_backup");
+        let mut pause = LATER_PAUSE;
         loop {
             match self.delete(&request, id, false).await {
                 Ok(_) => break,
@@ -92,30 +188,21 @@ impl StandIn {
                     break;
                 }
                 Err(Trouble::HandedBack) => break,
-                Err(Trouble::Later(why)) => {
-                    warn!(backup = %id, error = why, "not deleted for now, trying again later");
-                    sleep(LATER_PAUSE).await;
-                }
+                Err(Trouble::Later(why)) => warn!(backup = %id, error = why, "{NOT_FOR_NOW}"),
+                Err(Trouble::Stuck(why)) => error!(backup = %id, error = why, "{NOT_BY_ITSELF}"),
             }
+            sleep(pause).await;
+            pause = longer(pause);
         }
         self.forget_start(&request);
     }
 
-    /// Ends a restore whose message is gone, as Cinder's own service does, unless its row has changed since it was read.
     async fn end_restore(&self, id: BackupId, row: &BackupRow) -> Result<(), database::Error> {
-        let used = self.use_of(id);
-        let _turn = used.turn.lock().await;
-        let now = self.database.backup(&row.id).await?;
-        if now.as_ref() != Some(row) {
-            return Ok(());
-        }
         let volume = row.restore_volume_id.as_deref().unwrap_or_default();
         match self.database.finish_restore(&row.id, volume, Restored::Failed).await {
-            Err(database::Error::NotThere { .. }) => {
-                let changes = Changes::new().text("status", "available");
-                self.database.change_backup(&row.id, &["restoring"], &changes).await?;
-            }
-            result => result?,
+            // The volume was deleted meanwhile.
+            Err(database::Error::NotThere { .. }) | Ok(()) => {}
+            Err(error) => return Err(error),
         }
         info!(backup = %id, volume, "a restore that nobody was at has ended as failed");
         self.tell_error(&own_request("restore_backup"), id, RESTORE, INTERRUPTED).await;
@@ -145,7 +232,7 @@ impl StandIn {
         match self.rpc.consumer_count(TOPIC, &self.host).await {
             Ok(1) => true,
             Ok(_) => {
-                warn!(host = %self.host, "another service takes messages of this host: its restores are left alone");
+                warn!(host = %self.host, "another service takes messages of this host: what is left there stays as it is");
                 false
             }
             Err(error) => {

@@ -28,14 +28,14 @@ use tracing::{Instrument, error, info, info_span, warn};
 
 use crate::broker::{self, InvalidTransportUrl, Reach, RpcQueues, RpcSettings, Tls, TransportUrl};
 use crate::ceph::{Access, Clusters};
-use crate::cinder::conf::Conf;
-use crate::cinder::database::{self, Database, DatabaseUrl, Registration};
+use crate::cinder::conf::{Conf, Rabbit};
+use crate::cinder::database::{self, Connections, Database, DatabaseUrl, Registration};
 use crate::cinder::export_record::Form;
 use crate::cinder::notifications::Notifier;
 use crate::cinder::rpc::{Incoming, Rpc};
 use crate::cinder::scheduler::Capabilities;
 use crate::engine::Volumes;
-use crate::error::Causes;
+use crate::error::{Causes, Class};
 use crate::job::BackupId;
 use crate::message::oslo::{Failure, Malformed};
 use crate::runner::Places;
@@ -50,14 +50,19 @@ const TOPIC: &str = "cinder-backup";
 const VERSION: (u32, u32) = (2, 4);
 /// The version of its objects that we send.
 const OBJECTS_VERSION: &str = "1.39";
-/// How many connections to the database there are at most.
-const CONNECTIONS_MAX: u32 = 8;
+/// How many connections to the database there are at most where `cinder.conf` sets no limit.
+const CONNECTIONS_MAX: u32 = 64;
 /// How long what runs may go on when the worker is told to stop, before it is left for the next one.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(60);
 /// How long jobs may take to stop where they are.
 const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
-/// How long a message waits that could not be dealt with for now.
+/// How long a request waits at first that could not be dealt with for now. Each time it waits twice as long.
 const LATER_PAUSE: Duration = Duration::from_secs(5);
+/// How long it waits at most.
+const LATER_PAUSE_MAX: Duration = Duration::from_secs(120);
+const NOT_FOR_NOW: &str = "not done for now, trying again later";
+const NOT_BY_ITSELF: &str = "Cinder's database refuses what has to be written, which will not pass by itself: look for what is wrong \
+     there; it is tried again until it is put right or the worker is stopped";
 /// How long the schedulers may take to be told that we take no more.
 const FAREWELL_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long a request waits for its turn, at most: nobody else would take it.
@@ -107,6 +112,8 @@ struct StandIn {
     form: Form,
     /// How many backups and restores run at the same time.
     places: Arc<Places>,
+    /// Fires when what only waits is to end, for the next worker to go on with.
+    stopping: CancellationToken,
     /// Fires when jobs are to stop where they are, for the next worker to go on with.
     hand_back: CancellationToken,
     uses: Mutex<HashMap<BackupId, Use>>,
@@ -123,8 +130,13 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
         true => Stores::none(&config)?,
         false => Stores::open(&config)?,
     };
-    let database = Database::connect(&database_url(&conf)?, CONNECTIONS_MAX).await?;
-    let rpc = Rpc::start(settings(&conf, conf.default.transport_url.reveal())?)?;
+    let (url, connections) = (database_url(&conf)?, connections(&conf));
+    let database = tokio::select! {
+        database = Database::connect(&url, &connections) => database?,
+        () = shutdown.drain.cancelled() => return Ok(()),
+        () = shutdown.now.cancelled() => return Ok(()),
+    };
+    let rpc = Rpc::start(settings(&conf, &conf.rabbit, conf.default.transport_url.reveal())?)?;
     let slot_count = match conf.default.backup_max_operations {
         0 => usize::MAX,
         count => usize::try_from(count).unwrap_or(usize::MAX),
@@ -145,6 +157,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
         notifier: notices::notifier(&conf, &rpc)?,
         rpc,
         places: Places::new(slot_count, usize::MAX, PLACE_TIME_MAX),
+        stopping: CancellationToken::new(),
         hand_back: CancellationToken::new(),
         uses: Mutex::default(),
         begun: Mutex::default(),
@@ -199,6 +212,7 @@ impl StandIn {
                 () = shutdown.now.cancelled() => break,
             }
         }
+        self.stopping.cancel();
         // Otherwise the scheduler would go on giving us backups.
         if timeout(FAREWELL_TIME_MAX, self.report(false)).await.is_err() {
             warn!("the schedulers could not be told that this worker stops");
@@ -267,30 +281,26 @@ impl StandIn {
         running.spawn(async move { worker.handle(incoming).await }.instrument(span));
     }
 
-    async fn handle(&self, incoming: Incoming) {
-        let request = &incoming.request;
-        let answer = if !request.fits(VERSION.0, VERSION.1) {
-            Err(Trouble::Failure(Failure::unsupported_version(request)))
-        } else {
-            match request.method.as_str() {
-                "create_backup" => self.create_backup(request).await,
-                "continue_backup" => self.continue_backup(&incoming).await,
-                "restore_backup" => self.restore_backup(&incoming).await,
-                "delete_backup" => self.delete_backup(&incoming).await,
-                "export_record" => self.export_record(request).await,
-                "import_record" => self.import_record(request).await,
-                "reset_status" => self.reset_status(request).await,
-                "check_support_to_force_delete" => Ok(Value::Bool(self.can_force_delete())),
-                "publish_service_capabilities" => {
-                    self.report(true).await;
-                    Ok(Value::Null)
-                }
-                "get_log_levels" => self.get_log_levels(request),
-                "set_log_levels" => self.set_log_levels(request),
-                other => Err(Trouble::Failure(Failure::no_such_method(other))),
+    /// Does what is asked for, as often as it takes. The message stays ours meanwhile: a queue may have a limit to how often a
+    /// message comes back.
+    async fn handle(&self, mut incoming: Incoming) {
+        let mut pause = LATER_PAUSE;
+        let answer = loop {
+            match self.answer(&incoming).await {
+                Err(Trouble::Later(why)) => warn!(error = why, "{NOT_FOR_NOW}"),
+                Err(Trouble::Stuck(why)) => error!(error = why, "{NOT_BY_ITSELF}"),
+                answer => break answer,
             }
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = self.stopping.cancelled() => break Err(Trouble::HandedBack),
+            }
+            pause = longer(pause);
+            // Some of it may have been done.
+            incoming.redelivered = true;
         };
-        if !matches!(answer, Err(Trouble::HandedBack | Trouble::Later(_))) {
+        let request = &incoming.request;
+        if !matches!(answer, Err(Trouble::HandedBack)) {
             self.forget_start(request);
         }
         let settled = match answer {
@@ -299,22 +309,38 @@ impl StandIn {
                 warn!(error = failure.message, "the request has failed");
                 incoming.reply(Err(failure)).await
             }
-            Err(Trouble::HandedBack) => {
+            Err(Trouble::HandedBack | Trouble::Later(_) | Trouble::Stuck(_)) => {
                 info!("handed back, for the next worker to go on with");
-                incoming.requeue().await
-            }
-            Err(Trouble::Later(why)) => {
-                warn!(error = why, "not done for now, trying again later");
-                tokio::select! {
-                    () = sleep(LATER_PAUSE) => {}
-                    () = self.hand_back.cancelled() => {}
-                }
                 incoming.requeue().await
             }
         };
         if let Err(error) = settled {
             // It will be delivered again, and then found to be done.
             warn!(error = %Causes(&error), "the message was not settled");
+        }
+    }
+
+    async fn answer(&self, incoming: &Incoming) -> Result<Value, Trouble> {
+        let request = &incoming.request;
+        if !request.fits(VERSION.0, VERSION.1) {
+            return Err(Trouble::Failure(Failure::unsupported_version(request)));
+        }
+        match request.method.as_str() {
+            "create_backup" => self.create_backup(request).await,
+            "continue_backup" => self.continue_backup(incoming).await,
+            "restore_backup" => self.restore_backup(incoming).await,
+            "delete_backup" => self.delete_backup(incoming).await,
+            "export_record" => self.export_record(request).await,
+            "import_record" => self.import_record(request).await,
+            "reset_status" => self.reset_status(request).await,
+            "check_support_to_force_delete" => Ok(Value::Bool(self.can_force_delete())),
+            "publish_service_capabilities" => {
+                self.report(true).await;
+                Ok(Value::Null)
+            }
+            "get_log_levels" => self.get_log_levels(request),
+            "set_log_levels" => self.set_log_levels(request),
+            other => Err(Trouble::Failure(Failure::no_such_method(other))),
         }
     }
 
@@ -336,9 +362,32 @@ fn database_url(conf: &Conf) -> Result<DatabaseUrl, database::Error> {
     DatabaseUrl::parse(conf.database.connection.reveal()).map_err(|problem| database::Error::Url { problem })
 }
 
+/// How many connections there are to the database, and how they are made.
+fn connections(conf: &Conf) -> Connections {
+    let options = &conf.database;
+    let count_max = match (options.max_pool_size, u32::try_from(options.max_overflow)) {
+        (0, _) | (_, Err(_)) => CONNECTIONS_MAX,
+        (size, Ok(more)) => size.saturating_add(more),
+    };
+    let usual = Connections::default();
+    let wait = options.pool_timeout.and_then(|seconds| u64::try_from(seconds).ok());
+    Connections {
+        count_max,
+        wait_seconds_max: wait.unwrap_or(usual.wait_seconds_max),
+        age_seconds_max: u64::try_from(options.connection_recycle_time).ok(),
+        tries_max: u32::try_from(options.max_retries).ok(),
+        retry_seconds: options.retry_interval,
+    }
+}
+
+/// The next pause.
+fn longer(pause: Duration) -> Duration {
+    pause.saturating_mul(2).min(LATER_PAUSE_MAX)
+}
+
 /// How a broker of Cinder's services is reached, and what its queues are like.
-fn settings(conf: &Conf, transport_url: &str) -> Result<RpcSettings, Error> {
-    let (default, rabbit) = (&conf.default, &conf.rabbit);
+fn settings(conf: &Conf, rabbit: &Rabbit, transport_url: &str) -> Result<RpcSettings, Error> {
+    let default = &conf.default;
     let (url, other_urls) = transport_url.parse::<TransportUrl>()?.urls(rabbit.ssl);
     let file = |path: &String| (!path.is_empty()).then(|| path.into());
     let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
@@ -366,6 +415,7 @@ fn settings(conf: &Conf, transport_url: &str) -> Result<RpcSettings, Error> {
             quorum_memory_messages_max: count(rabbit.rabbit_quorum_max_memory_length),
             quorum_memory_bytes_max: count(rabbit.rabbit_quorum_max_memory_bytes),
             mirrored: rabbit.rabbit_ha_queues,
+            cancel_on_failover: rabbit.enable_cancel_on_failover,
             transient_seconds_max: count(rabbit.rabbit_transient_queues_ttl),
         },
     })
@@ -377,13 +427,24 @@ enum Trouble {
     Failure(Failure),
     /// Something that it needs is away.
     Later(String),
+    /// The database refuses what has to be written there. The request is the only one that still knows of it.
+    Stuck(String),
     /// The worker was told to stop.
     HandedBack,
 }
 
 impl From<database::Error> for Trouble {
     fn from(error: database::Error) -> Self {
-        Self::Later(Causes(&error).to_string())
+        let why = Causes(&error).to_string();
+        match (error.class(), error) {
+            (Class::Transient, _) => Self::Later(why),
+            (_, database::Error::Sql { .. } | database::Error::Url { .. }) => Self::Stuck(why),
+            // What was to be changed is gone.
+            (_, database::Error::NotThere { .. }) => Self::Failure(Failure::cinder("NotFound", why, 404)),
+            (_, database::Error::Import { .. } | database::Error::VolumeMeta { .. }) => {
+                Self::Failure(Failure::invalid_input(&why))
+            }
+        }
     }
 }
 

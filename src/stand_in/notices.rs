@@ -47,7 +47,7 @@ pub(super) fn notifier(conf: &Conf, rpc: &Rpc) -> Result<Option<Notifier>, Error
     }
     let rpc = match conf.notifications.transport_url.as_ref().map(|url| url.reveal()) {
         None | Some("") => rpc.clone(),
-        Some(url) => Rpc::start(settings(conf, url)?)?,
+        Some(url) => Rpc::start(settings(conf, &conf.notifications_rabbit, url)?)?,
     };
     let publisher_id = format!("backup.{}", conf.default.host);
     Ok(Some(Notifier { rpc, formats, topics: conf.notifications.topics.clone(), publisher_id }))

@@ -136,6 +136,29 @@ impl Openstack {
         self.work.path().join("backups")
     }
 
+    /// All files there, by their paths.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.backups()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                match entry.file_type().unwrap().is_dir() {
+                    true => folders.push(entry.path()),
+                    false => found.push(entry.path().to_string_lossy().into_owned()),
+                }
+            }
+        }
+        found
+    }
+
+    /// Lets them take no more space than so many MiB.
+    pub(crate) fn limit_backups(&self, mebibytes: u32) {
+        fs::create_dir_all(self.backups()).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={mebibytes}m"), "tmpfs"]).arg(self.backups());
+        assert!(mount.status().unwrap().success(), "{mount:?}");
+    }
+
     /// What this test's host, availability zone, bucket and container are called.
     pub(crate) fn name(&self) -> &str {
         &self.name
@@ -264,6 +287,13 @@ impl Openstack {
         oslo
     }
 
+    /// Runs a statement in Cinder's database, which others use, too.
+    pub(crate) fn sql(&self, statement: &str) {
+        let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/mariadb.sh"));
+        script.arg("sql").arg(self.folder.join("mariadb")).args(["--delimiter=//", "--execute", statement]);
+        assert!(script.status().unwrap().success(), "{statement}");
+    }
+
     /// What the scheduler has heard so far of whether this test's backup service takes backups.
     pub(crate) fn reports(&self) -> Vec<bool> {
         let log = fs::read(self.folder.join("log/scheduler.log")).unwrap();
@@ -278,9 +308,11 @@ impl Drop for Openstack {
     fn drop(&mut self) {
         let _ = self.api.kill();
         let _ = self.api.wait();
-        let (_, share) = self.share();
-        if share.exists() {
-            let _ = Command::new("umount").arg("--lazy").arg(share).status();
+        for mounted in [self.share().1, self.backups()] {
+            if mounted.exists() {
+                // Most tests have mounted nothing.
+                let _ = Command::new("umount").arg("--lazy").arg(mounted).stderr(Stdio::null()).status();
+            }
         }
     }
 }

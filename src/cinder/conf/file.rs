@@ -19,7 +19,7 @@ pub enum Source {
 }
 
 /// What one file says.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct File {
     pub path: PathBuf,
     /// By section, in lower case but for `DEFAULT`, and name; an option can be there several times.

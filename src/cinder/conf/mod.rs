@@ -113,6 +113,12 @@ impl Field for i64 {
     }
 }
 
+impl Field for Option<i64> {
+    fn of(value: Value) -> Result<Self, &'static str> {
+        if let Value::Integer(value) = value { Ok(Some(value)) } else { Ok(None) }
+    }
+}
+
 impl Field for u64 {
     fn of(value: Value) -> Result<Self, &'static str> {
         i64::of(value)?.try_into().map_err(|_| "must not be negative")
@@ -216,6 +222,7 @@ section! {
         enable_new_services: bool = BOOL, is("true");
         message_ttl: u64 = INTEGER, is("2592000");
         volume_name_template: String = TEXT, is("volume-%s");
+        snapshot_name_template: String = TEXT, is("snapshot-%s");
         backup_name_template: String = TEXT, is("backup-%s");
         use_multipath_for_image_xfer: bool = BOOL, is("false");
         num_volume_device_scan_tries: u64 = INTEGER, is("3");
@@ -328,8 +335,25 @@ section! {
     Database "database" {
         // What Cinder sets in the place of oslo.db's default, which is nothing.
         connection: Secret = TEXT, is("sqlite:///$state_path/cinder.sqlite");
-        max_pool_size: u32 = INTEGER, is("5");
+        slave_connection: Option<Secret> = TEXT, NOTHING;
+        connection_parameters: String = TEXT, is("");
         connection_recycle_time: i64 = INTEGER, is("3600");
+        max_pool_size: u32 = INTEGER, is("5");
+        max_overflow: i64 = INTEGER, is("50");
+        pool_timeout: Option<i64> = INTEGER, NOTHING;
+        max_retries: i64 = INTEGER, is("10");
+        retry_interval: u64 = INTEGER, is("10");
+        connection_debug: i64 = Kind::Integer { min: 0, max: 100 }, is("0");
+        connection_trace: bool = BOOL, is("false");
+        mysql_sql_mode: Option<String> = TEXT, is("TRADITIONAL");
+        mysql_wsrep_sync_wait: Option<i64> = INTEGER, NOTHING;
+        sqlite_synchronous: bool = BOOL, is("true");
+        synchronous_reader: bool = BOOL, is("true");
+        use_db_reconnect: bool = BOOL, is("false");
+        db_retry_interval: i64 = INTEGER, is("1");
+        db_inc_retry_interval: bool = BOOL, is("true");
+        db_max_retry_interval: i64 = INTEGER, is("10");
+        db_max_retries: i64 = INTEGER, is("20");
     }
 }
 
@@ -344,7 +368,13 @@ section! {
         ssl_cert_file: String = TEXT, is("");
         ssl_ca_file: String = TEXT, is("");
         ssl_enforce_hostname_verification: bool = BOOL, is("true");
+        ssl_enforce_fips_mode: bool = BOOL, is("false");
+        rpc_conn_pool_size: u64 = at_least(1), is("30");
+        conn_pool_min_size: u64 = INTEGER, is("2");
+        conn_pool_ttl: u64 = INTEGER, is("1200");
         kombu_reconnect_delay: f64 = Kind::Float { min: 0.0, max: 4.5 }, is("1.0");
+        kombu_reconnect_splay: f64 = Kind::Float { min: 0.0, max: f64::INFINITY }, is("0.0");
+        kombu_compression: Option<String> = TEXT, NOTHING;
         kombu_missing_consumer_retry_timeout: u64 = INTEGER, is("60"), was "kombu_reconnect_timeout";
         kombu_failover_strategy: String = FAILOVERS, is("round-robin");
         rabbit_login_method: String = LOGINS, is("AMQPLAIN");
@@ -386,6 +416,15 @@ pub const OPTIONS: [&[Opt]; 4] =
 const VERIFIED: &str =
     "certificates are always verified: name the file of their authority in backup_…_ca_cert_file";
 
+/// Why there is no pool.
+const ONE_CONNECTION: &str = "all goes over one connection to the broker";
+/// Why there is no second database.
+const ALL_FROM_ONE: &str = "all is read from connection";
+/// How statements are logged.
+const LOGGERS: &str = "the logger sqlalchemy of `cinder service-set-log` has the statements logged";
+/// What is done about lost connections.
+const TRIED_AGAIN: &str = "what a lost connection has ended is begun again in any case";
+
 /// What Cinder's worker obeys and this one does not, and why.
 pub const NOT_OBEYED: &[(&str, &str)] = &[
     (
@@ -400,6 +439,44 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("periodic_fuzzy_delay", "reports begin at once"),
     ("rootwrap_config", "no command is run as root"),
     ("retry", "a notification is tried for ten seconds, and then given up"),
+    ("rpc_ping_enabled", "the table of the services says whether the worker lives"),
+    ("ssl_version", "the newest version of TLS is spoken that the broker has, 1.2 at least"),
+    ("ssl_enforce_hostname_verification", "certificates are always verified, and the name in them"),
+    ("ssl_enforce_fips_mode", "oslo.messaging does not obey it either"),
+    ("rpc_conn_pool_size", ONE_CONNECTION),
+    ("conn_pool_min_size", ONE_CONNECTION),
+    ("conn_pool_ttl", ONE_CONNECTION),
+    ("kombu_reconnect_delay", "a queue whose consumer was cancelled is consumed again after half a second"),
+    ("kombu_reconnect_splay", "a queue whose consumer was cancelled is consumed again after half a second"),
+    ("kombu_missing_consumer_retry_timeout", "a reply is tried for a minute"),
+    ("kombu_failover_strategy", "the nodes of transport_url are tried in their order"),
+    ("rabbit_login_method", "the login is PLAIN"),
+    ("rabbit_retry_interval", "pauses between two tries to connect grow up to rabbit_interval_max"),
+    ("rabbit_retry_backoff", "pauses between two tries to connect grow up to rabbit_interval_max"),
+    (
+        "rabbit_qos_prefetch_count",
+        "a message is acknowledged when its job is done, and others do not wait for that",
+    ),
+    ("heartbeat_rate", "heartbeats go as often as the broker asks for"),
+    ("direct_mandatory_flag", "whether a reply has reached its queue is always asked for"),
+    ("use_queue_manager", "the queues of replies and for all are new at each start, and go at its end"),
+    (
+        "rabbit_stream_fanout",
+        "what is sent to all comes by a queue of the worker's own, at the same exchange",
+    ),
+    ("slave_connection", ALL_FROM_ONE),
+    ("synchronous_reader", ALL_FROM_ONE),
+    ("connection_parameters", "write them into connection, behind a ?"),
+    ("connection_debug", LOGGERS),
+    ("connection_trace", LOGGERS),
+    ("mysql_sql_mode", "no statement needs one"),
+    ("mysql_wsrep_sync_wait", "set wsrep_sync_wait in the configuration of the servers"),
+    ("sqlite_synchronous", "what is written is on disk"),
+    ("use_db_reconnect", TRIED_AGAIN),
+    ("db_retry_interval", TRIED_AGAIN),
+    ("db_inc_retry_interval", TRIED_AGAIN),
+    ("db_max_retry_interval", TRIED_AGAIN),
+    ("db_max_retries", TRIED_AGAIN),
     ("backup_ceph_chunk_size", "how much is read at once is no setting"),
     ("restore_discard_excess_bytes", "what an image has behind the end of a backup is always discarded"),
     ("backup_mount_attempts", "mount itself tries for two minutes, and a worker without its share ends"),
@@ -422,29 +499,63 @@ pub struct Conf {
     pub default: Default,
     /// `[database]`.
     pub database: Database,
-    /// `[oslo_messaging_rabbit]`.
+    /// `[oslo_messaging_rabbit]`, and what `transport_url` says besides.
     pub rabbit: Rabbit,
     /// `[oslo_messaging_notifications]`.
     pub notifications: Notifications,
+    /// `[oslo_messaging_rabbit]` for the broker of the notifications.
+    pub notifications_rabbit: Rabbit,
 }
 
 impl Conf {
     /// Reads every option. The error names the file, the line and the option.
     pub fn new(settings: &Settings) -> Result<Self, Error> {
-        Ok(Self {
-            default: Default::read(settings)?,
-            database: Database::read(settings)?,
-            rabbit: Rabbit::read(settings)?,
-            notifications: Notifications::read(settings)?,
-        })
+        let default = Default::read(settings)?;
+        let notifications = Notifications::read(settings)?;
+        let rabbit = Rabbit::at(settings, default.transport_url.reveal())?;
+        let notifications_rabbit = match notifications.transport_url.as_ref().map(Secret::reveal) {
+            None | Some("") => rabbit.clone(),
+            Some(url) => Rabbit::at(settings, url)?,
+        };
+        Ok(Self { default, database: Database::read(settings)?, rabbit, notifications, notifications_rabbit })
+    }
+}
+
+impl Rabbit {
+    /// The section, and what the query of a transport URL has in the place of it.
+    fn at(settings: &Settings, transport_url: &str) -> Result<Self, Error> {
+        let settings = settings.with_query_of(transport_url);
+        if let Some(name) = settings.unknown_in_query(Self::OPTIONS) {
+            let problem = format!("there is no option {name:.64}: look for what is wrong behind its ?");
+            let origin = "the query of a transport_url".into();
+            return Err(Error::Option { group: "DEFAULT", name: "transport_url", origin, problem });
+        }
+        let rabbit = Self::read(&settings)?;
+        let compression = Self::OPTIONS.iter().find(|option| option.name == "kombu_compression");
+        if let Some(option) = compression
+            && rabbit.kombu_compression.as_ref().is_some_and(|name| !name.is_empty())
+        {
+            let problem =
+                "compressed messages cannot be read: leave it out, for all of Cinder's services".into();
+            let origin = settings.origin(option);
+            return Err(Error::Option { group: option.group, name: option.name, origin, problem });
+        }
+        Ok(rabbit)
     }
 }
 
 impl Settings {
     /// Those of [`NOT_OBEYED`] that are set, for one line of the log.
     pub fn not_obeyed(&self) -> Vec<(&'static str, &'static str)> {
+        let options = || OPTIONS.iter().copied().flatten();
+        let with_query = |option| match self.value(option) {
+            Ok(Value::Text(url)) => Some(self.with_query_of(&url)),
+            _ => None,
+        };
+        let all: Vec<Self> =
+            options().filter(|option| option.name == "transport_url").filter_map(with_query).collect();
         let set = |name: &str| {
-            OPTIONS.iter().copied().flatten().any(|option| option.name == name && self.is_set(option))
+            options().any(|option| option.name == name && all.iter().any(|settings| settings.is_set(option)))
         };
         NOT_OBEYED.iter().filter(|(name, _)| set(name)).copied().collect()
     }

@@ -1,10 +1,14 @@
 //! What the text of an option stands for: its type, its default, and the options that it refers to.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, UdpSocket};
 
 use super::file::{self, File, Source, is_space};
 use super::{Error, OPTIONS};
+use crate::broker::TransportUrl;
 
+/// The section that the query of a transport URL speaks of.
+const QUERIED: &str = "oslo_messaging_rabbit";
 /// How many options can refer to each other in a row.
 const DEPTH_MAX: usize = 16;
 
@@ -93,8 +97,10 @@ impl Value {
 }
 
 /// All that files and environment say.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Settings {
+    /// What the query of a `transport_url` says of `[oslo_messaging_rabbit]`, before all others.
+    query: BTreeMap<String, String>,
     /// What comes later wins.
     files: Vec<File>,
     /// Variables such as `OS_DEFAULT__HOST`, which win over files.
@@ -116,6 +122,7 @@ impl Settings {
                 .filter(|(name, _)| name.starts_with("OS_"))
         };
         Ok(Self {
+            query: BTreeMap::new(),
             files: file::read_all(sources)?,
             environment: std::env::vars_os().filter_map(variable).collect(),
         })
@@ -124,6 +131,22 @@ impl Settings {
     /// The value of an option.
     pub fn value(&self, option: &Opt) -> Result<Value, Error> {
         self.value_at_depth(option, 0)
+    }
+
+    /// The same with the query of this transport URL, whose options go before those of `[oslo_messaging_rabbit]`. What is no such
+    /// URL has none.
+    pub(super) fn with_query_of(&self, transport_url: &str) -> Self {
+        let query = transport_url.parse::<TransportUrl>().map(|url| url.options).unwrap_or_default();
+        Self { query, ..self.clone() }
+    }
+
+    /// A name in the query that no option of these has.
+    pub(super) fn unknown_in_query(&self, options: &[Opt]) -> Option<&str> {
+        // These two are what oslo.messaging makes names of queues of, which are its own matter.
+        let is_known = |name: &str| {
+            ["hostname", "processname"].contains(&name) || options.iter().any(|option| option.name == name)
+        };
+        self.query.keys().map(String::as_str).find(|name| !is_known(name))
     }
 
     /// Whether a file or the environment sets the option.
@@ -155,6 +178,13 @@ impl Settings {
     }
 
     fn found(&self, option: &Opt) -> Option<Found> {
+        if option.group == QUERIED
+            && let Some(value) = self.query.get(option.name)
+        {
+            // It stood behind an assignment already, where a `$` was looked at.
+            let values = vec![value.replace('$', "$$")];
+            return Some(Found { values, origin: "the query of a transport_url".into() });
+        }
         let variable = format!("OS_{}__{}", option.group.to_uppercase(), option.name.to_uppercase());
         if let Some((_, value)) = self.environment.iter().find(|(name, _)| *name == variable) {
             return Some(Found {
@@ -372,7 +402,7 @@ mod tests {
     fn the_environment_wins_over_files() {
         let file = file::parse("a.conf".as_ref(), "[DEFAULT]\nhost = a\nbackup_ceph_user = $host").unwrap();
         let environment = vec![("OS_DEFAULT__HOST".to_owned(), "b".to_owned())];
-        let settings = Settings { files: vec![file], environment };
+        let settings = Settings { query: BTreeMap::new(), files: vec![file], environment };
 
         let value = |name| {
             let option = OPTIONS[0].iter().find(|option| option.name == name).unwrap();

@@ -32,6 +32,11 @@ impl Database {
         self.all_columns("volumes", volume_id, "AND deleted = false", Times::Microseconds).await
     }
 
+    /// All columns of the snapshot, if it is there and not deleted; times to the microsecond.
+    pub async fn snapshot_columns(&self, snapshot_id: &str) -> Result<Option<Map<String, Value>>> {
+        self.all_columns("snapshots", snapshot_id, "AND deleted = false", Times::Microseconds).await
+    }
+
     /// All columns of the backup, even of a deleted one, and `metadata`, as a versioned object of it has them: times to the
     /// second, and no number is nothing.
     pub async fn backup_columns(&self, id: &str) -> Result<Option<Map<String, Value>>> {

@@ -36,8 +36,6 @@ pub use volumes::{SnapshotRow, VolumeRow};
 
 /// How often a transaction is begun that others or a lost connection ended.
 const ATTEMPTS_MAX: u32 = 5;
-/// How long a database that does not answer is waited for, in one attempt.
-const WAIT_SECONDS_MAX: u64 = 30;
 
 /// Says what was asked of the database, and why it was not done.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +92,34 @@ impl Error {
     }
 }
 
+/// How connections are made and kept, by the options of `[database]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connections {
+    /// How many there are at a time, at most: `max_pool_size` and `max_overflow`.
+    pub count_max: u32,
+    /// How long one is waited for, at most: `pool_timeout`.
+    pub wait_seconds_max: u64,
+    /// After how long one is replaced: `connection_recycle_time`; never if none.
+    pub age_seconds_max: Option<u64>,
+    /// How often it is tried to make the first one: `max_retries`; without an end if none.
+    pub tries_max: Option<u32>,
+    /// The pause between these tries: `retry_interval`.
+    pub retry_seconds: u64,
+}
+
+impl Default for Connections {
+    /// What oslo.db does when nothing is set, but that it waits for ever.
+    fn default() -> Self {
+        Self {
+            count_max: 55,
+            wait_seconds_max: 30,
+            age_seconds_max: Some(3600),
+            tries_max: Some(10),
+            retry_seconds: 10,
+        }
+    }
+}
+
 /// Cinder's database. Copies share their connections.
 #[derive(Debug, Clone)]
 pub struct Database {
@@ -102,19 +128,28 @@ pub struct Database {
 }
 
 impl Database {
-    /// Connects to the database, and waits some seconds for it if it does not answer. At most `connections_max` connections
-    /// are open at a time.
-    pub async fn connect(url: &DatabaseUrl, connections_max: u32) -> Result<Self> {
+    /// Connects to the database, and tries again if it does not answer.
+    pub async fn connect(url: &DatabaseUrl, connections: &Connections) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let failed = |source| Error::Sql { doing: "connect".into(), source };
         let options: AnyConnectOptions = url.url.parse().map_err(failed)?;
-        let pool = AnyPoolOptions::new().max_connections(connections_max.max(1));
-        let pool = pool
-            .acquire_timeout(Duration::from_secs(WAIT_SECONDS_MAX))
-            .connect_with(options)
-            .await
-            .map_err(failed)?;
-        Ok(Self { pool, dialect: url.dialect })
+        let rules = AnyPoolOptions::new()
+            .max_connections(connections.count_max.max(1))
+            .acquire_timeout(Duration::from_secs(connections.wait_seconds_max.max(1)))
+            .max_lifetime(connections.age_seconds_max.map(Duration::from_secs));
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let error = match rules.clone().connect_with(options.clone()).await {
+                Ok(pool) => return Ok(Self { pool, dialect: url.dialect }),
+                Err(source) => failed(source),
+            };
+            if error.class() == Class::Permanent || connections.tries_max.is_some_and(|max| tries >= max) {
+                return Err(error);
+            }
+            warn!(error = %Causes(&error), tries, "Cinder's database cannot be used: trying again");
+            tokio::time::sleep(Duration::from_secs(connections.retry_seconds)).await;
+        }
     }
 
     /// Reads rows outside of a transaction.
@@ -276,18 +311,24 @@ fn is_deadlock(error: &sqlx::Error) -> bool {
     code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6))
 }
 
-/// Whether the connection is gone, or the server is just stopping.
+/// Whether the connection is gone, or the server is just stopping, starting, full, or not the one that writes at the moment.
 fn is_lost(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Protocol(_) => true,
-        // PostgreSQL: ended by the administrator, and starting up.
-        sqlx::Error::Database(error) => {
-            error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some()
-                && matches!(error.code().as_deref(), Some("57P01" | "57P02" | "57P03"))
-                || error
-                    .try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>()
-                    .is_some_and(|error| error.number() == 1053)
-        }
-        _ => false,
+    let error = match error {
+        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Protocol(_) => return true,
+        sqlx::Error::Database(error) => error,
+        _ => return false,
+    };
+    if let Some(error) = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>() {
+        return matches!(
+            error.number(),
+            // Too many connections; Galera's node is not ready; shutting down; read-only, as a node that hands over.
+            1040 | 1047 | 1053 | 1290 | 1836
+            // What came over the network was cut off, or the connection was ended by somebody.
+            | 1158..=1161 | 1184 | 1927 | 4031
+        );
     }
+    let code = error.code().unwrap_or_default();
+    error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some()
+        // Connections that broke; too many; read-only, as a server that hands over; ended by the administrator, and starting up.
+        && (code.starts_with("08") || matches!(code.as_ref(), "53300" | "25006" | "57P01" | "57P02" | "57P03"))
 }

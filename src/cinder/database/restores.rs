@@ -21,7 +21,7 @@ const SOURCE: &str = "src_backup_id";
 impl Database {
     /// Ends a restore: the volume becomes `available`, `error` if it was cancelled, or `error_restoring`, if it still waits for
     /// that; the backup becomes `available`, if it is still `restoring`. A volume that holds another one's backup now says
-    /// so. Doing it again changes nothing.
+    /// so. Doing it again changes nothing. If the volume is gone, that is told after the backup was changed.
     pub async fn finish_restore(&self, id: &str, volume_id: &str, restored: Restored) -> Result<()> {
         let attempt = || async {
             let mut transaction = self.begin().await?;
@@ -31,7 +31,12 @@ impl Database {
             let condition = "id = ? AND deleted = false FOR UPDATE";
             let volumes: Vec<VolumeRow> =
                 self.dialect.read(&mut transaction, condition, &[volume_id.into()]).await?;
-            let Some(volume) = volumes.into_iter().next() else { return Ok(Some("volume")) };
+            let available = Changes::new().text("status", "available");
+            self.change(&mut transaction, "backups", id, &["restoring"], &available).await?;
+            let Some(volume) = volumes.into_iter().next() else {
+                transaction.commit().await?;
+                return Ok(Some("volume"));
+            };
             let status = match restored {
                 Restored::Done => "available",
                 Restored::Cancelled => "error",
@@ -52,8 +57,6 @@ impl Database {
                     self.merge_pairs(&mut transaction, volume_id, &source).await?;
                 }
             }
-            let available = Changes::new().text("status", "available");
-            self.change(&mut transaction, "backups", id, &["restoring"], &available).await?;
             transaction.commit().await?;
             Ok(None)
         };

@@ -75,6 +75,17 @@ impl Database {
         Ok(self.read(&format!("read snapshot {id}"), "id = ? AND deleted = false", &[id.into()]).await?.pop())
     }
 
+    /// Whether the volume service is making a copy or a snapshot of the volume for a backup, or has left one that is not whole.
+    pub async fn is_being_copied(&self, volume_id: &str) -> Result<bool> {
+        let doing = format!("look for copies of volume {volume_id}");
+        let condition = "display_name = ? AND status = 'creating' AND deleted = false";
+        // As Cinder's drivers call them.
+        let (volume, snapshot) = (format!("backup-vol-{volume_id}"), format!("backup-snap-{volume_id}"));
+        let volumes: Vec<VolumeRow> = self.read(&doing, condition, &[Bound::from(&volume)]).await?;
+        let snapshots: Vec<SnapshotRow> = self.read(&doing, condition, &[Bound::from(&snapshot)]).await?;
+        Ok(!volumes.is_empty() || !snapshots.is_empty())
+    }
+
     /// Sets columns of the volume. With `expected`, only if its status is one of these. Whether it was done.
     pub async fn change_volume(&self, id: &str, expected: &[&str], changes: &Changes) -> Result<bool> {
         let attempt = || async {
