@@ -331,7 +331,12 @@ fn every_option_has_its_field() {
     let not_obeyed: Vec<_> = settings.not_obeyed().into_iter().map(|(option, _)| option).collect();
     assert_eq!(
         not_obeyed,
-        ["backup_workers", "restore_discard_excess_bytes", "backup_gcs_retry_error_codes"]
+        [
+            "backup_workers",
+            "kombu_missing_consumer_retry_timeout",
+            "restore_discard_excess_bytes",
+            "backup_gcs_retry_error_codes"
+        ]
     );
     assert!(!format!("{conf:?}").contains("p%40"));
 }
