@@ -329,13 +329,15 @@ fn every_option_has_its_field() {
     assert_eq!(conf.notifications.driver, ["messagingv2", "log"]);
     assert!(conf.rabbit.rabbit_quorum_queue);
     let not_obeyed: Vec<_> = settings.not_obeyed().into_iter().map(|(option, _)| option).collect();
-    let expected = [
-        "backup_workers",
-        "kombu_missing_consumer_retry_timeout",
-        "restore_discard_excess_bytes",
-        "backup_gcs_retry_error_codes",
-    ];
-    assert_eq!(not_obeyed, expected);
+    assert_eq!(
+        not_obeyed,
+        [
+            "backup_workers",
+            "kombu_missing_consumer_retry_timeout",
+            "restore_discard_excess_bytes",
+            "backup_gcs_retry_error_codes"
+        ]
+    );
     assert!(!format!("{conf:?}").contains("p%40"));
 }
 

@@ -245,7 +245,10 @@ fn flavour(name: &str) -> (RpcQueues, &'static [&'static str]) {
     let plain = RpcQueues::default();
     match name {
         "transient" => (plain, &[]),
-        "durable" => (RpcQueues { durable: true, ..plain }, &["amqp_durable_queues = true"]),
+        "durable" => (
+            RpcQueues { durable: true, cancel_on_failover: true, ..plain },
+            &["amqp_durable_queues = true", "enable_cancel_on_failover = true"],
+        ),
         "auto-delete" => (RpcQueues { auto_delete: true, ..plain }, &["amqp_auto_delete = true"]),
         "quorum" => (
             RpcQueues { quorum: true, transient_quorum: true, quorum_delivery_limit: 7, ..plain },
@@ -257,12 +260,11 @@ fn flavour(name: &str) -> (RpcQueues, &'static [&'static str]) {
         ),
         // All that is sent to all goes through one queue of theirs. Ours is at the same exchange.
         "stream" => (
-            RpcQueues { transient_quorum: true, cancel_on_failover: true, ..plain },
+            RpcQueues { transient_quorum: true, ..plain },
             &[
                 "rabbit_stream_fanout = true",
                 "rabbit_transient_quorum_queue = true",
                 "rabbit_qos_prefetch_count = 10",
-                "enable_cancel_on_failover = true",
             ],
         ),
         _ => panic!("{name}"),

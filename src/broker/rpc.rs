@@ -153,7 +153,7 @@ struct Queue {
     binding: Option<(Exchange, ShortString)>,
     /// How many of its messages the broker hands out before the first of them is settled; 0 for no limit.
     prefetch_count: u16,
-    /// The broker is to say when it moves to another mirror.
+    /// The broker is to say when it moves to another mirror; of a quorum queue it refuses to.
     cancel_on_failover: bool,
     /// It is ours alone, and of no use without us.
     own: bool,
@@ -209,7 +209,7 @@ impl Rpc {
             auto_delete: self.queues.auto_delete,
             arguments: self.queues.lasting(),
             prefetch_count,
-            cancel_on_failover: self.queues.cancel_on_failover,
+            cancel_on_failover: self.queues.cancel_on_failover && !self.queues.quorum,
             own: false,
         };
         let for_all = Queue {
@@ -219,7 +219,7 @@ impl Rpc {
             arguments: self.queues.transient(),
             binding: Some((fanout, topic_name.clone())),
             prefetch_count,
-            cancel_on_failover: self.queues.cancel_on_failover,
+            cancel_on_failover: self.queues.cancel_on_failover && !self.queues.transient_quorum,
             own: true,
         };
         let (sender, receiver) = mpsc::channel(WAITING_COUNT_MAX);
@@ -249,7 +249,7 @@ impl Rpc {
                 arguments: self.queues.transient(),
                 binding: None,
                 prefetch_count: REPLY_PREFETCH_COUNT,
-                cancel_on_failover: self.queues.cancel_on_failover,
+                cancel_on_failover: self.queues.cancel_on_failover && !self.queues.transient_quorum,
                 own: true,
             },
             sender,
