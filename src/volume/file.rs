@@ -119,8 +119,9 @@ impl VolumeSource for FileSource {
         }
         let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(start) => start,
-            // No data from here on.
-            Err(Errno::NXIO) => return Ok(None),
+            // No data from here on: a hole, unless the file has become shorter.
+            Err(Errno::NXIO) if rustix::fs::seek(&self.file, SeekFrom::End(0))? >= end => return Ok(None),
+            Err(Errno::NXIO) => return Err(ErrorKind::UnexpectedEof.into()),
             // Not every file system and no block device knows its holes: all may be data.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..end)),
             Err(error) => return Err(error.into()),
@@ -305,6 +306,23 @@ mod tests {
         fs::write(root.join("inside"), b"volume").unwrap();
         let roots = FileRoots::new(std::slice::from_ref(&root));
         (folder, root, roots)
+    }
+
+    #[test]
+    fn what_a_file_has_lost_since_the_backup_began_is_no_hole() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, roots) = (folder.path().join("a.img"), FileRoots::new(&[folder.path().to_owned()]));
+        fs::write(&path, [7; 3 << 12]).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(4 << 12).unwrap();
+        let source = FileSource::open(&path, &roots).unwrap();
+        assert_eq!(source.next_data(3 << 12, 4 << 12).unwrap(), None);
+
+        file.set_len(2 << 12).unwrap();
+
+        assert_eq!(source.next_data(1 << 12, 2 << 12).unwrap(), Some(1 << 12..2 << 12));
+        let lost = source.next_data(2 << 12, 4 << 12).unwrap_err();
+        assert_eq!(lost.kind(), ErrorKind::UnexpectedEof);
     }
 
     #[test]
