@@ -19,6 +19,8 @@ use super::{Before, Error, VolumeSource, VolumeTarget};
 
 /// Zeros are written in pieces of this size where they cannot be punched.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+/// Who may read and write a file that a restore has made: its owner.
+const NEW_FILE_MODE: u32 = 0o600;
 /// The longest name that Linux gives a file.
 const NAME_BYTES_MAX: usize = 255;
 
@@ -26,12 +28,20 @@ const NAME_BYTES_MAX: usize = 255;
 #[derive(Debug, Clone, Default)]
 pub struct FileRoots {
     roots: Vec<PathBuf>,
+    /// The folders of stores: nothing is restored onto what lies in one.
+    stores: Vec<PathBuf>,
 }
 
 impl FileRoots {
     /// Takes folders by their absolute paths. One that does not exist (yet) has nothing below it.
     pub fn new(roots: &[PathBuf]) -> Self {
-        Self { roots: roots.to_vec() }
+        Self { roots: roots.to_vec(), stores: Vec::new() }
+    }
+
+    /// The same, with the folders of stores, which may lie below one of these: what a message names as the target of a restore
+    /// must not be somebody's backup.
+    pub fn with_stores(self, stores: Vec<PathBuf>) -> Self {
+        Self { stores, ..self }
     }
 
     /// Follows `path`, and fails when that leads out of the roots.
@@ -42,14 +52,29 @@ impl FileRoots {
             rustix::fs::open(path, flags, Mode::empty()).map_err(|e| io_error("open", path, e.into()))?;
         let place = Place(place);
         let real = fs::read_link(place.path()).map_err(|e| io_error("resolve", path, e))?;
-        let inside = |root: &PathBuf| root.canonicalize().is_ok_and(|root| real.starts_with(root));
-        if self.roots.iter().any(inside) {
+        if self.roots.iter().any(|root| lies_in(&real, root)) {
             return Ok(place);
         }
         let roots: Vec<String> = self.roots.iter().map(|root| root.display().to_string()).collect();
         let roots = if roots.is_empty() { "which is empty".into() } else { roots.join(", ") };
         Err(Error::OutsideRoots { path: path.display().to_string(), roots })
     }
+
+    /// Fails when a place to restore onto, or into, lies in a store.
+    fn keep_stores(&self, place: &Place, path: &Path) -> Result<(), Error> {
+        let real = fs::read_link(place.path()).map_err(|e| io_error("resolve", path, e))?;
+        match self.stores.iter().find(|store| lies_in(&real, store)) {
+            Some(store) => {
+                Err(Error::InStore { path: path.display().to_string(), store: store.display().to_string() })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether what has this path, free of links, lies in the folder, which may be named by links.
+fn lies_in(real: &Path, folder: &Path) -> bool {
+    folder.canonicalize().is_ok_and(|folder| real.starts_with(folder))
 }
 
 /// What a path led to: held, but not opened for reading or writing.
@@ -160,6 +185,7 @@ impl FileTarget {
             }
             place => place?,
         };
+        roots.keep_stores(&place, path)?;
         let mut options = File::options();
         options.write(true);
         if place.kind(path)? == Kind::Device {
@@ -190,12 +216,15 @@ impl FileTarget {
             }
             error => error,
         })?;
+        roots.keep_stores(&folder, path)?;
         // One that is there is left of a restore that was killed, or belongs to one that runs: that one holds a lock.
         // Somebody may have put a pipe there, which must not be waited for.
         let hidden = folder.path().join(partial(name));
         let mut options = File::options();
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         options.write(true).create(true).truncate(false).custom_flags(flags.bits() as i32);
+        // What a volume holds is for those only who are let in later.
+        options.mode(NEW_FILE_MODE);
         let file = loop {
             let file = options.open(&hidden).map_err(|e| io_error("create", path, e))?;
             if !file.metadata().map_err(|e| io_error("look at", path, e))?.is_file() {
@@ -347,6 +376,35 @@ mod tests {
         let told = format!("{} is not below one of worker.file_roots ({})", new.display(), root.display());
         assert!(error.to_string().starts_with(&told), "{error}");
         assert_eq!(FileSource::open(&root.join("inside"), &roots).unwrap().bytes(), 6);
+    }
+
+    #[test]
+    fn a_restore_onto_the_objects_of_a_store_or_among_them_is_refused_however_the_path_leads_there() {
+        let (_folder, root, roots) = rooted();
+        let store = root.join("store");
+        fs::create_dir(&store).unwrap();
+        fs::write(store.join("object"), b"backup").unwrap();
+        symlink(&store, root.join("link")).unwrap();
+        symlink(store.join("object"), root.join("volume")).unwrap();
+        for named in [&store, &root.join("link")] {
+            let roots = roots.clone().with_stores(vec![named.clone()]);
+            for path in ["store/object", "link/object", "volume", "store/new", "link/new"] {
+                let error = FileTarget::open(&root.join(path), 6, &roots).unwrap_err();
+                assert!(matches!(error, Error::InStore { .. }), "{path}: {error}");
+                assert_eq!(error.class(), Class::Permanent);
+            }
+            FileTarget::open(&root.join("inside"), 6, &roots).unwrap();
+            FileTarget::open(&root.join("store-of-volumes"), 6, &roots).unwrap();
+        }
+        assert_eq!(fs::read(store.join("object")).unwrap(), b"backup");
+        assert_eq!(fs::read_dir(&store).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_new_target_is_for_its_owner_only() {
+        let (_folder, root, roots) = rooted();
+        FileTarget::open(&root.join("new"), 6, &roots).unwrap().finish().unwrap();
+        assert_eq!(fs::metadata(root.join("new")).unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]

@@ -89,6 +89,14 @@ pub enum Error {
         /// Where volumes may be.
         roots: String,
     },
+    /// It would be restored over, or among, the objects of a store.
+    #[error("{path} lies in the store in {store}, where backups are: restore to a place outside of it")]
+    InStore {
+        /// The path as it was asked for.
+        path: String,
+        /// The folder of the store.
+        store: String,
+    },
     /// It is neither a file nor a block device.
     #[error("{path} is neither a regular file nor a block device")]
     NotAVolume {

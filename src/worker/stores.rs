@@ -186,8 +186,14 @@ impl Stores {
         let threads = config.worker.cpu_threads_max;
         let cpu = Cpu::start(threads).map_err(|source| Error::Threads(threads, source))?;
         let budget = Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BYTES_BASE) as usize);
+        let folder = |store: &config::Store| match &store.kind {
+            StoreKind::Posix { path, .. } => Some(path.clone()),
+            StoreKind::Nfs { share, .. } => Some(share.folder()),
+            _ => None,
+        };
+        let folders = config.stores.values().filter_map(folder).collect();
         let volumes = Volumes {
-            file_roots: FileRoots::new(&config.worker.file_roots),
+            file_roots: FileRoots::new(&config.worker.file_roots).with_stores(folders),
             #[cfg(feature = "ceph")]
             clusters: ceph::Clusters::new(access(config)),
         };
