@@ -11,9 +11,10 @@ use std::sync::Arc;
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Volumes};
 use backhaul::error::{Causes, Class, Problem};
-use backhaul::job::{BackupId, Parent, Record, RecordState, VerifyWork, VolumeId, Work};
+use backhaul::job::{BackupId, JobId, Parent, Record, RecordState, VerifyWork, VolumeId, Work};
 use backhaul::store::{Posix, Reason};
 use backhaul::volume::{self, FileRoots};
+use jiff::SignedDuration;
 use rstest::rstest;
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
@@ -264,6 +265,66 @@ async fn a_harmed_object_is_named_and_harms_no_other_backup(
 
     fs::write(&path, whole).unwrap();
     shelf.all_whole(&shelf.chain, &told).await;
+}
+
+/// An editor's copy, and what cannot be the name of an object at all.
+#[rstest]
+#[case::a_copy_beside_it("json.bak")]
+#[case::no_name_of_an_object(r"a\b")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stray_file_among_the_records_is_named_and_hides_no_backup(#[case] end: &str) {
+    let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
+    let newest = shelf.newest();
+    let record = shelf.bench.root().join(newest.path(Part::Record));
+    let stray = record.with_extension(end);
+    fs::copy(&record, &stray).unwrap();
+
+    let listing = shelf.engine.catalog().records().await.unwrap();
+
+    let name = stray.file_name().unwrap().to_str().unwrap().escape_debug().to_string();
+    assert_eq!(listing.records.len(), 5);
+    let [error] = listing.damaged.as_slice() else { panic!("{:?}", listing.damaged) };
+    assert!(
+        error.to_string().contains(&name) && error.to_string().contains("move that file away"),
+        "{error}"
+    );
+    shelf.all_whole(&shelf.chain, &name).await;
+    // Who builds on a backup is not known for sure while one may be put aside.
+    let refused = delete(&shelf.engine, shelf.other[0].id()).await.unwrap_err();
+    assert!(refused.to_string().contains(&name), "{refused}");
+    // Nor is what may go.
+    fs::remove_file(&record).unwrap();
+    let found = shelf.engine.garbage(SignedDuration::ZERO).await.unwrap();
+    assert_eq!((found.garbage, found.problems.len()), (vec![], 1));
+    fs::rename(&stray, &record).unwrap();
+    shelf.all_whole(&shelf.chain, "put back").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_damaged_of_a_jobs_end_is_not_told_as_a_backups_record() {
+    let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
+    let id = JobId::random();
+    for folder in ["outcomes", "cancels"] {
+        let path = shelf.bench.root().join(format!(".backhaul/{folder}"));
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join(format!("{id}.json")), "{").unwrap();
+    }
+    let catalog = shelf.engine.catalog();
+    for error in [catalog.outcome(id).await.unwrap_err(), catalog.is_cancelled(id).await.unwrap_err()] {
+        let text = error.to_string();
+        assert!(text.contains(&id.to_string()) && text.contains("keeps only"), "{text}");
+        assert!(!text.contains("import"), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_whole_backup_is_found_whole_also_where_that_cannot_be_kept() {
+    let shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
+    let marks = shelf.bench.root().join(".backhaul/verified");
+    fs::remove_dir_all(&marks).ok();
+    fs::write(&marks, "no folder").unwrap();
+
+    verify(&shelf.engine, shelf.newest().id()).await.unwrap();
 }
 
 #[rstest]

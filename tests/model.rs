@@ -128,7 +128,8 @@ enum Onto {
 }
 
 fn a_case() -> impl Strategy<Value = Case> {
-    let block_bytes = prop_oneof![4 => Just(512), 2 => Just(4096), 2 => Just(1000), 1 => 1usize..80];
+    let block_bytes =
+        prop_oneof![8 => Just(512), 4 => Just(4096), 4 => Just(1000), 2 => 1usize..80, 1 => Just(128 << 10)];
     (block_bytes, vec(a_volume(), 1..3), vec(an_operation(), 1..24))
         .prop_map(|(block_bytes, volumes, operations)| Case { block_bytes, volumes, operations })
 }

@@ -10,8 +10,8 @@ use backhaul::engine::{Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
 use backhaul::job::{
-    Completion, Context, Event, Happening, Job, JobId, Limit, Mode, Outcome, Pace, Parent, RecordState,
-    VolumeId, Work,
+    BackupId, Completion, Context, Event, Happening, Job, JobId, Limit, Mode, Outcome, Pace, Parent,
+    RecordState, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report};
 use jiff::{SignedDuration, Timestamp};
@@ -292,6 +292,42 @@ async fn a_job_that_was_done_in_time_is_told_so_also_after_its_deadline() {
         assert_eq!(completion.outcome, Outcome::Succeeded);
         engine.catalog().settle(scene.job.id).await.unwrap();
     }
+}
+
+/// A producer that counts its jobs, and has begun to count anew.
+#[rstest]
+#[case::another_volume_under_the_same_backup_id(true, false)]
+#[case::another_backup(false, false)]
+#[case::another_volume_when_nothing_is_kept_of_the_first_jobs_end(true, true)]
+#[tokio::test]
+async fn a_job_under_the_id_of_another_one_that_has_ended_is_not_told_as_done(
+    #[case] same_backup_id: bool,
+    #[case] is_settled: bool,
+) {
+    let mut scene = Scene::new(Parent::None);
+    let engine = scene.bench.engine(SETTINGS);
+    assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let first_id = scene.job.backup_id();
+    if is_settled {
+        engine.catalog().settle(scene.job.id).await.unwrap();
+    }
+    let before = scene.bench.everything([]).await;
+    if let Work::Backup(work) = &mut scene.job.work {
+        work.volume_id = VolumeId::random();
+        work.backup_id = if same_backup_id { first_id } else { BackupId::random() };
+    }
+
+    let sink = Recorder::default();
+    let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it is over") };
+
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
+    assert_eq!((problem.class, sink.ends()), (Class::Permanent, 1), "{problem}");
+    assert!(problem.to_string().contains(&first_id.to_string()), "{problem}");
+    engine.catalog().settle(scene.job.id).await.unwrap();
+    let mut left = scene.bench.everything([]).await;
+    left.insert(format!(".backhaul/outcomes/{}.json", scene.job.id));
+    assert!(left.is_superset(&before), "{before:?} {left:?}");
+    verify(&engine, first_id).await.unwrap();
 }
 
 #[tokio::test]

@@ -677,6 +677,22 @@ fn a_job_in_this_process_that_is_terminated_cleans_up_and_ends_as_cancelled() {
 }
 
 #[test]
+fn why_a_job_in_this_process_failed_is_said_also_on_a_store_that_takes_nothing() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
+    fs::write(stack.volume("a.img"), noise(12, 1 << 20)).unwrap();
+    let arguments = backup(&stack, &["--backup-id", BACKUP, "--json"]);
+    // What is below it cannot be written, whoever runs this.
+    fs::write(stack.path("backups").join(".backhaul"), "no folder").unwrap();
+
+    let run = stack.command(&[&["run"][..], &strs(&arguments)].concat()).output().unwrap();
+
+    assert_eq!(run.status.code(), Some(1), "{run:?}");
+    let event: Value = serde_json::from_slice(&run.stdout).unwrap_or_else(|error| panic!("{error}: {run:?}"));
+    assert_eq!(event["type"], "backhaul.job.failed.v1", "{event}");
+    assert!(event["data"]["error"].to_string().contains(".backhaul/"), "{event}");
+}
+
+#[test]
 fn a_list_that_nobody_reads_to_its_end_is_no_fault() {
     let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
     let mut list = stack.command(&["list", "--json"]).stdout(Stdio::piped()).spawn().unwrap();

@@ -179,7 +179,10 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
         Ended::HandedBack => return Ok(CANCELLED),
         Ended::Untold(error) => return Err(error.into()),
     };
-    engine.catalog().settle(job.id).await?;
+    // How the job ended counts more than what is left of it: a store that takes nothing is no reason to hide why.
+    if let Err(error) = engine.catalog().settle(job.id).await {
+        eprintln!("what the store keeps of the job could not be removed: {}", render::error(&error));
+    }
     let last = terminal.last.into_inner().unwrap_or_else(PoisonError::into_inner);
     let body = last.map(|event| message::encode_event(&event, SOURCE));
     Ok(ended(&completion, body.as_deref().filter(|_| args.json)))

@@ -152,9 +152,17 @@ impl Catalog {
     pub async fn records(&self) -> Result<Listing, Error> {
         let folder = Folder::own("records");
         let mut listing = Listing::default();
-        let objects: Result<Vec<_>, _> =
-            self.store.list(&folder, "").await?.iter().map(|listed| folder.object(&listed.name)).collect();
-        let objects = objects?;
+        let mut objects = Vec::new();
+        for listed in self.store.list(&folder, "").await? {
+            match folder.object(&listed.name).ok().filter(is_of_a_record) {
+                Some(object) => objects.push(object),
+                // It may be a record that somebody has put aside. Not to be passed over, for its backup would have no owner then.
+                None => listing.damaged.push(Error::DamagedRecord {
+                    object: format!("{}/{}", folder.as_str(), listed.name.escape_debug()),
+                    why: "it has no name of a record, which is a backup's id and `.json`".into(),
+                }),
+            }
+        }
         // None of them begins before it is asked for.
         let reads: Vec<_> = objects.iter().map(|object| self.record_at(object)).collect();
         let mut records = stream::iter(reads).buffered(RECORDS_AT_ONCE_MAX);
@@ -521,6 +529,11 @@ fn record_in(name: &ObjectName, bytes: &[u8]) -> Result<Record, Error> {
 
 fn record_name(id: BackupId) -> Result<ObjectName, Error> {
     Ok(Folder::own("records").object(&format!("{id}.json"))?)
+}
+
+/// Whether an object among the records has the name of one.
+fn is_of_a_record(object: &ObjectName) -> bool {
+    object.name.strip_suffix(".json").is_some_and(|id| id.parse::<BackupId>().is_ok())
 }
 
 fn cancel_name(id: JobId) -> Result<ObjectName, Error> {

@@ -4,7 +4,7 @@ use std::io;
 
 use crate::error::Class;
 use crate::job::{BackupId, Cancelled, InvalidName, Record, RecordState, VolumeId};
-use crate::store::{self, InvalidObjectName};
+use crate::store::{self, Folder, InvalidObjectName};
 use crate::volume;
 
 use super::chunked::Broken;
@@ -75,11 +75,8 @@ pub enum Error {
         state: String,
     },
 
-    /// The record could not be understood.
-    #[error(
-        "the record {object} is damaged: {why}; move that file away, and if it is of a backup that is to be kept, take \
-         that in again with `backhaul record import`"
-    )]
+    /// A record, or what is kept of a job, could not be understood.
+    #[error("{object} is damaged: {why}; move that file away{}", after_moved(.object))]
     DamagedRecord {
         /// Which.
         object: String,
@@ -332,6 +329,24 @@ pub enum Error {
     /// A thread of ours went away.
     #[error("a piece of work was lost")]
     Lost(#[from] Lost),
+}
+
+/// What comes of moving a damaged file away.
+fn after_moved(object: &str) -> &'static str {
+    let is_in = |folder: &'static str| {
+        object.strip_prefix(Folder::own(folder).as_str()).is_some_and(|name| name.starts_with('/'))
+    };
+    if is_in("records") {
+        ", and if it is of a backup that is to be kept, take that in again with `backhaul record import`"
+    } else if is_in("outcomes") {
+        ": it keeps only how a job ended, in case its message comes once more; that job is then done anew"
+    } else if is_in("cancels") {
+        ": it keeps only that a job is to be cancelled; ask for that again"
+    } else if is_in("verified") {
+        ": it keeps only when a backup was found whole; verify that again"
+    } else {
+        ""
+    }
 }
 
 impl Error {

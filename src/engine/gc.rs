@@ -159,6 +159,12 @@ impl Engine {
             let old = partials.filter(|partial| clock.is_old(partial.modified));
             garbage.extend(old.map(|partial| unfinished(partial, &records)));
         }
+        // A record that somebody has put aside, under another name beside it, may come back.
+        let told: Vec<String> = problems.iter().map(Error::to_string).collect();
+        garbage.retain(|garbage: &Garbage| {
+            let is_told = |id: BackupId| told.iter().any(|text| text.contains(&id.to_string()));
+            !garbage.backup_id.is_some_and(is_told)
+        });
         let garbage = self.without_claimed(garbage, &mut problems).await?;
         Ok(Found { garbage, problems })
     }

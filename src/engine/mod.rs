@@ -155,6 +155,9 @@ impl Engine {
     ) -> Result<Receipt, Error> {
         let earlier = self.catalog.record(work.backup_id).await?;
         if let Some(record) = &earlier {
+            if record.volume_id != work.volume_id {
+                return Err(Error::BackupExists(work.backup_id));
+            }
             match &record.state {
                 // The job was done, and whoever did it died before it could say so.
                 RecordState::Available if record.job_id == Some(job_id) => return Ok(receipt(record)),
@@ -590,10 +593,14 @@ impl Engine {
             return Err(self.damaged(&chain, faults).await);
         }
         // A sample proves less than what is kept of the whole.
-        let kept = self.catalog.verified(work.backup_id).await?;
+        // What is kept, and cannot be read, is written anew.
+        let kept = self.catalog.verified(work.backup_id).await.ok().flatten();
         if work.sample.is_none() || kept.is_none_or(|kept| kept.sample_percent.is_some()) {
             let verified = Verified { at: Timestamp::now(), sample_percent: work.sample };
-            self.catalog.keep_verified(work.backup_id, &verified).await?;
+            // The store may be full, or not to be written any more. The proof counts; only `show` does not tell of it.
+            if let Err(error) = self.catalog.keep_verified(work.backup_id, &verified).await {
+                warn!(error = %Causes(&error), "the backup is whole, and that could not be kept in the store");
+            }
         }
         Ok(read_receipt(ctx, &chain[0], digest.filter(|_| work.sample.is_none())))
     }
@@ -707,15 +714,18 @@ impl Engine {
             let is_own = match current.state {
                 RecordState::Creating(owner) | RecordState::Deleting(owner) => owner == job.id,
                 RecordState::Available | RecordState::Error(_) => false,
-            };
+            } && current.volume_id == work.volume_id;
             is_own.then(|| Record { state, ..current.clone() })
         };
         // The mark first: from then on nobody makes visible, or goes on with, what is removed here.
         let (record, marked) = match self.catalog.update(id, mark).await {
             Ok(Updated::To(record)) => (record, true),
             Ok(Updated::Not(current)) => {
-                let is_done =
-                    |record: &Record| record.state == RecordState::Available && record.job_id == Some(job.id);
+                let is_done = |record: &Record| {
+                    record.state == RecordState::Available
+                        && record.job_id == Some(job.id)
+                        && record.volume_id == work.volume_id
+                };
                 return Ok(current.filter(is_done).as_ref().map(receipt));
             }
             // It is what is removed here that makes room.

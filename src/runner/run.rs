@@ -111,7 +111,10 @@ pub async fn run(
     let begun = engine.catalog().begin(job.id, revival_count, was_out_before, attempts.redelivered).await;
     let (hold, restart_count) = match begun {
         Ok(Begun::Held { hold, restart_count }) => (hold, restart_count),
-        Ok(Begun::Over(kept)) => return tell_kept(engine, report, *kept).await,
+        Ok(Begun::Over(kept)) if is_end_of(&kept.completion, job) => {
+            return tell_kept(engine, report, *kept).await;
+        }
+        Ok(Begun::Over(kept)) => return refuse(job, used_before(&kept.completion), attempts, report).await,
         Ok(Begun::Claimed) => return Ended::Later(taken_over(job)),
         // The store cannot say how the job stands.
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
@@ -227,6 +230,23 @@ pub async fn run(
             tell(report, completion).await
         }
     }
+}
+
+/// Whether it was this job that ended so, and not another one to which somebody gave the same id.
+fn is_end_of(completion: &Completion, job: &Job) -> bool {
+    completion.operation == job.operation()
+        && completion.backup_id == job.backup_id()
+        && job.volume_id().is_none_or(|id| completion.volume_id.is_none_or(|ended| ended == id))
+}
+
+fn used_before(completion: &Completion) -> Problem {
+    let Completion { job_id, operation, backup_id, .. } = completion;
+    let volume = completion.volume_id.map(|id| format!(" of volume {id}")).unwrap_or_default();
+    let message = format!(
+        "job {job_id} has ended already, and it was another one, the {operation} of backup {backup_id}{volume}: give each job \
+         an id of its own"
+    );
+    Problem { class: Class::Permanent, message, causes: Vec::new() }
 }
 
 /// Another run of the job, by a worker that was handed its message, too, is to end it.
