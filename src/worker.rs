@@ -36,9 +36,9 @@ use crate::store;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
 
-pub use self::stores::Stores;
 #[cfg(feature = "ceph")]
 pub use self::stores::access;
+pub use self::stores::{Stores, store_folders};
 
 /// How long another worker may take to say that it runs a job.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
@@ -713,7 +713,7 @@ impl Worker {
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {
-                Ended::Over(completion) => match &completion.outcome {
+                Ended::Over(completion) | Ended::OverBefore(completion) => match &completion.outcome {
                     // For people to look at, and to bring back when they have mended what was wrong.
                     Outcome::Failed(problem) => delivery.dead_letter(&format!("failed: {problem}")).await,
                     Outcome::Succeeded | Outcome::Cancelled => delivery.ack().await,
@@ -740,6 +740,7 @@ impl Worker {
                     self.forget_cancel(job.id).await;
                 }
             }
+            Ended::OverBefore(_) => info!("what the store keeps of the job stays"),
             Ended::Later(problem) if settled.is_ok() => {
                 warn!(error = %problem, attempt, "not done for now, trying again later");
             }

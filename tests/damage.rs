@@ -13,7 +13,7 @@ use backhaul::engine::{Cpu, Engine, Error, Volumes};
 use backhaul::error::{Causes, Class, Problem};
 use backhaul::job::{BackupId, JobId, Parent, Record, RecordState, VerifyWork, VolumeId, Work};
 use backhaul::store::{Posix, Reason};
-use backhaul::volume::{self, FileRoots};
+use backhaul::volume::{self, FileRoots, FileTarget};
 use jiff::SignedDuration;
 use rstest::rstest;
 use rustix::fs::{CWD, FileType, Mode};
@@ -833,19 +833,25 @@ fn engine_in(folder: &Path) -> Engine {
     Engine::new(chunked, Volumes::files(FileRoots::new(&[folder.to_owned()])))
 }
 
+/// This program, with mounts of its own, which the script makes in the folder.
+fn in_own_mounts(script: &str, folder: &Path) -> Command {
+    let mut command = Command::new("unshare");
+    // Root may mount without being root of a user namespace of its own, which not every place allows.
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--mount", "sh", "-c", script]);
+    command.arg(folder).arg("--").arg(std::env::current_exe().unwrap());
+    command
+}
+
 /// On a real file system of 1 MiB, mounted in a namespace of its own; whoever is not root becomes root of one for that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_is_told_and_what_was_there_stays_whole() {
     let Some(folder) = folder_of_again() else {
         let folder = tempfile::tempdir().unwrap();
-        let mut command = Command::new("unshare");
         let script = "mount -t tmpfs -o size=1m,mode=0777 none \"$0\" || exit 77; shift; exec \"$@\"";
-        // Root may mount without being root of a user namespace of its own, which not every place allows.
-        if fs::metadata("/proc/self").unwrap().uid() != 0 {
-            command.args(["--user", "--map-root-user"]);
-        }
-        command.args(["--mount", "sh", "-c", script]);
-        command.arg(folder.path()).arg("--").arg(std::env::current_exe().unwrap());
+        let command = in_own_mounts(script, folder.path());
         return again(command, "damage::a_full_disk_is_told_and_what_was_there_stays_whole", folder.path());
     };
     fs::create_dir(folder.join("store")).unwrap();
@@ -885,6 +891,22 @@ async fn a_full_disk_is_told_and_what_was_there_stays_whole() {
     fs::remove_file(&ballast).unwrap();
     restore(&engine, small.backup_id, &target).await.unwrap();
     assert!(fs::read(&target).unwrap() == volume.bytes);
+}
+
+#[test]
+fn a_restore_into_another_mount_of_a_store_is_refused() {
+    let Some(folder) = folder_of_again() else {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "mkdir \"$0/store\" \"$0/mounted\" && mount --bind \"$0/store\" \"$0/mounted\" || exit 77; shift; exec \"$@\"";
+        let command = in_own_mounts(script, folder.path());
+        return again(command, "damage::a_restore_into_another_mount_of_a_store_is_refused", folder.path());
+    };
+    let roots = FileRoots::new(std::slice::from_ref(&folder)).with_stores(vec![folder.join("store")]);
+    for target in ["mounted/new", "store/new"] {
+        let error = FileTarget::open(&folder.join(target), 6, &roots).unwrap_err();
+        assert!(matches!(error, volume::Error::InStore { .. }), "{target}: {error}");
+    }
+    FileTarget::open(&folder.join("new"), 6, &roots).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

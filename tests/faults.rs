@@ -235,7 +235,7 @@ impl Scene {
         for current in 2..2 + RUNS_MAX {
             let attempts = Attempts { redelivered: true, ..attempt(current) };
             match self.run(&self.engine(), sink, &attempts).await {
-                Ended::Over(completion) => return completion.outcome,
+                Ended::Over(completion) | Ended::OverBefore(completion) => return completion.outcome,
                 Ended::Later(problem) => assert_eq!(problem.class, Class::Transient, "{told}: {problem}"),
                 ended => panic!("{told}: {ended:?}"),
             }
@@ -247,7 +247,7 @@ impl Scene {
     async fn run_after_it_failed(&self, told: &str) -> Outcome {
         let revived = Attempts { revival_count: 1, ..attempt(1) };
         match self.run(&self.engine(), &Sink::new(None), &revived).await {
-            Ended::Over(completion) => completion.outcome,
+            Ended::Over(completion) | Ended::OverBefore(completion) => completion.outcome,
             ended => panic!("{told}: {ended:?}"),
         }
     }
@@ -405,12 +405,12 @@ async fn broken_at_a_call(scene: &Scene, at: usize, how: How, told: &str) -> Out
             };
             let (first, second) = tokio::join!(scene.run(&engine, &sink, &first), other);
             for ended in [first, second] {
-                assert!(matches!(ended, Ended::Over(_) | Ended::Later(_)), "{told}: {ended:?}");
+                assert!(!matches!(ended, Ended::HandedBack | Ended::Untold(_)), "{told}: {ended:?}");
             }
             scene.run_to_the_end(&sink, told).await
         }
         _ => match scene.run(&engine, &sink, &first).await {
-            Ended::Over(completion) => completion.outcome,
+            Ended::Over(completion) | Ended::OverBefore(completion) => completion.outcome,
             Ended::Later(problem) => {
                 assert_eq!(problem.class, Class::Transient, "{told}: {problem}");
                 scene.run_to_the_end(&sink, told).await

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::engine::{Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, job, verify};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, job, restore_job, verify};
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
 
@@ -294,6 +294,89 @@ async fn a_job_that_was_done_in_time_is_told_so_also_after_its_deadline() {
     }
 }
 
+/// The worker that did the job had died, so that its end is kept for some days.
+#[tokio::test]
+async fn a_job_that_is_sent_once_more_after_its_end_is_not_left_without_an_answer() {
+    let mut scene = Scene::new(Parent::None);
+    let engine = scene.bench.engine(SETTINGS);
+    assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let (backup_id, target) = (scene.job.backup_id(), scene.bench.volumes().join("target"));
+    for job in [scene.job.clone(), restore_job(backup_id, &target), job(Work::Verify(backup_id.into()))] {
+        scene.job = job;
+        let again = Attempts { redelivered: true, ..Attempts::one() };
+        let Ended::Over(first) = scene.run_as(&engine, &Recorder::default(), &again).await else {
+            panic!("it is over")
+        };
+        engine.catalog().keep_told(&first).await.unwrap();
+        let before = scene.bench.everything([]).await;
+
+        let sink = Recorder::default();
+        let Ended::OverBefore(completion) = scene.run(&engine, &sink, 1, 1).await else {
+            panic!("it is over")
+        };
+
+        assert_eq!((&completion, sink.outcomes()), (&first, vec![Outcome::Succeeded]));
+        // The message that the broker hands out once more is no other one.
+        let sink = Recorder::default();
+        assert!(matches!(scene.run_as(&engine, &sink, &again).await, Ended::Over(_)));
+        assert_eq!(sink.ends(), 0);
+        assert_eq!(scene.bench.everything([]).await, before);
+    }
+}
+
+#[tokio::test]
+async fn a_restore_to_another_target_under_the_id_of_one_that_has_ended_is_not_told_as_done() {
+    let mut scene = Scene::new(Parent::None);
+    let engine = scene.bench.engine(SETTINGS);
+    assert!(matches!(scene.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let [first, other] = ["first", "other"].map(|name| scene.bench.volumes().join(name));
+    scene.job = restore_job(scene.job.backup_id(), &first);
+    let Ended::Over(told) = scene.run(&engine, &Recorder::default(), 1, 1).await else {
+        panic!("it is over")
+    };
+    engine.catalog().keep_told(&told).await.unwrap();
+
+    scene.job = Job { id: scene.job.id, ..restore_job(scene.job.backup_id(), &other) };
+    let Ended::OverBefore(completion) = scene.run(&engine, &Recorder::default(), 1, 1).await else {
+        panic!("it is over")
+    };
+
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
+    assert!(problem.to_string().contains("another one"), "{problem}");
+    assert!(first.exists() && !other.exists());
+}
+
+#[tokio::test]
+async fn what_is_damaged_of_a_jobs_end_stays_for_people_to_look_at() {
+    let scene = Scene::new(Parent::None);
+    let outcomes = scene.bench.root().join(".backhaul/outcomes");
+    std::fs::create_dir_all(&outcomes).unwrap();
+    let damaged = outcomes.join(format!("{}.json", scene.job.id));
+    std::fs::write(&damaged, "{").unwrap();
+
+    let ended = scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 1, 1).await;
+
+    let Ended::OverBefore(completion) = ended else { panic!("{ended:?}") };
+    let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
+    assert!(problem.to_string().contains("move that file away"), "{problem}");
+    assert!(damaged.exists());
+}
+
+#[tokio::test]
+async fn a_delete_whose_record_cannot_be_removed_is_told_with_its_attempt() {
+    let scene = ready(true).await;
+    let marks = scene.bench.root().join(".backhaul/verified");
+    std::fs::remove_dir_all(&marks).ok();
+    std::fs::write(&marks, "no folder").unwrap();
+
+    let ended = scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 1, 1).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert!(matches!(completion.outcome, Outcome::Failed(_)), "{completion:?}");
+    assert_eq!(completion.account.attempt_count, 1);
+    assert!(completion.account.method.is_some());
+}
+
 /// A producer that counts its jobs, and has begun to count anew.
 #[rstest]
 #[case::another_volume_under_the_same_backup_id(true, false)]
@@ -318,14 +401,17 @@ async fn a_job_under_the_id_of_another_one_that_has_ended_is_not_told_as_done(
     }
 
     let sink = Recorder::default();
-    let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it is over") };
+    let completion = match scene.run(&engine, &sink, 1, 1).await {
+        Ended::Over(completion) if is_settled => completion,
+        // What is kept of the first job's end stays.
+        Ended::OverBefore(completion) if !is_settled => completion,
+        ended => panic!("{ended:?}"),
+    };
 
     let Outcome::Failed(problem) = &completion.outcome else { panic!("{completion:?}") };
     assert_eq!((problem.class, sink.ends()), (Class::Permanent, 1), "{problem}");
     assert!(problem.to_string().contains(&first_id.to_string()), "{problem}");
-    engine.catalog().settle(scene.job.id).await.unwrap();
-    let mut left = scene.bench.everything([]).await;
-    left.insert(format!(".backhaul/outcomes/{}.json", scene.job.id));
+    let left = scene.bench.everything([]).await;
     assert!(left.is_superset(&before), "{before:?} {left:?}");
     verify(&engine, first_id).await.unwrap();
 }
@@ -390,7 +476,9 @@ async fn two_workers_with_the_same_job_do_not_say_two_things(
         let Ended::Over(third) = third else { panic!("{told}: {third:?}") };
         for ended in [first, second] {
             match ended {
-                Ended::Over(completion) => assert_eq!(completion.outcome, third.outcome, "{told}"),
+                Ended::Over(completion) | Ended::OverBefore(completion) => {
+                    assert_eq!(completion.outcome, third.outcome, "{told}");
+                }
                 Ended::Later(problem) => assert_eq!(problem.class, Class::Transient, "{told}: {problem}"),
                 ended => panic!("{told}: {ended:?}"),
             }

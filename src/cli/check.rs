@@ -1,6 +1,7 @@
 //! Is everything reachable and usable? One line for each thing, and what to do where the answer is no.
 
 use std::error::Error as _;
+use std::path::PathBuf;
 
 use bytes::Bytes;
 use uuid::Uuid;
@@ -62,6 +63,19 @@ pub(super) async fn check(config: &Config) -> Result<u8, Error> {
         let listed = std::fs::read_dir(root).map(|_| format!("{} is a folder", root.display()));
         let failed = |error| format!("{} is no folder that can be read: {error}", root.display());
         report.line("file root", listed.map_err(failed));
+        let real = root.canonicalize().ok();
+        let holds = |folder: &PathBuf| {
+            folder
+                .canonicalize()
+                .is_ok_and(|folder| real.as_ref().is_some_and(|real| real.starts_with(folder)))
+        };
+        report.warn(
+            "file root",
+            worker::store_folders(config).into_iter().find(holds).map(|folder| {
+                let (root, folder) = (root.display(), folder.display());
+                format!("{root} lies in the folder of a store, {folder}: nothing can be restored there")
+            }),
+        );
     }
     if config.worker.file_roots.is_empty() {
         report.line("file roots", Ok("none: no file volumes can be backed up or restored".into()));

@@ -84,6 +84,8 @@ async fn list(letters: &mut DeadLetters, json: bool) -> Result<u8, Error> {
     while let Some(letter) = letters.next().await? {
         found.push(Letter::of(&letter));
     }
+    // Those that were looked at lie behind the others by now.
+    found.sort_by_key(|letter| letter.time);
     if json {
         print_json(&found)?;
     } else {

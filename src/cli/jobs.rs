@@ -172,15 +172,16 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
         () = interrupted => return Ok(CANCELLED),
     };
     terminal.bar.end();
-    let completion = match ended_as {
-        Ended::Over(completion) => completion,
+    let (completion, is_kept) = match ended_as {
+        Ended::Over(completion) => (completion, false),
+        Ended::OverBefore(completion) => (completion, true),
         Ended::Later(problem) => return Err(Error::Problem(problem)),
         // Not reached: there is nobody to hand it back to.
         Ended::HandedBack => return Ok(CANCELLED),
         Ended::Untold(error) => return Err(error.into()),
     };
     // How the job ended counts more than what is left of it: a store that takes nothing is no reason to hide why.
-    if let Err(error) = engine.catalog().settle(job.id).await {
+    if !is_kept && let Err(error) = engine.catalog().settle(job.id).await {
         eprintln!("what the store keeps of the job could not be removed: {}", render::error(&error));
     }
     let last = terminal.last.into_inner().unwrap_or_else(PoisonError::into_inner);

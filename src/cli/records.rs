@@ -45,13 +45,20 @@ pub(super) async fn show(
     let stores = Stores::open(config)?;
     let engine = engine_of(config, &stores, store.as_ref()).await?;
     let record = engine.catalog().record(id).await?.ok_or(engine::Error::UnknownBackup(id))?;
-    let verified = engine.catalog().verified(id).await?;
+    let (verified, unread) = match engine.catalog().verified(id).await {
+        Ok(verified) => (verified, None),
+        Err(error) => (None, Some(error)),
+    };
     if json {
         print_json(&Shown { record: &record, verified })?;
     } else {
         say(render::show(&record, verified.as_ref()).trim_end());
     }
-    Ok(0)
+    // The record is not to be hidden by that.
+    if let Some(error) = &unread {
+        eprintln!("error: when it was found whole cannot be told: {}", render::error(error));
+    }
+    Ok(if unread.is_none() { 0 } else { FAILED })
 }
 
 /// All that the store keeps about a backup.

@@ -444,6 +444,7 @@ mod tests {
             ..Account::default()
         };
         Completion {
+            target: None,
             job_id: JOB.parse().unwrap(),
             operation,
             backup_id: BACKUP.parse().unwrap(),

@@ -159,7 +159,8 @@ impl Catalog {
                 // It may be a record that somebody has put aside. Not to be passed over, for its backup would have no owner then.
                 None => listing.damaged.push(Error::DamagedRecord {
                     object: format!("{}/{}", folder.as_str(), listed.name.escape_debug()),
-                    why: "it has no name of a record, which is a backup's id and `.json`".into(),
+                    why: "it has no name of a record, which is a backup's id and `.json`: rename it, if it is one"
+                        .into(),
                 }),
             }
         }
@@ -213,7 +214,13 @@ impl Catalog {
     pub async fn others(&self, id: BackupId) -> Result<Vec<Record>, Error> {
         let Listing { mut records, damaged } = self.records().await?;
         if let Some(error) = damaged.into_iter().next() {
-            return Err(error);
+            return Err(match error {
+                Error::DamagedRecord { object, why } => {
+                    let why = format!("{why}, so that nobody knows whether it builds on backup {id}");
+                    Error::DamagedRecord { object, why }
+                }
+                error => error,
+            });
         }
         records.retain(|record| record.backup_id != id && !matches!(record.state, RecordState::Error(_)));
         Ok(records)

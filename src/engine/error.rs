@@ -337,7 +337,8 @@ fn after_moved(object: &str) -> &'static str {
         object.strip_prefix(Folder::own(folder).as_str()).is_some_and(|name| name.starts_with('/'))
     };
     if is_in("records") {
-        ", and if it is of a backup that is to be kept, take that in again with `backhaul record import`"
+        ", and if it is of a backup that is to be kept, take that in again with `backhaul record import` before anything \
+         else is deleted"
     } else if is_in("outcomes") {
         ": it keeps only how a job ended, in case its message comes once more; that job is then done anew"
     } else if is_in("cancels") {

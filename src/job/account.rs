@@ -145,6 +145,9 @@ pub struct Completion {
     pub volume_id: Option<VolumeId>,
     /// The store.
     pub store: Option<StoreName>,
+    /// What it restored to, as messages write that. It is kept, and not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
     /// How it ended.
     pub outcome: Outcome,
     /// What it did on the way.

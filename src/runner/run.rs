@@ -11,7 +11,9 @@ use super::plan::plan;
 use crate::engine::{self, Begun, Engine, KeptOutcome, Receipt};
 use crate::error::{Causes, Class, Problem};
 use crate::event;
-use crate::job::{Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome};
+use crate::job::{
+    Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome, VolumeId, Work,
+};
 
 /// How often a job is begun again whose worker ended before it did; one that ends its workers must not do so for ever. We
 /// count ourselves: RabbitMQ closes the channels of a worker that is gone one after the other, and counts each that it hands the
@@ -85,6 +87,8 @@ impl Attempts {
 pub enum Ended {
     /// The job is over, and that has been told.
     Over(Box<Completion>),
+    /// The same of a job that was not begun, because of what its store keeps of it or of another job of its id. That stays.
+    OverBefore(Box<Completion>),
     /// It failed of something that may pass; it is to be tried again later.
     Later(Problem),
     /// It was stopped where it was, for another worker to go on from there. Nothing was removed, and nothing told.
@@ -111,11 +115,17 @@ pub async fn run(
     let begun = engine.catalog().begin(job.id, revival_count, was_out_before, attempts.redelivered).await;
     let (hold, restart_count) = match begun {
         Ok(Begun::Held { hold, restart_count }) => (hold, restart_count),
-        Ok(Begun::Over(kept)) if is_end_of(&kept.completion, job) => {
-            return tell_kept(engine, report, *kept).await;
+        Ok(Begun::Over(kept)) if is_end_of(&kept.completion, job, was_out_before) => {
+            return tell_kept(engine, report, *kept, was_out_before).await;
         }
-        Ok(Begun::Over(kept)) => return refuse(job, used_before(&kept.completion), attempts, report).await,
+        Ok(Begun::Over(kept)) => {
+            return untouched(refuse(job, used_before(&kept.completion), attempts, report).await);
+        }
         Ok(Begun::Claimed) => return Ended::Later(taken_over(job)),
+        // For people to look at.
+        Err(error @ engine::Error::DamagedRecord { .. }) => {
+            return untouched(refuse(job, Problem::new(error.class(), &error), attempts, report).await);
+        }
         // The store cannot say how the job stands.
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
     };
@@ -218,7 +228,8 @@ pub async fn run(
         Err(engine::Error::TakenOver(_)) => Ended::Later(taken_over(job)),
         // A delete is not over while its record stands.
         Err(error) if completion.operation == Operation::Delete => {
-            refuse(job, Problem::new(error.class(), &error), attempts, report).await
+            let problem = Problem::new(error.class(), &error);
+            refuse_with(job, problem, attempts, completion.account, report).await
         }
         // Run again, the job is found done.
         Err(error) if error.class() == Class::Transient && !attempts.is_last() => {
@@ -232,11 +243,25 @@ pub async fn run(
     }
 }
 
-/// Whether it was this job that ended so, and not another one to which somebody gave the same id.
-fn is_end_of(completion: &Completion, job: &Job) -> bool {
+/// Whether it was this job that ended so, and not another one to which somebody gave the same id. A message that was handed
+/// out before is that of the job, though what it restores to may have another name by now.
+fn is_end_of(completion: &Completion, job: &Job, was_out_before: bool) -> bool {
+    let is_same_target = || match (&completion.target, &job.work) {
+        (Some(ended), Work::Restore(work)) => *ended == work.target.to_string(),
+        _ => true,
+    };
     completion.operation == job.operation()
         && completion.backup_id == job.backup_id()
         && job.volume_id().is_none_or(|id| completion.volume_id.is_none_or(|ended| ended == id))
+        && (was_out_before || is_same_target())
+}
+
+/// What is kept of the job is for those who come after it.
+fn untouched(ended: Ended) -> Ended {
+    match ended {
+        Ended::Over(completion) => Ended::OverBefore(completion),
+        ended => ended,
+    }
 }
 
 fn used_before(completion: &Completion) -> Problem {
@@ -257,6 +282,16 @@ fn taken_over(job: &Job) -> Problem {
 
 /// Ends a job that cannot even be begun, or puts it off where the problem may pass.
 pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &Report<'_>) -> Ended {
+    refuse_with(job, problem, attempts, account(attempts), report).await
+}
+
+async fn refuse_with(
+    job: &Job,
+    problem: Problem,
+    attempts: &Attempts,
+    account: Account,
+    report: &Report<'_>,
+) -> Ended {
     let problem = match late(job) {
         Some(late) if problem.class == Class::Transient => {
             Problem { causes: vec![problem.to_string()], ..late }
@@ -264,16 +299,7 @@ pub async fn refuse(job: &Job, problem: Problem, attempts: &Attempts, report: &R
         None if problem.class == Class::Transient && !attempts.is_last() => return Ended::Later(problem),
         _ => problem,
     };
-    let completion = Completion {
-        job_id: job.id,
-        operation: job.operation(),
-        backup_id: job.backup_id(),
-        volume_id: job.volume_id(),
-        store: job.store.clone(),
-        outcome: Outcome::Failed(problem),
-        account: account(attempts),
-    };
-    tell(report, completion).await
+    tell(report, completion_of(job, job.volume_id(), Outcome::Failed(problem), account)).await
 }
 
 /// What an account begins with.
@@ -352,24 +378,36 @@ async fn completion(engine: &Engine, job: &Job, outcome: Outcome, account: Accou
         Some(id) => Some(id),
         None => engine.catalog().record(job.backup_id()).await.ok().flatten().map(|record| record.volume_id),
     };
+    completion_of(job, volume_id, outcome, account)
+}
+
+fn completion_of(job: &Job, volume_id: Option<VolumeId>, outcome: Outcome, account: Account) -> Completion {
     Completion {
         job_id: job.id,
         operation: job.operation(),
         backup_id: job.backup_id(),
         volume_id,
         store: job.store.clone(),
+        target: match &job.work {
+            Work::Restore(work) => Some(work.target.to_string()),
+            Work::Backup(_) | Work::Delete(_) | Work::Verify(_) => None,
+        },
         outcome,
         account,
     }
 }
 
-/// Tells how a job ended before, unless that is known to have been told.
-async fn tell_kept(engine: &Engine, report: &Report<'_>, kept: KeptOutcome) -> Ended {
-    if kept.told {
+/// Tells how a job ended before, unless that is known to have been told to who sent this message.
+async fn tell_kept(engine: &Engine, report: &Report<'_>, kept: KeptOutcome, was_out_before: bool) -> Ended {
+    if kept.told && was_out_before {
         info!("job was done before, and that was told");
         return Ended::Over(Box::new(kept.completion));
     }
     info!("job was done before, telling it again");
+    if kept.told {
+        // Somebody sent it once more, and waits for its end.
+        return untouched(tell(report, kept.completion).await);
+    }
     // Whoever kept that may have died right behind it.
     if let Err(error) = engine.catalog().finish(&kept.completion).await {
         return Ended::Later(Problem::new(error.class(), &error));

@@ -104,7 +104,7 @@ impl StandIn {
             loop {
                 let every = self.progress_every();
                 match runner::run(&ctx, engine, job, &attempts, every, &report).await {
-                    Ended::Over(completion) => return Ok(completion.outcome),
+                    Ended::Over(completion) | Ended::OverBefore(completion) => return Ok(completion.outcome),
                     Ended::HandedBack => return Err(Trouble::HandedBack),
                     Ended::Untold(error) => return Err(Trouble::Later(Causes(&error).to_string())),
                     Ended::Later(problem) => {

@@ -52,7 +52,8 @@ impl FileRoots {
             rustix::fs::open(path, flags, Mode::empty()).map_err(|e| io_error("open", path, e.into()))?;
         let place = Place(place);
         let real = fs::read_link(place.path()).map_err(|e| io_error("resolve", path, e))?;
-        if self.roots.iter().any(|root| lies_in(&real, root)) {
+        let inside = |root: &PathBuf| root.canonicalize().is_ok_and(|root| real.starts_with(root));
+        if self.roots.iter().any(inside) {
             return Ok(place);
         }
         let roots: Vec<String> = self.roots.iter().map(|root| root.display().to_string()).collect();
@@ -63,18 +64,17 @@ impl FileRoots {
     /// Fails when a place to restore onto, or into, lies in a store.
     fn keep_stores(&self, place: &Place, path: &Path) -> Result<(), Error> {
         let real = fs::read_link(place.path()).map_err(|e| io_error("resolve", path, e))?;
-        match self.stores.iter().find(|store| lies_in(&real, store)) {
+        // By what they are, and not only by their names: a folder may be mounted in several places.
+        let identity = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+        let above: Vec<(u64, u64)> = real.ancestors().filter_map(identity).collect();
+        let holds = |store: &&PathBuf| identity(store).is_some_and(|store| above.contains(&store));
+        match self.stores.iter().find(holds) {
             Some(store) => {
                 Err(Error::InStore { path: path.display().to_string(), store: store.display().to_string() })
             }
             None => Ok(()),
         }
     }
-}
-
-/// Whether what has this path, free of links, lies in the folder, which may be named by links.
-fn lies_in(real: &Path, folder: &Path) -> bool {
-    folder.canonicalize().is_ok_and(|folder| real.starts_with(folder))
 }
 
 /// What a path led to: held, but not opened for reading or writing.

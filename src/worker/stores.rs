@@ -1,6 +1,7 @@
 //! The stores of the configuration, and the engines on them.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -186,14 +187,8 @@ impl Stores {
         let threads = config.worker.cpu_threads_max;
         let cpu = Cpu::start(threads).map_err(|source| Error::Threads(threads, source))?;
         let budget = Budget::new(config.worker.memory_bytes_max.saturating_sub(MEMORY_BYTES_BASE) as usize);
-        let folder = |store: &config::Store| match &store.kind {
-            StoreKind::Posix { path, .. } => Some(path.clone()),
-            StoreKind::Nfs { share, .. } => Some(share.folder()),
-            _ => None,
-        };
-        let folders = config.stores.values().filter_map(folder).collect();
         let volumes = Volumes {
-            file_roots: FileRoots::new(&config.worker.file_roots).with_stores(folders),
+            file_roots: FileRoots::new(&config.worker.file_roots).with_stores(store_folders(config)),
             #[cfg(feature = "ceph")]
             clusters: ceph::Clusters::new(access(config)),
         };
@@ -261,6 +256,16 @@ impl Stores {
         };
         Err(Problem { class: Class::Permanent, message, causes: Vec::new() })
     }
+}
+
+/// The folders of the stores that are folders.
+pub fn store_folders(config: &Config) -> Vec<PathBuf> {
+    let folder = |store: &config::Store| match &store.kind {
+        StoreKind::Posix { path, .. } => Some(path.clone()),
+        StoreKind::Nfs { share, .. } => Some(share.folder()),
+        _ => None,
+    };
+    config.stores.values().filter_map(folder).collect()
 }
 
 /// How volumes are cut up, in the words of the chunked engine.

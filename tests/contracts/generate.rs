@@ -230,6 +230,7 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         let happening = match change {
             Change::Going(happening) => happening,
             Change::Ended(outcome, account) => Happening::Ended(Box::new(Completion {
+                target: None,
                 job_id,
                 operation,
                 backup_id,

@@ -307,6 +307,7 @@ async fn conclude(engine: &Engine, job: &Job, outcome: Outcome) {
         backup_id: job.backup_id(),
         volume_id: job.volume_id(),
         store: None,
+        target: None,
         outcome,
         account: Account::default(),
     };

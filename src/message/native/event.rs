@@ -297,6 +297,7 @@ struct JobWire {
 impl JobWire {
     fn ended(&self, outcome: Outcome, account: AccountWire) -> Happening {
         Happening::Ended(Box::new(Completion {
+            target: None,
             job_id: self.job_id,
             operation: self.operation,
             backup_id: self.backup_id,
