@@ -164,6 +164,44 @@ async fn what_a_worker_that_was_killed_had_stored_is_not_stored_again() {
     assert!(left.iter().all(|object| object.starts_with(".backhaul/outcomes/")), "{left:?}");
 }
 
+/// With SIGKILL as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_that_was_killed_had_restored_and_flushed_is_not_restored_again() {
+    let rabbit = Rabbit::shared();
+    // After some seconds there is a note; as many later it would be done.
+    let stack = Stack::new(rabbit.url(), "job_bytes_per_second_max = 67108864", "object_bytes = 4194304");
+    let volume = noise(14, 448 << 20);
+    fs::write(stack.volume("a.img"), &volume).unwrap();
+    stack.ok(&[&["run"][..], &strs(&backup(&stack, &["--backup-id", BACKUP]))].concat());
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let first = stack.worker();
+    let (target, partial) = (stack.location("b.img"), stack.volume(".b.img.backhaul-partial"));
+    stack.ok(&["submit", "restore", "--backup-id", BACKUP, "--target", &target]);
+
+    let is_noted = || {
+        let mut note = vec![0; 4096];
+        let length = rustix::fs::getxattr(&partial, "user.backhaul.restore", &mut note[..]).unwrap_or(0);
+        String::from_utf8_lossy(&note[..length]).contains("object_count")
+    };
+    until("something is noted", is_noted);
+    first.kill();
+    assert!(partial.exists() && !stack.volume("b.img").exists(), "killed too late");
+    let mut second = stack.worker();
+
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
+    let reused = ended["data"]["bytes_reused"].as_u64().unwrap();
+    assert!((256 << 20..448 << 20).contains(&reused), "{ended}");
+    assert_eq!(
+        (&ended["data"]["bytes_read"], &ended["data"]["object_count"]),
+        (&json!(448 << 20), &json!(112))
+    );
+    second.terminate();
+    assert_eq!(second.ended(), 0);
+    assert!(fs::read(stack.volume("b.img")).unwrap() == volume && !partial.exists());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_cannot_be_a_job_is_told_and_put_with_the_dead_letters() {
     let rabbit = Rabbit::shared();
