@@ -2,14 +2,18 @@
 //! once, and the stores hold what was told.
 //!
 //! `make test` plays one round with a folder as the store, `make chaos SEEDS=200` as many rounds with stores of all kinds.
-//! The seed of a round decides what is done and what goes wrong, though not how far the jobs have come by then.
+//! The seed of a round decides what is done and what goes wrong, though not how far the jobs have come by then. Of many rounds
+//! two are played side by side: most of a round is waiting. They have one broker and one cluster, so that a restart of these
+//! is trouble for both; queues, stores, volumes and workers are each round's own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::ceph::Ceph;
@@ -29,6 +33,7 @@ use backhaul::worker::command_properties;
 use fastrand::Rng;
 use serde_json::Value;
 use tokio::runtime::Runtime;
+use tokio::sync::RwLock;
 use tokio::time::timeout;
 
 /// How many rounds there are, with stores of all kinds; one with a folder if it is not set.
@@ -55,39 +60,51 @@ fn whatever_dies_each_job_ends_once_and_the_stores_hold_what_was_told() {
     let first =
         std::env::var(FIRST_SEED).map_or_else(|_| fastrand::u64(..1_000_000), |seed| seed.parse().unwrap());
     let services = if seeds.is_some() { Services::with_cluster() } else { Services::with_folder() };
-    let count = seeds.unwrap_or(1);
-    let (mut failed, mut total) = (Vec::new(), Tally::default());
-    for seed in first..first + count {
-        if let Err(folder) = play(&services, seed, &mut total) {
-            println!("seed {seed}: FAILED, logs and stores are in {}", folder.display());
-            failed.push(seed);
+    let (count, begun) = (seeds.unwrap_or(1), Instant::now());
+    let (failed, total, next) = (Mutex::new(Vec::new()), Mutex::<Tally>::default(), AtomicU64::new(first));
+    thread::scope(|scope| {
+        for lane in &services.lanes {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        break;
+                    }
+                    if let Err(folder) = play(&services, lane, seed, &total) {
+                        println!("seed {seed}: FAILED, logs and stores are in {}", folder.display());
+                        failed.lock().unwrap().push(seed);
+                    }
+                }
+            });
         }
-    }
+    });
+    let (failed, mut total) = (failed.into_inner().unwrap(), total.into_inner().unwrap());
+    total.seconds = begun.elapsed().as_secs_f64();
     println!("{} of {count} seeds passed: {total}", count - failed.len() as u64);
     assert!(failed.is_empty(), "what went wrong with the seeds {failed:?} stands above");
 }
 
 /// Plays a round; gives the folder in which it left everything if something was wrong.
-fn play(services: &Services, seed: u64, total: &mut Tally) -> Result<(), PathBuf> {
+fn play(services: &Services, lane: &Lane, seed: u64, total: &Mutex<Tally>) -> Result<(), PathBuf> {
     let bucket = s3::new_bucket();
-    let stack = services.stack(&bucket);
+    let stack = services.stack(lane, &bucket);
     let stores: Vec<&str> = services.stores().into_iter().map(Store::name).collect();
     println!("seed {seed}: begins, with the stores {}", stores.join(", "));
     let runtime = Runtime::new().unwrap();
     let wrong = catch_unwind(AssertUnwindSafe(|| {
         runtime.block_on(async {
-            let mut round = Round::new(services, &stack, &bucket, seed).await;
+            let mut round = Round::new(services, lane, &stack, &bucket, seed).await;
             let begun = Instant::now();
             round.play().await;
             round.count();
             round.tally.seconds = begun.elapsed().as_secs_f64();
             println!("seed {seed}: {}", round.tally);
-            *total += &round.tally;
+            total.lock().unwrap().add(&round.tally);
             round.wrong
         })
     }));
     let wrong = wrong.unwrap_or_else(|_| {
-        services.mend();
+        services.mend(lane);
         vec!["the round broke off, as told above".into()]
     });
     for wrong in &wrong {
@@ -118,32 +135,45 @@ impl Store {
 /// What all rounds share.
 struct Services {
     rabbit: Rabbit,
-    /// The way of each worker to the broker.
-    links: Vec<Link>,
+    /// Held to write by who stops the broker or breaks its connections, to read by who cannot do without it.
+    broker_in_use: RwLock<()>,
     cluster: Option<Cluster>,
+    lanes: Vec<Lane>,
 }
 
 /// Stores for which there is a cluster.
 struct Cluster {
     ceph: Ceph,
-    /// The gateway, and the way of the workers to it.
     s3_url: String,
-    s3_link: Link,
+    /// Whether a round has stopped the OSD.
+    no_osd: Mutex<bool>,
+}
+
+/// What a round has of its own, and the next one after it.
+struct Lane {
+    /// The way of each worker to the broker.
+    links: Vec<Link>,
+    /// The way of the workers to the gateway of the cluster.
+    s3_link: Option<Link>,
+    /// The pool of backups.
+    pool: &'static str,
 }
 
 impl Services {
     fn with_folder() -> Self {
         let rabbit = Rabbit::start();
-        let links = (0..WORKERS).map(|_| Link::to(rabbit.url())).collect();
-        Self { rabbit, links, cluster: None }
+        let lanes = vec![Lane::new(&rabbit, None, "")];
+        Self { rabbit, broker_in_use: RwLock::new(()), cluster: None, lanes }
     }
 
     fn with_cluster() -> Self {
         // It is not to take half a minute until it forgets a worker that was killed.
         let ceph = Ceph::start_with(&["osd client watch timeout = 5"]);
         let s3_url = ceph.start_gateway();
-        let s3_link = Link::to(&s3_url);
-        Self { cluster: Some(Cluster { ceph, s3_url, s3_link }), ..Self::with_folder() }
+        let rabbit = Rabbit::start();
+        let lanes = ["backups", "backups2"].map(|pool| Lane::new(&rabbit, Some(&s3_url), pool)).into();
+        let cluster = Some(Cluster { ceph, s3_url, no_osd: Mutex::new(false) });
+        Self { rabbit, broker_in_use: RwLock::new(()), cluster, lanes }
     }
 
     fn stores(&self) -> Vec<Store> {
@@ -153,43 +183,71 @@ impl Services {
         }
     }
 
-    fn stack(&self, bucket: &str) -> Stack {
+    fn stack(&self, lane: &Lane, bucket: &str) -> Stack {
         let worker =
             "jobs_max = 3\ncpu_threads_max = 1\nattempts_max = 100\nmemory_bytes_max = 134217728".to_owned();
         let chunking = "object_bytes = 65536\nsha_block_bytes = 4096\n";
         let cluster = self.cluster.as_ref().map(|cluster| {
             let settings = s3::settings(&cluster.s3_url, bucket);
             let keys = url::Url::parse(&cluster.s3_url).unwrap();
-            let (endpoint, link) = (settings.endpoint, url::Url::parse(cluster.s3_link.url()).unwrap());
+            let link = url::Url::parse(lane.s3_link.as_ref().unwrap().url()).unwrap();
             let port = link.port().unwrap();
-            assert_eq!(endpoint.host_str(), Some("127.0.0.1"));
+            assert_eq!(settings.endpoint.host_str(), Some("127.0.0.1"));
             format!(
                 "[store.s3]\nkind = \"s3\"\nendpoint = \"http://127.0.0.1:{port}\"\nbucket = \"{bucket}\"\n\
                  access_key = \"{}\"\nsecret_key = \"{}\"\nconnections_max = 8\nidle_seconds_max = 5\n{chunking}\n\
                  [ceph.main]\nconf = \"{}\"\nuser = \"cinder\"\noperation_seconds_max = 5\n\n\
-                 [store.rbd]\nkind = \"rbd\"\npool = \"backups\"\n",
+                 [store.rbd]\nkind = \"rbd\"\npool = \"{}\"\n",
                 keys.username(),
                 keys.password().unwrap(),
-                cluster.ceph.conf().display()
+                cluster.ceph.conf().display(),
+                lane.pool
             )
         });
         Stack::new(self.rabbit.url(), &worker, &format!("{chunking}\n{}", cluster.unwrap_or_default()))
     }
 
     /// Starts again what a round may have left stopped.
-    fn mend(&self) {
+    fn mend(&self, lane: &Lane) {
+        let _alone = self.broker_in_use.blocking_write();
         self.rabbit.ctl(&["start_app"]);
+        lane.mend();
         if let Some(cluster) = &self.cluster {
-            cluster.mend_link();
-            cluster.ceph.start_osd();
+            cluster.start_osd();
         }
     }
 }
 
 impl Cluster {
-    fn mend_link(&self) {
-        self.s3_link.stall(false);
-        self.s3_link.lose_answers(0);
+    /// Whether it was there to be stopped.
+    fn stop_osd(&self) -> bool {
+        let mut no_osd = self.no_osd.lock().unwrap();
+        if *no_osd {
+            return false;
+        }
+        self.ceph.stop_osd();
+        *no_osd = true;
+        true
+    }
+
+    fn start_osd(&self) {
+        let mut no_osd = self.no_osd.lock().unwrap();
+        self.ceph.start_osd();
+        *no_osd = false;
+    }
+}
+
+impl Lane {
+    fn new(rabbit: &Rabbit, s3_url: Option<&str>, pool: &'static str) -> Self {
+        let links = (0..WORKERS).map(|_| Link::to(rabbit.url())).collect();
+        Self { links, s3_link: s3_url.map(Link::to), pool }
+    }
+
+    fn mend(&self) {
+        if let Some(link) = &self.s3_link {
+            link.stall(false);
+            link.lose_answers(0);
+        }
     }
 }
 
@@ -205,8 +263,8 @@ struct Tally {
     seconds: f64,
 }
 
-impl std::ops::AddAssign<&Tally> for Tally {
-    fn add_assign(&mut self, other: &Tally) {
+impl Tally {
+    fn add(&mut self, other: &Tally) {
         for (end, count) in &other.jobs {
             *self.jobs.entry(end.clone()).or_default() += count;
         }
@@ -215,7 +273,6 @@ impl std::ops::AddAssign<&Tally> for Tally {
         }
         self.told_again += other.told_again;
         self.memory_bytes = self.memory_bytes.max(other.memory_bytes);
-        self.seconds += other.seconds;
     }
 }
 
@@ -329,6 +386,7 @@ impl Disk {
 
     /// Changes some of it.
     fn write(&mut self, rng: &mut Rng, services: &Services) {
+        let mut written = Vec::new();
         for _ in 0..rng.usize(1..4) {
             let end = rng.usize(1..=self.bytes().len());
             let start = end - rng.usize(1..=end.min(1 << 19));
@@ -337,16 +395,20 @@ impl Disk {
                     let fills = [Fill::Noise(rng.u64(..)), Fill::Text(rng.u8(..)), Fill::Zeros, Fill::Hole];
                     volume.fill(start..end, rng.choice(fills).unwrap());
                 }
-                Place::Image { spec, bytes } => {
+                Place::Image { bytes, .. } => {
                     if rng.bool() {
                         noise(&mut bytes[start..end], rng.u64(..));
                     } else {
                         bytes[start..end].fill(0);
                     }
-                    let ceph = &services.cluster.as_ref().unwrap().ceph;
-                    ceph.existing(spec).write(&[(start as u64, &bytes[start..end])]);
+                    written.push(start..end);
                 }
             }
+        }
+        if let Place::Image { spec, bytes } = &self.place {
+            let extents: Vec<_> =
+                written.into_iter().map(|range| (range.start as u64, &bytes[range])).collect();
+            services.cluster.as_ref().unwrap().ceph.existing(spec).write(&extents);
         }
     }
 }
@@ -429,6 +491,7 @@ enum Undo {
 /// A round: what was done so far, and what has come of it.
 struct Round<'a> {
     services: &'a Services,
+    lane: &'a Lane,
     stack: &'a Stack,
     bucket: &'a str,
     rng: Rng,
@@ -450,7 +513,14 @@ struct Round<'a> {
 }
 
 impl<'a> Round<'a> {
-    async fn new(services: &'a Services, stack: &'a Stack, bucket: &'a str, seed: u64) -> Self {
+    async fn new(
+        services: &'a Services,
+        lane: &'a Lane,
+        stack: &'a Stack,
+        bucket: &'a str,
+        seed: u64,
+    ) -> Self {
+        let _in_use = services.broker_in_use.read().await;
         let settings = Settings { publish_seconds_max: 60, ..settings(&services.rabbit, stack) };
         let broker = Broker::connect(settings).await.unwrap();
         let events = broker.events("#").await.unwrap();
@@ -458,14 +528,14 @@ impl<'a> Round<'a> {
         let worker = |number| {
             let log = stack.path(&format!("worker-{number}.log"));
             let mut worker = Worker { number, child: None, log, log_start: 0 };
-            worker.start(stack, &services.links[number]);
+            worker.start(stack, &lane.links[number]);
             worker
         };
         let workers: Vec<_> = (0..WORKERS).map(worker).collect();
         let is_there = || workers.iter().all(|worker| worker.connected_count() > 0);
         assert!(soon(is_there).await, "the workers do not begin");
         // The first connection of all is not the one that the handles are counted with at the end.
-        services.links[0].cut();
+        lane.links[0].cut();
         let is_back = || workers[0].connected_count() > 1;
         assert!(soon(is_back).await, "a worker does not connect again");
         let limits = fs::read_to_string(format!("/proc/{}/limits", workers[0].pid().unwrap())).unwrap();
@@ -481,6 +551,7 @@ impl<'a> Round<'a> {
             tally: Tally::default(),
             wrong: Vec::new(),
             services,
+            lane,
             stack,
             bucket,
             rng,
@@ -504,7 +575,7 @@ impl<'a> Round<'a> {
                 self.restart_broker().await;
             }
             if Instant::now() >= next_trouble {
-                self.make_trouble();
+                self.make_trouble().await;
                 next_trouble = Instant::now() + Duration::from_millis(self.rng.u64(100..900));
             }
             if self.under_way().count() < UNDER_WAY_MAX {
@@ -521,7 +592,8 @@ impl<'a> Round<'a> {
         self.remove_backups().await;
         self.check_handles_and_memory().await;
         self.end_workers().await;
-        self.check_dead_letters();
+        self.check_dead_letters().await;
+        self.check_garbage().await;
         if let Some(cluster) = &self.services.cluster {
             for disk in &self.disks {
                 if let Place::Image { spec, .. } = &disk.place {
@@ -580,7 +652,7 @@ impl Round<'_> {
             self.points.iter().any(|point| point.disk == *disk && self.fate(point) == Fate::UnderWay)
         };
         // Who writes to an image while there is no OSD waits for it.
-        let no_osd = self.undo.iter().any(|(_, undo)| matches!(undo, Undo::Osd));
+        let no_osd = self.services.cluster.as_ref().is_some_and(|cluster| *cluster.no_osd.lock().unwrap());
         let is_away = |disk: &usize| no_osd && matches!(self.disks[*disk].place, Place::Image { .. });
         let idle = (0..self.disks.len()).filter(|disk| !is_busy(disk) && !is_away(disk));
         let idle: Vec<usize> = idle.collect();
@@ -691,7 +763,7 @@ impl Round<'_> {
 
 /// What goes wrong.
 impl Round<'_> {
-    fn make_trouble(&mut self) {
+    async fn make_trouble(&mut self) {
         let number = self.rng.usize(..WORKERS);
         let soon = Duration::from_millis(self.rng.u64(100..2000));
         match (self.rng.u8(..14), &self.services.cluster) {
@@ -701,10 +773,11 @@ impl Round<'_> {
                 self.undo_in(soon, Undo::Start(number));
             }
             (4..=6, _) => {
-                self.services.links[number].cut();
+                self.lane.links[number].cut();
                 self.count_trouble("workers cut off");
             }
             (7, _) => {
+                let _alone = self.services.broker_in_use.write().await;
                 self.services.rabbit.ctl(&["close_all_connections", "chaos"]);
                 self.count_trouble("times all connections closed");
             }
@@ -716,8 +789,8 @@ impl Round<'_> {
                     self.undo_in(soon, Undo::Handles(number, pid));
                 }
             }
-            (10..=12, Some(cluster)) => {
-                let link = &cluster.s3_link;
+            (10..=12, Some(_)) => {
+                let link = self.lane.s3_link.as_ref().unwrap();
                 match self.rng.u8(..4) {
                     0 => link.cut(),
                     1 => link.lose_answers(self.rng.usize(1..4)),
@@ -730,8 +803,7 @@ impl Round<'_> {
                 self.count_trouble("times trouble with S3");
                 self.undo_in(soon, Undo::S3);
             }
-            (13, Some(cluster)) => {
-                cluster.ceph.stop_osd();
+            (13, Some(cluster)) if cluster.stop_osd() => {
                 self.count_trouble("times no OSD");
                 self.undo_in(soon * 3, Undo::Osd);
             }
@@ -740,6 +812,7 @@ impl Round<'_> {
     }
 
     async fn restart_broker(&mut self) {
+        let _alone = self.services.broker_in_use.write().await;
         self.services.rabbit.ctl(&["stop_app"]);
         let mut state = self.broker.state();
         state.wait_for(|state| *state != State::Connected).await.unwrap();
@@ -765,17 +838,15 @@ impl Round<'_> {
         let due: Vec<(Instant, Undo)> = due;
         for (_, undo) in due {
             match (undo, &self.services.cluster) {
-                (Undo::Start(number), _) => {
-                    self.workers[number].start(self.stack, &self.services.links[number])
-                }
+                (Undo::Start(number), _) => self.workers[number].start(self.stack, &self.lane.links[number]),
                 (Undo::Handles(number, pid), _) => {
                     if self.workers[number].pid() == Some(pid) {
                         limit_handles(pid, &self.handles_limit);
                     }
                 }
-                (Undo::S3, Some(cluster)) => cluster.mend_link(),
-                (Undo::Osd, Some(cluster)) => cluster.ceph.start_osd(),
-                (Undo::S3 | Undo::Osd, None) => {}
+                (Undo::S3, _) => self.lane.mend(),
+                (Undo::Osd, Some(cluster)) => cluster.start_osd(),
+                (Undo::Osd, None) => {}
             }
         }
     }
@@ -969,13 +1040,10 @@ impl Round<'_> {
             }
             (Store::Rbd, Some(cluster)) => {
                 let ours = |image: &&str| self.disks.iter().any(|disk| image.contains(&disk.id.to_string()));
-                let images = cluster.ceph.rbd(&["ls", "backups"]);
-                let snapshots = images.lines().filter(ours).flat_map(|image| {
-                    let told =
-                        cluster.ceph.rbd(&["snap", "ls", "--format", "json", &format!("backups/{image}")]);
-                    let snapshots: Vec<Value> = serde_json::from_str(&told).unwrap();
-                    snapshots.into_iter().map(|snapshot| snapshot["name"].as_str().unwrap().to_owned())
-                });
+                let told = cluster.ceph.rbd(&["ls", "--long", "--format", "json", self.lane.pool]);
+                let listed: Vec<Value> = serde_json::from_str(&told).unwrap();
+                let ours = listed.iter().filter(|listed| ours(&listed["image"].as_str().unwrap()));
+                let snapshots = ours.filter_map(|listed| listed["snapshot"].as_str());
                 snapshots.map(|name| name.split(".snap.").next().unwrap().to_owned()).collect()
             }
             _ => self.stack.objects().into_iter().filter(is_visible).collect(),
@@ -1012,10 +1080,12 @@ impl Round<'_> {
             let told = self.services.rabbit.ctl(&["list_queues", "--silent", "name", "messages"]);
             queues.iter().all(|queue| told.lines().any(|line| line == format!("{queue}\t0")))
         };
+        let in_use = self.services.broker_in_use.read().await;
         if !soon(are_empty).await {
             let told = self.services.rabbit.ctl(&["list_queues", "--silent", "name", "messages"]);
             self.wrong(format!("there is something left in the queues:\n{told}"));
         }
+        drop(in_use);
         for worker in &self.workers {
             let pid = worker.pid().unwrap().to_string();
             assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
@@ -1045,7 +1115,8 @@ impl Round<'_> {
     }
 
     /// The messages of the jobs that failed lie with the dead letters, and no others.
-    fn check_dead_letters(&mut self) {
+    async fn check_dead_letters(&mut self) {
+        let _in_use = self.services.broker_in_use.read().await;
         let letters: Vec<Value> = serde_json::from_str(&self.stack.ok(&["dead", "list", "--json"])).unwrap();
         let dead: BTreeSet<JobId> =
             letters.iter().map(|letter| letter["job_id"].as_str().unwrap().parse().unwrap()).collect();
@@ -1055,6 +1126,54 @@ impl Round<'_> {
             self.wrong(format!(
                 "with the dead letters lie the jobs {dead:?}\n    and these failed: {failed:?}"
             ));
+        }
+    }
+}
+
+/// What `gc` leaves.
+impl Round<'_> {
+    /// When what nobody needs was removed, there is nothing more in the stores but how jobs have ended.
+    async fn check_garbage(&mut self) {
+        let in_use = self.services.broker_in_use.read().await;
+        for store in self.services.stores() {
+            self.stack.ok(&["gc", "--yes", "--older-than", "0s", "--store", store.name()]);
+        }
+        drop(in_use);
+        for store in self.services.stores() {
+            let mut left = self.everything(store).await;
+            left.retain(|name| !name.starts_with(".backhaul/outcomes"));
+            if !left.is_empty() {
+                self.wrong(format!("store {} has {left:?} after all was removed", store.name()));
+            }
+        }
+    }
+
+    /// All that is in a store.
+    async fn everything(&self, store: Store) -> Vec<String> {
+        match (store, &self.services.cluster) {
+            (Store::S3, Some(cluster)) => {
+                let store = S3::new(s3::settings(&cluster.s3_url, self.bucket)).unwrap();
+                let bucket: job::Container = self.bucket.parse().unwrap();
+                let own =
+                    ["records", "outcomes", "checksums", "checkpoints", "cancels", "verified", "claims"];
+                let mut found = Vec::new();
+                for folder in own.map(Folder::own).into_iter().chain([Folder::from(&bucket)]) {
+                    let listed = store.list(&folder, "").await.unwrap();
+                    found.extend(
+                        listed.into_iter().map(|listed| format!("{}/{}", folder.as_str(), listed.name)),
+                    );
+                }
+                found
+            }
+            (Store::Rbd, Some(cluster)) => {
+                let (images, objects) = (
+                    cluster.ceph.rbd(&["ls", self.lane.pool]),
+                    cluster.ceph.rados(&["-p", self.lane.pool, "ls"]),
+                );
+                let own = |name: &&str| name.starts_with(".backhaul/") || name.starts_with("backup.");
+                images.lines().chain(objects.lines().filter(own)).map(Into::into).collect()
+            }
+            _ => self.stack.objects(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::num::NonZeroU64;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -1656,6 +1656,46 @@ async fn a_restore_that_is_handed_back_goes_on_and_one_that_is_cancelled_then_le
         }
         assert!(!bench.images("volumes").iter().any(|image| image.starts_with(&name)));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_of_an_image_to_a_new_file_that_is_handed_back_goes_on() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(112 * MIB);
+    volume.write(&[(0, &noise(1, 80 << 20)), (96 * MIB, &noise(2, 12 << 20))]);
+    let point = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let (target, partial) =
+        (bench.folder.path().join("new"), bench.folder.path().join(".new.backhaul-partial"));
+    let job = restore_job(point.backup_id, &Location::File(target.clone()));
+    let is_noted = || {
+        let mut note = vec![0; 4096];
+        let length = rustix::fs::getxattr(&partial, "user.backhaul.restore", &mut note[..]).unwrap_or(0);
+        String::from_utf8_lossy(&note[..length]).contains("bytes_done")
+    };
+    let hand_back = CancellationToken::new();
+    let ctx = Context { cancel: hand_back.child_token(), hand_back: hand_back.clone(), ..Context::default() };
+    // With room for two pieces at a time it is in no hurry.
+    let most = bench.memory.reserve(MEMORY_BYTES - (8 << 20)).await;
+    let (engine, task_job, method) = (bench.engine.clone(), job.clone(), bench.methods(&job)[0]);
+    let running = tokio::spawn(async move { engine.run(&ctx, &task_job, method).await });
+    while !is_noted() {
+        assert!(!running.is_finished());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    hand_back.cancel();
+    assert_eq!(running.await.unwrap().unwrap_err().class(), Class::Cancelled);
+    drop(most);
+    // What is there already is not written again.
+    fs::File::options().write(true).open(&partial).unwrap().write_all_at(b"spoilt", 0).unwrap();
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    let counts = completion.account.counts;
+    assert_eq!(counts.bytes_read + counts.bytes_hole, point.volume_bytes, "{counts:?}");
+    let restored = fs::read(&target).unwrap();
+    assert!(restored[..6] == *b"spoilt" && restored[6..] == volume.read()[6..]);
+    assert!(!partial.exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,23 +1,29 @@
 //! Backups that are begun again: what an attempt before has stored is taken over and not stored again, if it is what the
-//! volume has now, and whatever becomes of that attempt and its notes.
+//! volume has now, and whatever becomes of that attempt and its notes. And restores, which go on behind what was flushed.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::engine::{Engine, Receipt};
 use backhaul::error::Class;
-use backhaul::job::{Container, Job, Parent, Record, RecordState, VolumeId, Work};
+use backhaul::job::{Container, Context, Job, Parent, Record, RecordState, VolumeId, Work};
 use backhaul::store::{Folder, ObjectName};
 use bytes::Bytes;
 use jiff::SignedDuration;
 use rstest::rstest;
+use rustix::fs::XattrFlags;
 use rustix::io::Errno;
+use serde_json::Value;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use crate::support::engine::{
-    Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, cancel, delete, paths_of, restore, run, verify,
+    Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, cancel, delete, paths_of, restore, restore_job, run,
+    run_in, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
@@ -27,6 +33,8 @@ const OBJECTS: usize = 16;
 /// The one that is all zeros.
 const ZEROS: usize = 7;
 const VOLUME_BYTES: u64 = (OBJECTS * OBJECT) as u64;
+/// Where the last one begins.
+const LAST: usize = (OBJECTS - 1) * OBJECT;
 /// What of the volume is noted: zeros are not worth it.
 const NOTED_BYTES: u64 = VOLUME_BYTES - OBJECT as u64;
 
@@ -342,4 +350,168 @@ async fn what_several_attempts_have_stored_is_taken_over_from_all_of_them() {
 
     assert_eq!(receipt.counts.bytes_reused, NOTED_BYTES - OBJECT as u64);
     scene.check_whole("").await;
+}
+
+/// A backup with a parent, and a restore of it to a new file.
+struct Restoring {
+    scene: Scene,
+    job: Job,
+    target: PathBuf,
+    partial: PathBuf,
+}
+
+impl Restoring {
+    async fn new() -> Self {
+        let mut scene = Scene::new(Kind::Posix);
+        run(&scene.engine(), &scene.job).await.unwrap();
+        for index in [1, 6, 12] {
+            scene.volume.fill(index * OBJECT..index * OBJECT + 700, Fill::Noise(100 + index as u64));
+        }
+        scene.volume.fill(LAST + OBJECT / 2..LAST + OBJECT, Fill::Zeros);
+        let volume_id = scene.job.volume_id().unwrap();
+        scene.job = backup_job(volume_id, &scene.volume.path, Parent::Latest);
+        run(&scene.engine(), &scene.job).await.unwrap();
+        let target = scene.bench.volumes().join("target");
+        let partial = target.with_file_name(".target.backhaul-partial");
+        let job = restore_job(scene.job.backup_id(), &target);
+        Self { scene, job, target, partial }
+    }
+
+    /// Runs the job until it has to be handed back at this call to the store. Gives all calls.
+    async fn stopped_at(&self, at: usize) -> Vec<String> {
+        let hand_back = CancellationToken::new();
+        let faulty = Faulty::new(self.scene.bench.store(), at, Fault::Cancel(hand_back.clone()));
+        let ctx = Context { cancel: hand_back.child_token(), hand_back, ..Context::default() };
+        if let Err(error) = run_in(&ctx, &self.scene.engine_on(&faulty), &self.job).await {
+            assert_eq!(error.class(), Class::Cancelled, "{error}");
+        }
+        faulty.names()
+    }
+
+    /// At which call it asks for the last object, if nothing stops it; then it has flushed some of the others.
+    async fn last_call() -> usize {
+        let calls = Self::new().await.stopped_at(usize::MAX).await;
+        calls
+            .iter()
+            .rposition(|call| call.starts_with("get ") && !call.starts_with("get .backhaul/"))
+            .unwrap()
+            + 1
+    }
+
+    /// The same after it was handed back near its end.
+    async fn handed_back() -> Self {
+        let restoring = Self::new().await;
+        restoring.stopped_at(Self::last_call().await).await;
+        assert!(restoring.partial.exists() && !restoring.target.exists());
+        restoring
+    }
+
+    /// Spoils what is not whole yet: its beginning, which shows whether that is written again, and its end, which was not
+    /// flushed, so that nobody knows what is there.
+    fn spoil(&self) {
+        let partial = File::options().write(true).open(&self.partial).unwrap();
+        partial.write_all_at(b"spoilt", 0).unwrap();
+        partial.write_all_at(&[0xa5; OBJECT], LAST as u64).unwrap();
+    }
+
+    fn change_note(&self, change: impl FnOnce(&str) -> String) {
+        let attribute = "user.backhaul.restore";
+        let mut value = vec![0; 4096];
+        let length = rustix::fs::getxattr(&self.partial, attribute, &mut value[..]).unwrap();
+        let value = String::from_utf8_lossy(&value[..length]).into_owned();
+        let (restore, note) = value.split_once('\n').unwrap();
+        assert!(note.contains("object_count"), "{note}");
+        let value = format!("{restore}\n{}", change(note));
+        rustix::fs::setxattr(&self.partial, attribute, value.as_bytes(), XattrFlags::REPLACE).unwrap();
+    }
+
+    fn is_whole(&self) -> bool {
+        assert!(!self.partial.exists());
+        fs::read(&self.target).unwrap() == self.scene.volume.bytes
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_to_a_new_file_goes_on_behind_what_was_flushed() {
+    let restoring = Restoring::handed_back().await;
+    restoring.spoil();
+
+    let (receipt, calls) = {
+        let counting = Faulty::counting(restoring.scene.bench.store());
+        let receipt = run(&restoring.scene.engine_on(&counting), &restoring.job).await.unwrap();
+        (receipt, counting.names())
+    };
+
+    let counts = receipt.counts;
+    assert!(counts.bytes_reused >= VOLUME_BYTES / 2 && counts.bytes_reused < VOLUME_BYTES, "{counts:?}");
+    assert_eq!((counts.bytes_read, counts.object_count), (VOLUME_BYTES, OBJECTS as u64 + 4), "{counts:?}");
+    let is_data = |call: &&String| call.starts_with("get ") && call[..call.len() - 2].ends_with("-000");
+    let read_again = calls.iter().filter(is_data).count();
+    assert!(read_again > 0 && read_again <= OBJECTS / 2, "{calls:?}");
+    let mut restored = fs::read(&restoring.target).unwrap();
+    assert_eq!(restored[..6], *b"spoilt", "it was written again");
+    restored[..6].copy_from_slice(&restoring.scene.volume.bytes[..6]);
+    assert!(restored == restoring.scene.volume.bytes);
+    assert!(!restoring.partial.exists());
+}
+
+#[rstest]
+#[case::of_another_job(None)]
+#[case::damaged(Some("{\"chain\":\"a\""))]
+#[case::of_another_chain(Some(r#"{"chain":"a","object_count":9,"counts":{"bytes_read":9,"bytes_zero":0,"bytes_hole":0,"bytes_unchanged":0,"bytes_stored":0,"bytes_written":0,"object_count":9}}"#))]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_goes_by_no_note_that_is_not_its_own(#[case] note: Option<&str>) {
+    let mut restoring = Restoring::handed_back().await;
+    restoring.spoil();
+    match note {
+        None => restoring.job = restore_job(restoring.scene.job.backup_id(), &restoring.target),
+        Some(note) => restoring.change_note(|_| note.into()),
+    }
+
+    let receipt = run(&restoring.scene.engine(), &restoring.job).await.unwrap();
+
+    assert_eq!(receipt.counts.bytes_reused, 0, "{:?}", receipt.counts);
+    assert!(restoring.is_whole());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_whose_note_names_other_objects_than_were_counted_fails_and_then_begins_anew() {
+    let restoring = Restoring::handed_back().await;
+    restoring.change_note(|note| {
+        let mut note: Value = serde_json::from_str(note).unwrap();
+        note["object_count"] = (note["object_count"].as_u64().unwrap() + 2).into();
+        note.to_string()
+    });
+
+    let error = run(&restoring.scene.engine(), &restoring.job).await.unwrap_err();
+
+    assert_eq!(error.class(), Class::Transient, "{error}");
+    assert!(!restoring.target.exists() && !restoring.partial.exists());
+    run(&restoring.scene.engine(), &restoring.job).await.unwrap();
+    assert!(restoring.is_whole());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_is_handed_back_at_any_call_is_ended_by_the_next_worker() {
+    let calls = Restoring::new().await.stopped_at(usize::MAX).await.len();
+    for at in 1..=calls {
+        let restoring = Restoring::new().await;
+        let told = &restoring.stopped_at(at).await[at - 1];
+        if !restoring.target.exists() {
+            run(&restoring.scene.engine(), &restoring.job).await.expect(told);
+        }
+        assert!(restoring.is_whole(), "call {at} of {calls}, {told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_is_cancelled_after_it_was_handed_back_leaves_no_file() {
+    let restoring = Restoring::handed_back().await;
+    let ctx = Context::default();
+    ctx.cancel.cancel();
+
+    let error = run_in(&ctx, &restoring.scene.engine(), &restoring.job).await.unwrap_err();
+
+    assert_eq!(error.class(), Class::Cancelled);
+    assert!(!restoring.partial.exists() && !restoring.target.exists());
 }

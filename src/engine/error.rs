@@ -58,6 +58,18 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// What a restore went on with was not what the note beside it says.
+    #[error(
+        "{restored_bytes} of {volume_bytes} bytes are restored, because an attempt before had noted other objects than these; \
+         the next one begins anew"
+    )]
+    RestoredOthers {
+        /// How much is restored, by what this attempt and the note count.
+        restored_bytes: u64,
+        /// The volume's size.
+        volume_bytes: u64,
+    },
+
     /// There is no record of such a backup.
     #[error("backup {0} is not in this store: `backhaul list` shows what is")]
     UnknownBackup(BackupId),
@@ -420,7 +432,7 @@ impl Error {
                 Class::Transient => Class::Transient,
                 _ => Class::Unsuitable,
             },
-            Self::ImageInUse { .. } => Class::Transient,
+            Self::ImageInUse { .. } | Self::RestoredOthers { .. } => Class::Transient,
             Self::ParentUnsuitable { .. } | Self::UnseenChange { .. } => Class::Unsuitable,
             Self::NoParent(_) | Self::VolumeResized { .. } | Self::BlockSizeChanged { .. } => {
                 Class::Unsuitable

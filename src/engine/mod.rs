@@ -23,9 +23,7 @@ pub use volumes::Volumes;
 use jiff::Timestamp;
 use tracing::warn;
 
-#[cfg(feature = "ceph")]
-use crate::error::Class;
-use crate::error::{Causes, Problem};
+use crate::error::{Causes, Class, Problem};
 use crate::job::{
     BackupId, BackupWork, Cancelled, Context, Counts, Job, JobId, Method, Mode, Parent, Record, RecordState,
     RestoreWork, Strategy, Verified, VerifyWork, VolumeId, Work,
@@ -540,13 +538,12 @@ impl Engine {
         // A backup that was deleted and made again has another writer.
         let name = |record: &Record| format!("{job_id} {} {}", record.backup_id, record.writer);
         if ctx.check().is_err() {
-            #[cfg(feature = "ceph")]
             if let Ok(record) = &record
                 && !ctx.hand_back.is_cancelled()
                 && let Err(error) =
                     self.volumes.discard(&work.target, record.volume_bytes, name(record)).await
             {
-                warn!(error = %Causes(&error), "what there is of the image that was restored to could not be removed");
+                warn!(error = %Causes(&error), "what there is of the volume that was restored to could not be removed");
             }
             return Err(Cancelled.into());
         }
@@ -554,21 +551,22 @@ impl Engine {
         let restore = name(&record);
         let target = self.volumes.target(&work.target, record.volume_bytes, restore).await?;
         let chain = self.catalog.chain(work.backup_id).await?;
-        let digest = match &self.format {
-            Format::Chunked(chunked) => Some(chunked.restore(ctx, &chain, target.into_volume()).await?),
+        let volume = target.clone().into_volume();
+        let read = match &self.format {
+            Format::Chunked(chunked) => chunked.restore(ctx, &chain, volume.clone()).await.map(Some),
             #[cfg(feature = "ceph")]
-            Format::Rbd(rbd) => {
-                let to = rbd::To::from(target);
-                let read = rbd.read_back(ctx, &chain, to.clone(), None).await;
-                if let (Err(_), rbd::To::Rbd(image)) = (&read, &to)
-                    && ctx.hand_back.is_cancelled()
-                {
-                    image.leave();
-                }
-                read?
-            }
+            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into(), None).await,
         };
-        Ok(read_receipt(ctx, &chain[0], digest))
+        match read {
+            Ok(digest) => Ok(read_receipt(ctx, &chain[0], digest)),
+            Err(error) => {
+                // After any other error this is the end of the job, or it begins anew.
+                if error.class() == Class::Cancelled && ctx.hand_back.is_cancelled() {
+                    volume.leave();
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Reads a backup, or a sample of it, to find all that is wrong with it. Keeps when it was found whole.

@@ -71,12 +71,11 @@ impl Volumes {
     }
 
     /// Opens what is to be restored onto. `restore` names the job and the backup, the same for each attempt.
-    #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
     pub async fn target(&self, location: &Location, bytes: u64, restore: String) -> Result<Target, Error> {
         let (volumes, location) = (self.clone(), location.clone());
         blocking(move || match &location {
             Location::File(path) => {
-                Ok(Target::File(Arc::new(FileTarget::open(path, bytes, &volumes.file_roots)?)))
+                Ok(Target::File(Arc::new(FileTarget::open(path, bytes, &volumes.file_roots, &restore)?)))
             }
             #[cfg(feature = "ceph")]
             Location::Rbd(image) => {
@@ -89,11 +88,17 @@ impl Volumes {
     }
 
     /// Removes what an attempt of a restore, of the same name as in [`Volumes::target`], has left for the next one.
-    #[cfg(feature = "ceph")]
+    #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
     pub async fn discard(&self, location: &Location, bytes: u64, restore: String) -> Result<(), Error> {
-        let Location::Rbd(image) = location else { return Ok(()) };
-        let (clusters, image) = (self.clusters.clone(), image.clone());
-        Ok(blocking(move || RbdTarget::discard(&clusters, &image, bytes, &restore)).await??)
+        let (volumes, location) = (self.clone(), location.clone());
+        blocking(move || match &location {
+            Location::File(path) => Ok(FileTarget::discard(path, &volumes.file_roots, &restore)?),
+            #[cfg(feature = "ceph")]
+            Location::Rbd(image) => Ok(RbdTarget::discard(&volumes.clusters, image, bytes, &restore)?),
+            #[cfg(not(feature = "ceph"))]
+            Location::Rbd(_) => Ok(()),
+        })
+        .await?
     }
 
     /// Removes snapshots that were taken of an image for backups, as far as they are there.

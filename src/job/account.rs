@@ -80,6 +80,24 @@ pub struct Counts {
     pub object_count: u64,
 }
 
+impl Counts {
+    /// Adds others to these.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in [
+            (&mut self.bytes_read, other.bytes_read),
+            (&mut self.bytes_zero, other.bytes_zero),
+            (&mut self.bytes_hole, other.bytes_hole),
+            (&mut self.bytes_unchanged, other.bytes_unchanged),
+            (&mut self.bytes_reused, other.bytes_reused),
+            (&mut self.bytes_stored, other.bytes_stored),
+            (&mut self.bytes_written, other.bytes_written),
+            (&mut self.object_count, other.object_count),
+        ] {
+            *count = count.saturating_add(more);
+        }
+    }
+}
+
 /// How a job ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

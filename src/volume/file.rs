@@ -10,8 +10,9 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Advice, AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
+use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
@@ -23,6 +24,11 @@ static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 const NEW_FILE_MODE: u32 = 0o600;
 /// The longest name that Linux gives a file.
 const NAME_BYTES_MAX: usize = 255;
+/// The extended attribute in which a file that is not whole yet says what is restored to it, and by whom, and in the next
+/// line how far that is.
+const RESTORE_ATTRIBUTE: &str = "user.backhaul.restore";
+/// No such attribute is longer, on any file system.
+const ATTRIBUTE_BYTES_MAX: usize = 64 << 10;
 
 /// The folders below which file volumes may be.
 #[derive(Debug, Clone, Default)]
@@ -165,23 +171,40 @@ impl VolumeSource for FileSource {
 
 /// A file or block device to restore onto.
 ///
-/// A file that is not there yet is written under a hidden name beside it, and gets its name when it is whole.
+/// A file that is not there yet is written under a hidden name beside it, and gets its name when it is whole. What an attempt
+/// that died has left of it is gone on with by the next one: all that was written there is of the same backup.
 #[derive(Debug)]
 pub struct FileTarget {
     file: File,
-    /// The folder, and the name, of a file that was not there before.
-    new: Option<(Place, String)>,
+    /// Where it gets its name, if it was not there before.
+    new: Option<New>,
+    /// What the attempt before noted.
+    note: Option<String>,
+    /// Names the restore, and the file.
+    restore: String,
+    /// Whether a new file stays that is not whole.
+    stays: AtomicBool,
+}
+
+/// The place of a file that is not there yet.
+#[derive(Debug)]
+struct New {
+    folder: Place,
+    name: String,
+    /// Whether an attempt before has begun it.
+    begun: bool,
 }
 
 impl FileTarget {
     /// Opens it to hold `bytes`. Fails, and changes nothing, when it is not below `roots`, is no volume, is mounted,
-    /// or is smaller than that.
-    pub fn open(path: &Path, bytes: u64, roots: &FileRoots) -> Result<Self, Error> {
+    /// or is smaller than that. `restore`, in one line, names the job and the backup: a new file that an attempt of the same
+    /// restore has left is gone on with.
+    pub fn open(path: &Path, bytes: u64, roots: &FileRoots, restore: &str) -> Result<Self, Error> {
         let place = match roots.find(path) {
             Err(Error::Io { source, .. })
                 if source.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
             {
-                return Self::create(path, bytes, roots);
+                return Self::create(path, bytes, roots, restore);
             }
             place => place?,
         };
@@ -202,56 +225,133 @@ impl FileTarget {
             let path = path.display().to_string();
             return Err(Error::TooSmall { path, target_bytes, backup_bytes: bytes });
         }
-        Ok(Self { file, new: None })
+        Ok(Self { file, new: None, note: None, restore: restore.into(), stays: AtomicBool::new(false) })
     }
 
-    fn create(path: &Path, bytes: u64, roots: &FileRoots) -> Result<Self, Error> {
-        let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
-        else {
-            return Err(Error::NotAVolume { path: path.display().to_string() });
-        };
-        let folder = roots.find(folder).map_err(|error| match error {
-            Error::OutsideRoots { roots, .. } => {
-                Error::OutsideRoots { path: path.display().to_string(), roots }
-            }
-            error => error,
-        })?;
-        roots.keep_stores(&folder, path)?;
-        // One that is there is left of a restore that was killed, or belongs to one that runs: that one holds a lock.
-        // Somebody may have put a pipe there, which must not be waited for.
-        let hidden = folder.path().join(partial(name));
-        let mut options = File::options();
-        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        options.write(true).create(true).truncate(false).custom_flags(flags.bits() as i32);
-        // What a volume holds is for those only who are let in later.
-        options.mode(NEW_FILE_MODE);
-        let file = loop {
-            let file = options.open(&hidden).map_err(|e| io_error("create", path, e))?;
-            if !file.metadata().map_err(|e| io_error("look at", path, e))?.is_file() {
-                return Err(Error::NotAVolume {
-                    path: path.with_file_name(partial(name)).display().to_string(),
-                });
-            }
+    fn create(path: &Path, bytes: u64, roots: &FileRoots, restore: &str) -> Result<Self, Error> {
+        let (folder, name) = place_of(path, roots)?;
+        let create = |error: io::Error| io_error("create", path, error);
+        let (file, restore, note) = loop {
+            let file = open_partial(&folder, name, path, true)?;
             lock(&file, path)?;
             // The one that ran may have given it its name, or removed it, just before it let go of the lock.
-            let same = |named: fs::Metadata| file.metadata().map(|ours| ours.ino() == named.ino());
-            match fs::symlink_metadata(&hidden).and_then(same) {
-                Ok(true) => break file,
-                Ok(false) => {}
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(io_error("create", path, error)),
+            if !is_at(&file, &folder, name).map_err(create)? {
+                continue;
+            }
+            let metadata = file.metadata().map_err(create)?;
+            let restore = of_file(restore, &metadata);
+            match restore_of(&file) {
+                // With a second name it is, or may become, something else to somebody.
+                Some((of, note)) if of == restore && metadata.len() == bytes && metadata.nlink() == 1 => {
+                    break (file, restore, Some(note));
+                }
+                None if metadata.len() == 0 => break (file, restore, None),
+                // What another restore had written must not show through where nothing is written now.
+                _ => rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty())
+                    .map_err(|error| create(error.into()))?,
             }
         };
         if fs::symlink_metadata(path).is_ok() {
             rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty()).ok();
             return Err(Error::InUse { path: path.display().to_string() });
         }
-        let target = Self { file, new: Some((folder, name.into())) };
-        // Empty first: what a killed restore had written must not show through where nothing is written now.
-        let sized = target.file.set_len(0).and_then(|()| target.file.set_len(bytes));
-        sized.map_err(|e| io_error("create", path, e))?;
+        let new = New { folder, name: name.into(), begun: note.is_some() };
+        let note = note.filter(|note| !note.is_empty());
+        let target = Self { file, new: Some(new), note, restore, stays: AtomicBool::new(false) };
+        target.file.set_len(bytes).map_err(create)?;
+        if target.note.is_none() {
+            target.set_note("").map_err(create)?;
+        }
         Ok(target)
     }
+
+    /// Removes the new file that an attempt of this restore has left, if there is one.
+    pub fn discard(path: &Path, roots: &FileRoots, restore: &str) -> Result<(), Error> {
+        let left = place_of(path, roots)
+            .and_then(|(folder, name)| Ok((open_partial(&folder, name, path, false)?, folder, name)));
+        let (file, folder, name) = match left {
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
+            // No attempt has begun anything there.
+            Err(Error::OutsideRoots { .. } | Error::InStore { .. }) => return Ok(()),
+            left => left?,
+        };
+        lock(&file, path)?;
+        let failed = |error| io_error("remove what was restored of", path, error);
+        let restore = of_file(restore, &file.metadata().map_err(failed)?);
+        if restore_of(&file).is_none_or(|(of, _)| of != restore)
+            || !is_at(&file, &folder, name).map_err(failed)?
+        {
+            return Ok(());
+        }
+        rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty()).map_err(|error| failed(error.into()))
+    }
+
+    /// Keeps a note with the file where the file system can do so.
+    fn set_note(&self, note: &str) -> io::Result<()> {
+        let value = format!("{}\n{note}", self.restore);
+        match rustix::fs::fsetxattr(&self.file, RESTORE_ATTRIBUTE, value.as_bytes(), XattrFlags::empty()) {
+            // Then the next attempt begins anew.
+            Err(Errno::OPNOTSUPP | Errno::PERM | Errno::ACCESS | Errno::NOSPC | Errno::DQUOT) => Ok(()),
+            set => Ok(set?),
+        }
+    }
+}
+
+/// The folder and the name of a file that is not there yet.
+fn place_of<'a>(path: &'a Path, roots: &FileRoots) -> Result<(Place, &'a str), Error> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return Err(Error::NotAVolume { path: path.display().to_string() });
+    };
+    let folder = roots.find(folder).map_err(|error| match error {
+        Error::OutsideRoots { roots, .. } => Error::OutsideRoots { path: path.display().to_string(), roots },
+        error => error,
+    })?;
+    roots.keep_stores(&folder, path)?;
+    Ok((folder, name))
+}
+
+/// Opens the file that a new target is until it is whole. One that is there is left of a restore that was killed or handed
+/// back, or belongs to one that runs: that one holds a lock.
+fn open_partial(folder: &Place, name: &str, path: &Path, create: bool) -> Result<File, Error> {
+    let failed = |error| io_error(if create { "create" } else { "open" }, path, error);
+    // Somebody may have put a pipe there, which must not be waited for.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mut options = File::options();
+    options.write(true).create(create).truncate(false).custom_flags(flags.bits() as i32);
+    // What a volume holds is for those only who are let in later.
+    options.mode(NEW_FILE_MODE);
+    let file = options.open(folder.path().join(partial(name))).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        return Ok(file);
+    }
+    Err(Error::NotAVolume { path: path.with_file_name(partial(name)).display().to_string() })
+}
+
+/// Whether this file still has the name of one that is not whole yet.
+fn is_at(file: &File, folder: &Place, name: &str) -> io::Result<bool> {
+    match fs::symlink_metadata(folder.path().join(partial(name))) {
+        Ok(named) => {
+            let metadata = file.metadata()?;
+            Ok((metadata.dev(), metadata.ino()) == (named.dev(), named.ino()))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Names a restore to this file and no other: a copy of the file, with its attributes, may be older than its note.
+fn of_file(restore: &str, metadata: &fs::Metadata) -> String {
+    format!("{restore} {}", metadata.ino())
+}
+
+/// Which restore a file that is not whole belongs to, and how far that is. None where nobody knows.
+fn restore_of(file: &File) -> Option<(String, String)> {
+    let mut value = vec![0; ATTRIBUTE_BYTES_MAX];
+    let length = rustix::fs::fgetxattr(file, RESTORE_ATTRIBUTE, &mut value[..]).ok()?;
+    value.truncate(length);
+    let value = String::from_utf8(value).ok()?;
+    let (restore, note) = value.split_once('\n')?;
+    Some((restore.into(), note.into()))
 }
 
 /// Makes sure that no other restore writes to the same file or device.
@@ -274,7 +374,10 @@ fn partial(name: &str) -> String {
 
 impl VolumeTarget for FileTarget {
     fn before(&self) -> Before {
-        if self.new.is_some() { Before::Zeros } else { Before::Anything }
+        match &self.new {
+            Some(new) if !new.begun => Before::Zeros,
+            _ => Before::Anything,
+        }
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -301,20 +404,48 @@ impl VolumeTarget for FileTarget {
         Ok(())
     }
 
+    fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    fn keep_note(&self, note: &str) -> io::Result<()> {
+        if self.new.is_none() {
+            return Ok(());
+        }
+        // First: a note must tell of nothing that a crash can take away.
+        self.file.sync_data()?;
+        self.set_note(note)
+    }
+
+    fn leave(&self) {
+        self.stays.store(true, Ordering::Relaxed);
+    }
+
     fn finish(&self) -> io::Result<()> {
+        let Some(New { folder, name, .. }) = &self.new else { return self.file.sync_all() };
+        match rustix::fs::fremovexattr(&self.file, RESTORE_ATTRIBUTE) {
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::ACCESS) => {}
+            removed => removed?,
+        }
         self.file.sync_all()?;
-        let Some((folder, name)) = &self.new else { return Ok(()) };
-        // A link, because unlike a rename it fails when the name was taken meanwhile.
-        rustix::fs::linkat(&folder.0, partial(name), &folder.0, name, AtFlags::empty())?;
-        rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty())?;
+        // A link, because unlike a rename it fails when the name was taken meanwhile; and to the file itself, because
+        // somebody may have removed its name, and another restore then has a file of that name.
+        let written = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        rustix::fs::linkat(CWD, written, &folder.0, name, AtFlags::SYMLINK_FOLLOW)?;
+        if is_at(&self.file, folder, name)? {
+            rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty())?;
+        }
         File::open(folder.path())?.sync_all()
     }
 }
 
 impl Drop for FileTarget {
     fn drop(&mut self) {
-        if let Some((folder, name)) = &self.new {
+        if let Some(New { folder, name, .. }) = &self.new
+            && !self.stays.load(Ordering::Relaxed)
             // It is gone already when the restore succeeded.
+            && is_at(&self.file, folder, name).is_ok_and(|is_there| is_there)
+        {
             rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty()).ok();
         }
     }
@@ -323,9 +454,12 @@ impl Drop for FileTarget {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::process::Command;
 
     use super::*;
     use crate::error::Class;
+
+    const RESTORE: &str = "of a job";
 
     fn rooted() -> (tempfile::TempDir, PathBuf, FileRoots) {
         let folder = tempfile::tempdir().unwrap();
@@ -368,11 +502,11 @@ mod tests {
         ] {
             let error = FileSource::open(&path, &roots).unwrap_err();
             assert!(matches!(error, Error::OutsideRoots { .. }), "{path:?}: {error}");
-            let error = FileTarget::open(&path, 1, &roots).unwrap_err();
+            let error = FileTarget::open(&path, 1, &roots, RESTORE).unwrap_err();
             assert!(matches!(error, Error::OutsideRoots { .. }), "{path:?}: {error}");
         }
         let new = root.join("folder-link/new");
-        let error = FileTarget::open(&new, 1, &roots).unwrap_err();
+        let error = FileTarget::open(&new, 1, &roots, RESTORE).unwrap_err();
         let told = format!("{} is not below one of worker.file_roots ({})", new.display(), root.display());
         assert!(error.to_string().starts_with(&told), "{error}");
         assert_eq!(FileSource::open(&root.join("inside"), &roots).unwrap().bytes(), 6);
@@ -389,12 +523,12 @@ mod tests {
         for named in [&store, &root.join("link")] {
             let roots = roots.clone().with_stores(vec![named.clone()]);
             for path in ["store/object", "link/object", "volume", "store/new", "link/new"] {
-                let error = FileTarget::open(&root.join(path), 6, &roots).unwrap_err();
+                let error = FileTarget::open(&root.join(path), 6, &roots, RESTORE).unwrap_err();
                 assert!(matches!(error, Error::InStore { .. }), "{path}: {error}");
                 assert_eq!(error.class(), Class::Permanent);
             }
-            FileTarget::open(&root.join("inside"), 6, &roots).unwrap();
-            FileTarget::open(&root.join("store-of-volumes"), 6, &roots).unwrap();
+            FileTarget::open(&root.join("inside"), 6, &roots, RESTORE).unwrap();
+            FileTarget::open(&root.join("store-of-volumes"), 6, &roots, RESTORE).unwrap();
         }
         assert_eq!(fs::read(store.join("object")).unwrap(), b"backup");
         assert_eq!(fs::read_dir(&store).unwrap().count(), 1);
@@ -403,7 +537,7 @@ mod tests {
     #[test]
     fn a_new_target_is_for_its_owner_only() {
         let (_folder, root, roots) = rooted();
-        FileTarget::open(&root.join("new"), 6, &roots).unwrap().finish().unwrap();
+        FileTarget::open(&root.join("new"), 6, &roots, RESTORE).unwrap().finish().unwrap();
         assert_eq!(fs::metadata(root.join("new")).unwrap().mode() & 0o777, 0o600);
     }
 
@@ -411,8 +545,7 @@ mod tests {
     fn what_is_no_volume_is_refused() {
         let (_folder, root, roots) = rooted();
         fs::write(root.join("empty"), b"").unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, Mode::RWXU, 0)
-            .unwrap();
+        rustix::fs::mknodat(CWD, root.join("pipe"), rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
 
         assert!(matches!(FileSource::open(&root.join("empty"), &roots), Err(Error::Empty { .. })));
         assert!(matches!(FileSource::open(&root, &roots), Err(Error::NotAVolume { .. })));
@@ -424,12 +557,12 @@ mod tests {
     fn a_pipe_in_the_place_of_what_a_killed_restore_left_is_not_waited_for() {
         let (_folder, root, roots) = rooted();
         let pipe = root.join(".new.backhaul-partial");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
+        rustix::fs::mknodat(CWD, &pipe, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
         // Nobody reads it.
-        assert!(matches!(FileTarget::open(&root.join("new"), 1, &roots), Err(Error::Io { .. })));
+        assert!(matches!(FileTarget::open(&root.join("new"), 1, &roots, RESTORE), Err(Error::Io { .. })));
         let _reader =
             File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(&pipe).unwrap();
-        let error = FileTarget::open(&root.join("new"), 1, &roots).unwrap_err();
+        let error = FileTarget::open(&root.join("new"), 1, &roots, RESTORE).unwrap_err();
         assert!(matches!(&error, Error::NotAVolume { path } if path.ends_with("partial")), "{error}");
         assert!(!root.join("new").exists());
     }
@@ -443,13 +576,13 @@ mod tests {
             names
         };
 
-        let target = FileTarget::open(&root.join("new"), 1 << 20, &roots).unwrap();
+        let target = FileTarget::open(&root.join("new"), 1 << 20, &roots, RESTORE).unwrap();
         target.write_at(b"x", 5).unwrap();
         assert_eq!(target.before(), Before::Zeros);
         drop(target);
         assert_eq!(names(), ["inside"]);
 
-        let target = FileTarget::open(&root.join("new"), 1 << 20, &roots).unwrap();
+        let target = FileTarget::open(&root.join("new"), 1 << 20, &roots, RESTORE).unwrap();
         target.write_at(b"x", 5).unwrap();
         target.finish().unwrap();
         drop(target);
@@ -462,17 +595,17 @@ mod tests {
         let (_folder, root, roots) = rooted();
         for bytes in [1, 237, 238, 255] {
             let path = root.join("n".repeat(bytes));
-            let target = FileTarget::open(&path, 4, &roots).unwrap();
+            let target = FileTarget::open(&path, 4, &roots, RESTORE).unwrap();
             assert!(fs::symlink_metadata(&path).is_err(), "{bytes}");
             // Another one of so long a name has another place.
-            let other = FileTarget::open(&root.join("m".repeat(bytes)), 4, &roots).unwrap();
+            let other = FileTarget::open(&root.join("m".repeat(bytes)), 4, &roots, RESTORE).unwrap();
             target.finish().unwrap();
             drop((target, other));
             assert_eq!(fs::read(&path).unwrap(), [0; 4], "{bytes}");
             fs::remove_file(path).unwrap();
             assert_eq!(fs::read_dir(&root).unwrap().count(), 1, "{bytes}");
         }
-        let error = FileTarget::open(&root.join("n".repeat(256)), 4, &roots).unwrap_err();
+        let error = FileTarget::open(&root.join("n".repeat(256)), 4, &roots, RESTORE).unwrap_err();
         assert!(matches!(error, Error::Io { .. }), "{error}");
     }
 
@@ -480,7 +613,7 @@ mod tests {
     fn a_target_that_is_too_small_is_refused_and_left_as_it_was() {
         let (_folder, root, roots) = rooted();
 
-        let error = FileTarget::open(&root.join("inside"), 7, &roots).unwrap_err();
+        let error = FileTarget::open(&root.join("inside"), 7, &roots, RESTORE).unwrap_err();
 
         assert!(matches!(error, Error::TooSmall { target_bytes: 6, backup_bytes: 7, .. }), "{error}");
         assert_eq!(fs::read(root.join("inside")).unwrap(), b"volume");
@@ -490,10 +623,10 @@ mod tests {
     fn two_restores_to_one_target_do_not_write_into_each_other() {
         let (_folder, root, roots) = rooted();
         for name in ["new", "inside"] {
-            let first = FileTarget::open(&root.join(name), 5, &roots).unwrap();
+            let first = FileTarget::open(&root.join(name), 5, &roots, RESTORE).unwrap();
             first.write_at(b"first", 0).unwrap();
 
-            let error = FileTarget::open(&root.join(name), 3, &roots).unwrap_err();
+            let error = FileTarget::open(&root.join(name), 3, &roots, RESTORE).unwrap_err();
 
             assert!(matches!(error, Error::InUse { .. }), "{name}: {error}");
             assert_eq!(error.class(), Class::Transient, "{name}");
@@ -506,9 +639,120 @@ mod tests {
     fn what_a_killed_restore_left_does_not_show_through() {
         let (_folder, root, roots) = rooted();
         fs::write(root.join(partial("new")), b"of a killed one").unwrap();
-        let target = FileTarget::open(&root.join("new"), 4, &roots).unwrap();
+        let target = FileTarget::open(&root.join("new"), 4, &roots, RESTORE).unwrap();
         target.finish().unwrap();
         assert_eq!(fs::read(root.join("new")).unwrap(), [0; 4]);
+    }
+
+    #[test]
+    fn what_was_noted_of_a_restore_that_stopped_is_gone_on_with_by_the_same_restore_alone() {
+        let (_folder, root, roots) = rooted();
+        let begin = || {
+            let target = FileTarget::open(&root.join("new"), 9, &roots, RESTORE).unwrap();
+            target.write_at(b"first", 0).unwrap();
+            target.keep_note("5 bytes").unwrap();
+            target.leave();
+        };
+        begin();
+        let target = FileTarget::open(&root.join("new"), 9, &roots, RESTORE).unwrap();
+        assert_eq!((target.note(), target.before()), (Some("5 bytes"), Before::Anything));
+        target.write_at(b"last", 5).unwrap();
+        target.finish().unwrap();
+        drop(target);
+        assert_eq!(fs::read(root.join("new")).unwrap(), b"firstlast");
+        let file = File::open(root.join("new")).unwrap();
+        assert_eq!(restore_of(&file), None);
+        fs::remove_file(root.join("new")).unwrap();
+
+        for (bytes, restore) in [(9, "of another job"), (8, RESTORE)] {
+            begin();
+            let target = FileTarget::open(&root.join("new"), bytes, &roots, restore).unwrap();
+            assert_eq!((target.note(), target.before()), (None, Before::Zeros), "{restore}");
+            target.finish().unwrap();
+            assert_eq!(fs::read(root.join("new")).unwrap(), vec![0; bytes as usize], "{restore}");
+            fs::remove_file(root.join("new")).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_restore_does_not_go_on_with_a_file_that_was_replaced_or_has_another_name() {
+        let (_folder, root, roots) = rooted();
+        let (hidden, other) = (root.join(partial("new")), root.join("other"));
+        let copy = || {
+            let status = Command::new("cp").arg("-a").args([&hidden, &other]).status().unwrap();
+            assert!(status.success());
+            assert!(restore_of(&File::open(&other).unwrap()).is_some());
+            fs::rename(&other, &hidden).unwrap();
+        };
+        let link = || fs::hard_link(&hidden, &other).unwrap();
+        let empty = || {
+            File::options().write(true).open(&hidden).unwrap().set_len(0).unwrap();
+        };
+        for happen in [&copy as &dyn Fn(), &link, &empty] {
+            let target = FileTarget::open(&root.join("new"), 9, &roots, RESTORE).unwrap();
+            target.write_at(b"first", 0).unwrap();
+            target.keep_note("5 bytes").unwrap();
+            target.leave();
+            drop(target);
+            let inode = fs::metadata(&hidden).unwrap().ino();
+
+            happen();
+
+            let target = FileTarget::open(&root.join("new"), 9, &roots, RESTORE).unwrap();
+            assert_eq!((target.note(), target.before()), (None, Before::Zeros));
+            target.write_at(b"last", 5).unwrap();
+            target.finish().unwrap();
+            assert_eq!(fs::read(root.join("new")).unwrap(), b"\0\0\0\0\0last");
+            if other.exists() {
+                assert_eq!(fs::metadata(&other).unwrap().ino(), inode);
+                assert_eq!(fs::read(&other).unwrap(), b"first\0\0\0\0");
+                fs::remove_file(&other).unwrap();
+            }
+            fs::remove_file(root.join("new")).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_restore_whose_file_was_removed_takes_nothing_of_the_one_that_began_then() {
+        let (_folder, root, roots) = rooted();
+        let first = FileTarget::open(&root.join("new"), 5, &roots, RESTORE).unwrap();
+        fs::remove_file(root.join(partial("new"))).unwrap();
+        let second = FileTarget::open(&root.join("new"), 6, &roots, "of another job").unwrap();
+        second.write_at(b"se", 0).unwrap();
+
+        first.finish().unwrap_err();
+        drop(first);
+
+        assert!(!root.join("new").exists());
+        second.write_at(b"cond", 2).unwrap();
+        second.finish().unwrap();
+        drop(second);
+        assert_eq!(fs::read(root.join("new")).unwrap(), b"second");
+        assert!(!root.join(partial("new")).exists());
+    }
+
+    #[test]
+    fn what_a_restore_has_left_is_removed_for_the_same_restore_alone() {
+        let (_folder, root, roots) = rooted();
+        let left = || root.join(partial("new")).exists();
+        let discard = |restore| FileTarget::discard(&root.join("new"), &roots, restore);
+        discard(RESTORE).unwrap();
+
+        let target = FileTarget::open(&root.join("new"), 9, &roots, RESTORE).unwrap();
+        assert!(matches!(discard(RESTORE), Err(Error::InUse { .. })));
+        target.leave();
+        drop(target);
+        discard("of another job").unwrap();
+        // Where no restore can have begun anything there is nothing to remove.
+        for path in [root.join("missing/new"), root.with_file_name("outside")] {
+            FileTarget::discard(&path, &roots, RESTORE).unwrap();
+        }
+        assert!(left());
+        discard(RESTORE).unwrap();
+        assert!(!left());
+        fs::write(root.join(partial("new")), b"of nobody").unwrap();
+        discard(RESTORE).unwrap();
+        assert!(left());
     }
 
     #[test]
@@ -516,7 +760,7 @@ mod tests {
         let (_folder, root, roots) = rooted();
         fs::write(root.join("old"), vec![7; 300_000]).unwrap();
 
-        let target = FileTarget::open(&root.join("old"), 200_000, &roots).unwrap();
+        let target = FileTarget::open(&root.join("old"), 200_000, &roots, RESTORE).unwrap();
         target.zero(10_000..150_000).unwrap();
         target.finish().unwrap();
 

@@ -63,6 +63,16 @@ pub trait VolumeTarget: Send + Sync {
     /// Makes the range read as zeros, without taking space for them where the target can do so.
     fn zero(&self, range: Range<u64>) -> io::Result<()>;
 
+    /// What an attempt of the same restore before this one noted last. All that it had written by then is in the target.
+    fn note(&self) -> Option<&str>;
+
+    /// Makes durable what was written before this is called, and then keeps a note with a new target of how far its restore
+    /// is. One that was there before may be written by others between two attempts, so nothing is noted of it.
+    fn keep_note(&self, note: &str) -> io::Result<()>;
+
+    /// Leaves a new target where it is though it is not whole, for the next attempt of the same restore.
+    fn leave(&self);
+
     /// Makes all that was written durable, and visible under the target's name. Nothing may follow.
     fn finish(&self) -> io::Result<()>;
 }

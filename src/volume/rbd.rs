@@ -515,27 +515,6 @@ impl RbdTarget {
         Ok(image)
     }
 
-    /// What the attempt before this one noted last.
-    pub fn note(&self) -> Option<&str> {
-        self.note.as_deref()
-    }
-
-    /// Makes what was written durable, and notes with a new image how far its restore is. One that was there before may
-    /// be written by others between two attempts, so nothing is noted of it. Blocks.
-    pub fn keep_note(&self, note: &str) -> io::Result<()> {
-        if self.new.is_none() {
-            return Ok(());
-        }
-        let image = self.image()?;
-        self.runtime.block_on(image.flush()).map_err(ceph::Error::into_io)?;
-        image.set_metadata(NOTE_KEY, note).map_err(ceph::Error::into_io)
-    }
-
-    /// Leaves a new image where it is though it is not whole, for the next attempt of the same restore.
-    pub fn leave(&self) {
-        self.stays.store(true, Ordering::Relaxed);
-    }
-
     /// Its size.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -598,6 +577,23 @@ impl VolumeTarget for RbdTarget {
         let zeroed =
             pieces.map(|start| image.write_zeroes(start, ZERO_BYTES_MAX.min(range.end - start) as usize));
         self.runtime.block_on(future::try_join_all(zeroed)).map(drop).map_err(ceph::Error::into_io)
+    }
+
+    fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    fn keep_note(&self, note: &str) -> io::Result<()> {
+        if self.new.is_none() {
+            return Ok(());
+        }
+        let image = self.image()?;
+        self.runtime.block_on(image.flush()).map_err(ceph::Error::into_io)?;
+        image.set_metadata(NOTE_KEY, note).map_err(ceph::Error::into_io)
+    }
+
+    fn leave(&self) {
+        self.stays.store(true, Ordering::Relaxed);
     }
 
     fn finish(&self) -> io::Result<()> {

@@ -1,7 +1,8 @@
 //! Flattens a chain: says of each byte of the volume which backup of the chain has it last.
 //!
 //! The backups are layers, the newest on top. One sweep from the first byte to the last goes through all of their
-//! objects side by side, and needs no more memory than what one object of each of them takes.
+//! objects side by side, and needs no more memory than what one object of each of them takes. Notes of restores
+//! (`restored.rs`) build on the order in which the objects come.
 
 use std::ops::Range;
 

@@ -17,6 +17,7 @@ mod lists;
 mod memory;
 pub(crate) mod metadata;
 mod read_back;
+mod restored;
 pub(crate) mod sha256_file;
 pub(super) mod stored;
 
@@ -138,7 +139,7 @@ pub struct Chunked {
     settings: Settings,
     cpu: Cpu,
     memory: Budget,
-    /// How much of a volume is stored before it is noted what of it is.
+    /// How much of a volume is stored, or restored, before it is noted what of it is.
     checkpoint_bytes: u64,
 }
 

@@ -3,6 +3,7 @@
 //! All is checked, always: that the objects are those of the metadata, each object's size and CRC-32 in the store
 //! (where we wrote it), its length and MD5 unpacked, and each block's SHA-256 against the list of the backup that was
 //! asked for, before it is written. Objects that newer ones cover are read as well: the chain is damaged without them.
+//! A restore that goes on where an attempt before it stopped does not read again what that one has checked and written.
 //! Only a restore takes no MD5 of an object of ours all of whose blocks it checks by their SHA-256: MD5 would take as long
 //! as all the rest.
 
@@ -21,6 +22,7 @@ use super::compression::Compression;
 use super::digest::{BlockDigester, Digest, ListDigest, Md5, is_zero, sha256};
 use super::layers::{Broken, Item, LayerEntry, Layers};
 use super::lists::{DigestList, nobody_listens, read_full};
+use super::restored::Restored;
 use super::stored::StoredReader;
 use super::{Chunked, Error, Lost, Names, blocking, damaged, object_number};
 use crate::engine::Faults;
@@ -114,6 +116,8 @@ impl Chunked {
             ctx: ctx.clone(),
         });
 
+        let mut restored = target.as_deref().map(|target| Restored::of(ctx, target, chain));
+        let restored_before = restored.as_ref().map_or(0, Restored::object_count);
         let mut in_flight = FuturesUnordered::new();
         let mut index = 0;
         let result = async {
@@ -123,15 +127,22 @@ impl Chunked {
                 let object = names[layer].data(item.object.entry.number)?;
                 let expected = window.expected(&item, &object, record.volume_bytes).await?;
                 window.forget_before(layers.low_water());
-                let taken = sample.is_none_or(|(sample, seed)| sample.takes(seed, index));
+                let number = index;
                 index += 1;
+                if number < restored_before {
+                    continue;
+                }
+                let taken = sample.is_none_or(|(sample, seed)| sample.takes(seed, number));
                 if !taken || known_bad.contains(&(layer, Some(item.object.entry.number))) {
                     ctx.progress.done(item.ranges.iter().map(|range| range.end - range.start).sum());
                     continue;
                 }
                 // Objects are read side by side, each on a thread of its own that may block.
                 if in_flight.len() > self.cpu.threads() {
-                    finished(in_flight.next().await).or_else(&mut *fault)?;
+                    finished(in_flight.next().await, &mut restored).or_else(&mut *fault)?;
+                }
+                if let (Some(restored), Some(target)) = (&mut restored, &target) {
+                    restored.keep(target, self.checkpoint_bytes).await?;
                 }
                 let memory = self.memory.reserve(OBJECT_MEMORY_BYTES).await;
                 let pieces = match self.get(&chain[layer], &object).await {
@@ -144,11 +155,11 @@ impl Chunked {
                 let reader = reader.clone();
                 in_flight.push(tokio::task::spawn_blocking(move || {
                     let _memory = memory;
-                    reader.read(&object, &item, pieces, &expected)
+                    reader.read(&object, &item, pieces, &expected).map(|counts| (number, counts))
                 }));
             }
             while !in_flight.is_empty() {
-                finished(in_flight.next().await).or_else(&mut *fault)?;
+                finished(in_flight.next().await, &mut restored).or_else(&mut *fault)?;
             }
             Ok::<_, Error>(())
         }
@@ -158,7 +169,11 @@ impl Chunked {
         result?;
 
         let digest = window.finish(&names[0], record).await?;
-        if let Some(target) = target {
+        if let (Some(target), Some(restored)) = (target, restored) {
+            let (restored_bytes, volume_bytes) = (restored.bytes(), record.volume_bytes);
+            if restored_bytes != volume_bytes {
+                return Err(Error::RestoredOthers { restored_bytes, volume_bytes });
+            }
             blocking(move || target.finish()).await?.map_err(|source| Error::FinishVolume { source })?;
         }
         Ok(digest)
@@ -229,13 +244,20 @@ fn broken_chain(chain: &[Record], broken: Broken) -> Error {
     Error::BrokenChain { backup_id: chain[layer].backup_id, source: broken }
 }
 
+/// The number of an object that was read, and what was counted of it.
+type ObjectRead = (u64, Counts);
+
 /// How a thread that read an object ended.
-fn finished(ended: Option<Result<Result<(), Error>, JoinError>>) -> Result<(), Error> {
-    match ended {
-        Some(Ok(result)) => result,
-        Some(Err(_)) => Err(Error::Lost(Lost)),
-        None => Ok(()),
+fn finished(
+    ended: Option<Result<Result<ObjectRead, Error>, JoinError>>,
+    restored: &mut Option<Restored>,
+) -> Result<(), Error> {
+    let Some(ended) = ended else { return Ok(()) };
+    let (number, counts) = ended.map_err(|_| Error::Lost(Lost))??;
+    if let Some(restored) = restored {
+        restored.add(number, counts);
     }
+    Ok(())
 }
 
 /// The digests between the oldest object that is still to come and the newest one.
@@ -333,17 +355,18 @@ impl From<Error> for Fault {
 }
 
 impl ObjectReader {
-    /// Reads one object, checks it, and writes the ranges that are wanted of it. Blocks.
+    /// Reads one object, checks it, and writes the ranges that are wanted of it. Gives what was counted of it. Blocks.
     fn read(
         &self,
         object: &ObjectName,
         item: &Item,
         pieces: Pieces,
         expected: &Expected,
-    ) -> Result<(), Error> {
+    ) -> Result<Counts, Error> {
         let entry = &item.object.entry;
         let mut stored = StoredReader::new(pieces);
-        let md5 = match self.unpack(object, item, &mut stored, expected) {
+        let mut counts = Counts::default();
+        let md5 = match self.unpack(object, item, &mut stored, expected, &mut counts) {
             Ok(md5) => md5,
             Err(Fault::Known(error)) => return Err(error),
             Err(Fault::Read(error)) => {
@@ -365,8 +388,8 @@ impl ObjectReader {
             return Err(damaged(object, "its MD5 is not the one in the metadata"));
         }
         let bytes_stored = stored.checksum().bytes;
-        self.ctx.progress.add(&Counts { bytes_stored, object_count: 1, ..Counts::default() });
-        Ok(())
+        self.count(&Counts { bytes_stored, object_count: 1, ..Counts::default() }, &mut counts);
+        Ok(counts)
     }
 
     /// Unpacks the object and returns the MD5 of what it holds, if that is to be checked.
@@ -376,6 +399,7 @@ impl ObjectReader {
         item: &Item,
         stored: &mut StoredReader,
         expected: &Expected,
+        counts: &mut Counts,
     ) -> Result<Option<Md5>, Fault> {
         let (entry, runtime) = (&item.object.entry, Handle::current());
         let mut head = Vec::new();
@@ -383,7 +407,7 @@ impl ObjectReader {
         let key =
             (head.len() <= ZERO_OBJECT_BYTES_MAX).then(|| (entry.compression, entry.length, sha256(&head)));
         if let Some(md5) = key.and_then(|key| self.zero_objects().get(&key).copied()) {
-            self.place_zeros(object, item, expected)?;
+            self.place_zeros(object, item, expected, counts)?;
             return Ok(Some(md5));
         }
 
@@ -407,7 +431,7 @@ impl ObjectReader {
                 md5.update(&*piece);
             }
             all_zero = all_zero && is_zero(piece);
-            self.place(object, item, piece, offset, expected)?;
+            self.place(object, item, piece, offset, expected, counts)?;
             offset += length as u64;
         }
         if unpacked.read(&mut [0]).map_err(Fault::Read)? != 0 {
@@ -437,6 +461,7 @@ impl ObjectReader {
         piece: &[u8],
         offset: u64,
         expected: &Expected,
+        counts: &mut Counts,
     ) -> Result<(), Error> {
         let end = offset + piece.len() as u64;
         for range in wanted(&item.ranges, offset..end) {
@@ -446,18 +471,24 @@ impl ObjectReader {
                 let (digest, zero) = self.digester.digest(block);
                 self.check(object, run.end, &digest, expected)?;
                 if zero != run.zero {
-                    self.write(&run, &piece[(run.start - offset) as usize..])?;
+                    self.write(&run, &piece[(run.start - offset) as usize..], counts)?;
                     run = Run { start: run.end, end: run.end, zero };
                 }
                 run.end += block.len() as u64;
             }
-            self.write(&run, &piece[(run.start - offset) as usize..])?;
+            self.write(&run, &piece[(run.start - offset) as usize..], counts)?;
         }
         Ok(())
     }
 
     /// The same for an object that is known to be all zeros.
-    fn place_zeros(&self, object: &ObjectName, item: &Item, expected: &Expected) -> Result<(), Error> {
+    fn place_zeros(
+        &self,
+        object: &ObjectName,
+        item: &Item,
+        expected: &Expected,
+        counts: &mut Counts,
+    ) -> Result<(), Error> {
         let block_bytes = self.digester.block_bytes() as u64;
         for range in &item.ranges {
             self.ctx.check()?;
@@ -467,7 +498,7 @@ impl ObjectReader {
                 self.check(object, at, &self.digester.digest_of_zeros(length as usize), expected)?;
                 at += length;
             }
-            self.write(&Run { start: range.start, end: range.end, zero: true }, &[])?;
+            self.write(&Run { start: range.start, end: range.end, zero: true }, &[], counts)?;
         }
         Ok(())
     }
@@ -483,7 +514,7 @@ impl ObjectReader {
         ))
     }
 
-    fn write(&self, run: &Run, bytes: &[u8]) -> Result<(), Error> {
+    fn write(&self, run: &Run, bytes: &[u8], counted: &mut Counts) -> Result<(), Error> {
         let length = run.end - run.start;
         if length == 0 {
             return Ok(());
@@ -503,9 +534,15 @@ impl ObjectReader {
                 }
             }
         }
-        self.ctx.progress.add(&counts);
+        self.count(&counts, counted);
         self.ctx.progress.done(length);
         Ok(())
+    }
+
+    /// Counts for all to see, and for the object.
+    fn count(&self, counts: &Counts, counted: &mut Counts) {
+        self.ctx.progress.add(counts);
+        counted.add(counts);
     }
 }
 

@@ -16,7 +16,7 @@ use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::job::{Checkpoint, Context, Counts, Record, Sample};
 use crate::volume::rbd::{WINDOW_BYTES, existing, still_there};
-use crate::volume::{Before, RbdTarget, VolumeTarget};
+use crate::volume::{Before, VolumeTarget};
 
 impl Rbd {
     /// Reads the whole backup, the first of `chain`, or a sample of its pieces, and writes it to the target, where there is
@@ -44,11 +44,12 @@ impl Rbd {
             let (engine, record) = (self.clone(), record.clone());
             blocking(move || engine.open_backup(&record)).await??
         };
-        let before = match &to {
-            To::Volume(volume) => volume.before(),
-            To::Rbd(target) => target.before(),
-            To::Image(_) | To::Nowhere => Before::Zeros,
+        let target: Option<Arc<dyn VolumeTarget>> = match &to {
+            To::Volume(volume) => Some(volume.clone()),
+            To::Rbd(target) => Some(target.clone()),
+            To::Image(_) | To::Nowhere => None,
         };
+        let before = target.as_ref().map_or(Before::Zeros, |target| target.before());
         let transfer = Transfer {
             ctx: ctx.clone(),
             cpu: self.cpu.clone(),
@@ -58,10 +59,7 @@ impl Rbd {
             name: image.path().into(),
             digester: self.digester.clone(),
         };
-        let begin = match &to {
-            To::Rbd(target) => resumed(ctx, target, volume_bytes),
-            _ => 0,
-        };
+        let begin = target.as_deref().map_or(0, |target| resumed(ctx, target, volume_bytes));
         let mut state = Reading {
             ctx: ctx.clone(),
             image: image.clone(),
@@ -86,7 +84,7 @@ impl Rbd {
                 ctx.progress.add(&piece.counts);
                 ctx.progress.done(piece.counts.bytes_read + piece.counts.bytes_hole);
                 unsaved_bytes += piece.counts.bytes_read;
-                if let To::Rbd(target) = &to
+                if let Some(target) = &target
                     && unsaved_bytes >= self.settings.checkpoint_bytes
                 {
                     let end = (piece.first_block + piece.blocks.len() as u64) * BLOCK_BYTES;
@@ -206,7 +204,7 @@ impl Reading {
 }
 
 /// Where a restore goes on that an attempt before this one has begun.
-fn resumed(ctx: &Context, target: &RbdTarget, volume_bytes: u64) -> u64 {
+fn resumed(ctx: &Context, target: &dyn VolumeTarget, volume_bytes: u64) -> u64 {
     let checkpoint = target.note().and_then(|note| serde_json::from_str::<Checkpoint>(note).ok());
     let Some(Checkpoint { bytes_done, counts }) = checkpoint.filter(|it| it.bytes_done <= volume_bytes)
     else {
@@ -219,7 +217,7 @@ fn resumed(ctx: &Context, target: &RbdTarget, volume_bytes: u64) -> u64 {
 }
 
 /// Notes with the target how far its restore is.
-async fn keep_checkpoint(target: &Arc<RbdTarget>, checkpoint: Checkpoint) -> Result<(), Error> {
+async fn keep_checkpoint(target: &Arc<dyn VolumeTarget>, checkpoint: Checkpoint) -> Result<(), Error> {
     let (target, offset) = (target.clone(), checkpoint.bytes_done);
     let failed = |source| Error::WriteVolume { offset, source };
     let note = serde_json::to_string(&checkpoint).map_err(|error| failed(error.into()))?;
