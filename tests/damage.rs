@@ -903,10 +903,10 @@ fn a_restore_into_another_mount_of_a_store_is_refused() {
     };
     let roots = FileRoots::new(std::slice::from_ref(&folder)).with_stores(vec![folder.join("store")]);
     for target in ["mounted/new", "store/new"] {
-        let error = FileTarget::open(&folder.join(target), 6, &roots).unwrap_err();
+        let error = FileTarget::open(&folder.join(target), 6, &roots, "of a job").unwrap_err();
         assert!(matches!(error, volume::Error::InStore { .. }), "{target}: {error}");
     }
-    FileTarget::open(&folder.join("new"), 6, &roots).unwrap();
+    FileTarget::open(&folder.join("new"), 6, &roots, "of a job").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
