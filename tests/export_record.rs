@@ -336,6 +336,7 @@ fn backups_of_other_drivers_are_refused_with_the_names_of_those_that_are_not(#[c
 #[case::prefix_long("service_metadata", json!("x".repeat(181)), "cannot be the prefix")]
 #[case::prefix_null("service_metadata", Value::Null, "has no service_metadata")]
 #[case::time("created_at", json!("yesterday"), "is no time")]
+#[case::time_before_all("created_at", json!("-009999-01-02T01:59:58.999999Z"), "longer ago")]
 #[case::time_null("created_at", Value::Null, "has no created_at")]
 #[case::status("status", json!("error"), "only one that was available")]
 #[case::service("service", json!("cinder.backup.drivers.nfs"), "but the backup in it is of")]

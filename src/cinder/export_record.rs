@@ -166,6 +166,12 @@ pub enum Error {
         /// The volume.
         volume_id: VolumeId,
     },
+    /// No backup is as old as its time says.
+    #[error("the export record's created_at {text:?} is longer ago than any backup")]
+    TooOld {
+        /// What it says.
+        text: String,
+    },
     /// The time of the backup is no time.
     #[error("the export record's created_at {text:?} is no time such as 2026-11-21T11:58:49Z")]
     InvalidTime {
@@ -282,6 +288,10 @@ pub fn of_fields(service: String, fields: Map<String, Value>, form: &Form) -> Re
         _ => {}
     }
     let created_at = fields.needed("created_at")?;
+    // In its first year jiff takes for a time what lies up to a second before its first moment.
+    if created_at.starts_with("-009999") {
+        return Err(Error::TooOld { text: created_at });
+    }
     let volume_id = fields.needed("volume_id")?.parse()?;
     let (service_metadata, container) = match form {
         Form::Files | Form::Buckets => {
