@@ -487,30 +487,39 @@ impl Worker {
     }
 
     async fn handle(&self, delivery: Delivery) {
-        let command = if delivery.oversize {
-            let (bytes, bytes_max) = (delivery.body.len(), self.message_bytes_max);
-            let message = format!("the message has {bytes} bytes: at most {bytes_max} are taken");
-            Err(Rejection { reason: Reason::Oversize, message, job_id: None })
-        } else {
-            message::parse_command(&delivery.body)
-        };
-        let settled = match command {
-            Ok(Command::Run(mut job)) => {
-                self.stores.name_default(&mut job);
-                let span =
-                    info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
-                self.run(delivery, &job).instrument(span).await
+        let mut deliveries = vec![delivery];
+        while let Some(delivery) = deliveries.pop() {
+            let command = if delivery.oversize {
+                let (bytes, bytes_max) = (delivery.body.len(), self.message_bytes_max);
+                let message = format!("the message has {bytes} bytes: at most {bytes_max} are taken");
+                Err(Rejection { reason: Reason::Oversize, message, job_id: None })
+            } else {
+                message::parse_command(&delivery.body)
+            };
+            let settled = match command {
+                Ok(Command::Run(mut job)) => {
+                    self.stores.name_default(&mut job);
+                    let span = info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
+                    self.run(delivery, &job, &mut deliveries).instrument(span).await
+                }
+                Ok(Command::Cancel(id)) => self.pass_on_cancel(delivery, id).await,
+                Err(rejection) => self.reject(delivery, &rejection).await,
+            };
+            if let Err(error) = settled {
+                // It will be delivered again, and then found to be done.
+                warn!(error = %Causes(&error), "delivery not settled");
             }
-            Ok(Command::Cancel(id)) => self.pass_on_cancel(delivery, id).await,
-            Err(rejection) => self.reject(delivery, &rejection).await,
-        };
-        if let Err(error) = settled {
-            // It will be delivered again, and then found to be done.
-            warn!(error = %Causes(&error), "delivery not settled");
         }
     }
 
-    async fn run(&self, delivery: Delivery, job: &Job) -> Result<(), broker::Error> {
+    /// Runs a job, unless it runs here already or has to wait. Adds to `late` the deliveries of the job that its end does
+    /// not settle.
+    async fn run(
+        &self,
+        delivery: Delivery,
+        job: &Job,
+        late: &mut Vec<Delivery>,
+    ) -> Result<(), broker::Error> {
         // One that runs here already has a place.
         let runs_here = self.jobs().running.contains_key(&job.id);
         let _place = if runs_here {
@@ -587,7 +596,7 @@ impl Worker {
         if self.jobs().awaiting.remove(&job.id).is_some() {
             self.tell(Control::WaitsNoMore { job_id: job.id }).await;
         }
-        self.run_in_turn(delivery, &ctx, job, turns).await
+        self.run_in_turn(delivery, &ctx, job, turns, late).await
     }
 
     /// Whose a job is: of its backup, where it names no project itself. None if that is not known, or not soon.
@@ -618,15 +627,8 @@ impl Worker {
         }
     }
 
-    /// Runs a job while no other one works on the same volume, as far as the broker can see to that.
-    async fn run_in_turn(
-        &self,
-        delivery: Delivery,
-        ctx: &Context,
-        job: &Job,
-        turns: Vec<Turn>,
-    ) -> Result<(), broker::Error> {
-        let attempts = Attempts {
+    fn attempts(&self, delivery: &Delivery) -> Attempts {
+        Attempts {
             current: delivery.properties.attempt,
             max: self.attempts_max,
             seconds_max: self.attempt_seconds_max,
@@ -634,7 +636,19 @@ impl Worker {
             redelivered: delivery.redelivered || delivery.properties.parked,
             waited: delivery.properties.waits_since.is_some(),
             revival_count: delivery.properties.revival_count,
-        };
+        }
+    }
+
+    /// Runs a job while no other one works on the same volume, as far as the broker can see to that.
+    async fn run_in_turn(
+        &self,
+        delivery: Delivery,
+        ctx: &Context,
+        job: &Job,
+        turns: Vec<Turn>,
+        late: &mut Vec<Delivery>,
+    ) -> Result<(), broker::Error> {
+        let attempts = self.attempts(&delivery);
         // Somebody was handed the message before, and may still be at it; not so of one that only had to wait.
         if (attempts.redelivered || attempts.current > 1) && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
@@ -655,12 +669,8 @@ impl Worker {
         // Whoever is handed the message next, or waits, is not to find them taken.
         end_all(turns).await;
         let settled = self.settle(delivery, ctx, job, attempts, ended, engine.ok()).await;
-        // Only now: until all is written down, no other worker is to begin the job.
-        for delivery in self.end(job.id) {
-            if let Err(error) = delivery.requeue().await {
-                warn!(error = %Causes(&error), "a delivery that came at the end of its job was not given back");
-            }
-        }
+        // Only now: until all is written down, nobody is to begin the job.
+        late.extend(self.end(job.id));
         settled
     }
 
@@ -693,14 +703,19 @@ impl Worker {
         ended: Ended,
         engine: Option<&Engine>,
     ) -> Result<(), broker::Error> {
-        let adopted = if let Ended::HandedBack = ended {
+        let (adopted, is_alone) = if let Ended::HandedBack = ended {
             // Nothing is written down any more, and whoever is handed the job next asks whether it still runs here.
-            self.end(job.id)
+            (self.end(job.id), false)
         } else {
+            let is_over = matches!(ended, Ended::Over(_) | Ended::OverBefore(_));
             let mut jobs = self.jobs();
-            jobs.running
-                .get_mut(&job.id)
-                .map_or_else(Vec::new, |running| std::mem::take(&mut running.adopted))
+            // One that was sent once more may be from somebody who had heard of the end already, and waits for an answer.
+            let is_same = |delivery: &mut Delivery| !is_over || self.attempts(delivery).was_out_before();
+            let of_it = jobs.running.get_mut(&job.id).map(|running| &mut running.adopted);
+            of_it.map_or((Vec::new(), true), |of_it| {
+                let is_alone = of_it.is_empty();
+                (of_it.extract_if(.., is_same).collect(), is_alone)
+            })
         };
         // Of several, all but the last are lost: the broker took each back before it handed out the next. So it is how
         // the last one is settled that counts.
@@ -709,7 +724,6 @@ impl Worker {
             Ended::Later(problem) => message::encode_attempts(attempts.and_this(problem)),
             _ => String::new(),
         };
-        let is_alone = adopted.is_empty();
         let mut settled = Ok(());
         for delivery in std::iter::once(delivery).chain(adopted) {
             settled = match &ended {

@@ -698,6 +698,42 @@ async fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() 
     assert_eq!(next.body, "next");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_sends_a_job_once_more_while_it_runs_is_answered_and_it_is_not_done_again() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);
+    fs::write(stack.volume("a.img"), noise(9, 64 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    let args = backup(&stack, &["--backup-id", BACKUP, "--job-id", BACKUP]);
+    let submit = [&["submit"][..], &strs(&args)].concat();
+
+    stack.ok(&submit);
+    event(&mut events, &["started"]).await;
+    stack.ok(&submit);
+
+    for told in 1..=2 {
+        let event = event(&mut events, &["started", "succeeded", "failed", "cancelled"]).await;
+        assert_eq!(event["type"], "backhaul.job.succeeded.v1", "{told}: {event}");
+    }
+}
+
+/// It came between the event and the acknowledgement, and went with that.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_sends_a_job_once_more_as_soon_as_its_end_is_told_is_answered() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let (broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    let verify =
+        json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP}).to_string();
+    // So often that the stack of a thread would not do for one inside the other.
+    for _ in 0..100 {
+        broker.publish_job(verify.clone().into_bytes().into(), Properties::default()).await.unwrap();
+        event(&mut events, &["failed"]).await;
+    }
+}
+
 #[test]
 fn a_backup_whose_job_is_lost_can_be_deleted() {
     let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", ONE_THREAD, SLOW);
