@@ -136,7 +136,8 @@ pub(super) fn next_attempt(raw: &BasicProperties, story: &str, wait: Duration) -
         (ATTEMPT, AMQPValue::LongUInt(attempt(raw).saturating_add(1))),
         (STORY, AMQPValue::LongString(story.into())),
     ];
-    copied(raw, ours).with_expiration(milliseconds(wait))
+    // Whoever had it before this attempt is no concern of the next one.
+    copied(&without(raw, &[PARKED]), ours).with_expiration(milliseconds(wait))
 }
 
 /// Makes the properties of a copy that is put off for `wait` because another worker has its job: nothing is counted.
@@ -289,6 +290,10 @@ pub(crate) fn fuzz_headers(data: &[u8]) {
         );
         assert!(copy.message_id == properties.message_id && copy.reply_to == properties.reply_to, "{copy:?}");
     }
+    assert!(
+        !read(&next_attempt(&parked(&raw, wait), "[]", wait)).parked,
+        "an attempt counts who had the one before it"
+    );
     assert!(read(&revived(&raw)).attempt == 1, "{properties:?}");
     drop(write(&properties));
 }
