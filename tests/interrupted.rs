@@ -437,6 +437,40 @@ async fn a_backup_that_is_deleted_gets_no_child_meanwhile(#[values(false, true)]
     assert!(refused.iter().all(|count| *count > 20), "{refused:?}");
 }
 
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_deleted_while_it_is_read_is_not_told_as_damaged(
+    #[values(false, true)] verifies: bool,
+) {
+    let jobs = |scene: &Scene| {
+        let id = scene.parent.as_ref().unwrap().backup_id;
+        let target = scene.bench.volumes().join("target");
+        let read = if verifies { job(Work::Verify(id.into())) } else { restore_job(id, &target) };
+        [read, job(Work::Delete(id))]
+    };
+    let mut calls = [0, 0];
+    for (index, calls) in calls.iter_mut().enumerate() {
+        let scene = Scene::new(Kind::Memory, true).await;
+        *calls = scene.calls(&jobs(&scene)[index]).await;
+    }
+    let mut refused_count = 0;
+
+    for read_at in 1..=calls[0] {
+        for delete_at in 1..=calls[1] {
+            let scene = Scene::new(Kind::Memory, true).await;
+            let [read, remove] = jobs(&scene);
+            let ([read, removed], told) = entangle(&scene, [(&read, read_at), (&remove, delete_at)]).await;
+            let told = format!("{told}: {read:?}, {removed:?}");
+            removed.expect(&told);
+            if let Err(error) = read {
+                assert!(matches!(error, Error::NotAvailable { .. } | Error::UnknownBackup(_)), "{told}");
+                refused_count += 1;
+            }
+        }
+    }
+    assert!(refused_count > 20, "{refused_count}");
+}
+
 #[tokio::test]
 async fn a_backup_that_is_half_deleted_never_seems_whole_again() {
     let scene = Scene::new(Kind::Posix, true).await;

@@ -560,6 +560,10 @@ impl Engine {
         match read {
             Ok(digest) => Ok(read_receipt(ctx, &chain[0], digest)),
             Err(error) => {
+                if error.is_damage() {
+                    // Somebody may have begun to delete it.
+                    self.catalog.chain(work.backup_id).await?;
+                }
                 // After any other error this is the end of the job, or it begins anew.
                 if error.class() == Class::Cancelled && ctx.hand_back.is_cancelled() {
                     volume.leave();
@@ -588,6 +592,8 @@ impl Engine {
             }
         };
         if !faults.found.is_empty() {
+            // Somebody may have begun to delete it.
+            self.catalog.chain(work.backup_id).await?;
             return Err(self.damaged(&chain, faults).await);
         }
         // A sample proves less than what is kept of the whole.
