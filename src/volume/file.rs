@@ -16,7 +16,7 @@ use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFl
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
-use super::{Before, Error, VolumeSource, VolumeTarget};
+use super::{Before, Error, PARTIAL, VolumeSource, VolumeTarget};
 
 /// Zeros are written in pieces of this size where they cannot be punched.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
@@ -200,6 +200,9 @@ impl FileTarget {
     /// or is smaller than that. `restore`, in one line, names the job and the backup: a new file that an attempt of the same
     /// restore has left is gone on with.
     pub fn open(path: &Path, bytes: u64, roots: &FileRoots, restore: &str) -> Result<Self, Error> {
+        if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) {
+            return Err(Error::ReservedName { path: path.display().to_string() });
+        }
         let place = match roots.find(path) {
             Err(Error::Io { source, .. })
                 if source.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
@@ -365,11 +368,11 @@ fn lock(file: &File, path: &Path) -> Result<(), Error> {
 
 /// The name of a new file until it is whole. It fits wherever the file's own name does.
 fn partial(name: &str) -> String {
-    let partial = format!(".{name}.backhaul-partial");
+    let partial = format!(".{name}{PARTIAL}");
     if partial.len() <= NAME_BYTES_MAX {
         return partial;
     }
-    format!(".{}.backhaul-partial", hex::encode(Sha256::digest(name)))
+    format!(".{}{PARTIAL}", hex::encode(Sha256::digest(name)))
 }
 
 impl VolumeTarget for FileTarget {
@@ -532,6 +535,20 @@ mod tests {
         }
         assert_eq!(fs::read(store.join("object")).unwrap(), b"backup");
         assert_eq!(fs::read_dir(&store).unwrap().count(), 1);
+    }
+
+    /// The next restore to the name without the ending would have removed it.
+    #[test]
+    fn a_target_with_the_name_of_a_restore_that_is_not_whole_is_refused() {
+        let (_folder, root, roots) = rooted();
+        let left = root.join(".new.backhaul-partial");
+        fs::write(&left, b"whole").unwrap();
+        for path in [left, root.join("other.backhaul-partial")] {
+            let error = FileTarget::open(&path, 5, &roots, RESTORE).unwrap_err();
+            assert!(matches!(error, Error::ReservedName { .. }), "{error}");
+            assert_eq!(error.class(), Class::Permanent);
+        }
+        assert_eq!(fs::read(root.join(".new.backhaul-partial")).unwrap(), b"whole");
     }
 
     #[test]

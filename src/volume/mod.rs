@@ -77,6 +77,9 @@ pub trait VolumeTarget: Send + Sync {
     fn finish(&self) -> io::Result<()>;
 }
 
+/// How the name of a new target ends until it is whole.
+const PARTIAL: &str = ".backhaul-partial";
+
 /// What a target held before it was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Before {
@@ -107,8 +110,18 @@ pub enum Error {
         /// The folder of the store.
         store: String,
     },
+    /// What an attempt of a restore is to go on with has such a name, and may be removed.
+    #[error(
+        "{path} has a name that ends in {PARTIAL}, as restores that are not whole have: name another one"
+    )]
+    ReservedName {
+        /// The path as it was asked for.
+        path: String,
+    },
     /// It is neither a file nor a block device.
-    #[error("{path} is neither a regular file nor a block device")]
+    #[error(
+        "{path} is neither a regular file nor a block device: name one, such as /var/lib/volumes/a.img or /dev/vg/volume"
+    )]
     NotAVolume {
         /// The path as it was asked for.
         path: String,

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::future;
 use tokio::runtime::Handle;
 
-use super::{Before, Error, Read, VolumeSource, VolumeTarget, class_of};
+use super::{Before, Error, PARTIAL, Read, VolumeSource, VolumeTarget, class_of};
 use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool};
 use crate::error::Class;
 use crate::job::{RbdImage, SourceSnapshot};
@@ -438,6 +438,9 @@ impl RbdTarget {
         if location.snapshot.is_some() {
             return Err(Error::NotAVolume { path: location.to_string() });
         }
+        if location.image.ends_with(PARTIAL) {
+            return Err(Error::ReservedName { path: location.to_string() });
+        }
         let pool = &clusters.connect(location.cluster.as_deref())?.pool(&location.pool)?;
         let name = location.image.as_str();
         let found = pool.open_image(name, None, Mode::Write);
@@ -535,7 +538,7 @@ impl RbdTarget {
 
 /// The name of a new image until it is whole.
 fn partial(name: &str) -> String {
-    format!("{name}.backhaul-partial")
+    format!("{name}{PARTIAL}")
 }
 
 fn in_use(image: &Image, error: ceph::Error) -> Error {
