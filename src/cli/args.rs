@@ -290,7 +290,7 @@ enum WorkArgs {
 Examples:
   backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
       --source file:/var/lib/volumes/a.img
-  backhaul submit backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
+  backhaul run backup --volume-id 3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88 \\
       --source rbd:volumes/a@monday --incremental")]
     Backup(BackupArgs),
 
@@ -299,8 +299,8 @@ Examples:
 Examples:
   backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b \\
       --target file:/var/lib/volumes/b.img
-  backhaul submit restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b \\
-      --target rbd:volumes/b --wait")]
+  backhaul run restore --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b \\
+      --target rbd:volumes/b")]
     Restore {
         /// Restore this backup.
         #[arg(long, value_name = "ID")]
@@ -316,7 +316,8 @@ Examples:
     /// Remove a backup from the store; one that others build on is kept.
     #[command(after_help = "\
 Examples:
-  backhaul submit delete --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait")]
+  backhaul submit delete --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait
+  backhaul run delete --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b")]
     Delete {
         /// Remove this backup.
         #[arg(long, value_name = "ID")]
@@ -327,7 +328,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   backhaul submit verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --wait --json
-  backhaul submit verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --sample 5% --wait")]
+  backhaul run verify --backup-id 8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b --sample 5%")]
     Verify {
         /// Check this backup.
         #[arg(long, value_name = "ID")]
@@ -352,7 +353,7 @@ Examples:
         #[arg(long)]
         json: bool,
     },
-    /// Show one: why it was given up, each attempt, and the message itself.
+    /// Show one: why it was given up, the attempts before the last one, and the message itself.
     #[command(after_help = "\
 Examples:
   backhaul dead show 51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3")]
