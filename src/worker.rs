@@ -27,7 +27,7 @@ use crate::broker::{self, Broker, Delivery, Properties, Subscription, Turn};
 use crate::config::{self, Config, ConfigError};
 use crate::engine::{Engine, KEPT};
 use crate::error::{Causes, Class, Problem};
-use crate::event::Native;
+use crate::event::{self, Native};
 use crate::health::{self, Phase};
 use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
 use crate::message::{self, Control, Reason, Rejection};
@@ -56,6 +56,13 @@ const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
 const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
+/// For how long a cancel is remembered that the stores keep as well: a job sent anew under the id is not to be ended by it.
+const CANCEL_KEPT_MAX: Duration = Duration::from_secs(60);
+/// How long a message is kept whose rejection the broker does not take.
+const UNTOLD_PAUSE: Duration = Duration::from_secs(2);
+/// How many deliveries of a job that runs wait here for its end; more are put off. One that the broker handed out again is
+/// always taken in.
+const ADOPTED_MAX: usize = 1;
 /// Jobs that wait for a place here, at most: enough to choose from.
 const AHEAD_MAX: u16 = 16;
 /// How long they wait until others, on other workers, may have them.
@@ -263,8 +270,8 @@ impl Life {
 #[derive(Default)]
 struct Jobs {
     running: HashMap<JobId, Running>,
-    /// The latest ids that were cancelled without running here.
-    cancelled: VecDeque<JobId>,
+    /// The latest ids that were cancelled without running here, and when that was heard.
+    cancelled: VecDeque<(JobId, Instant)>,
     /// Who is to hear which jobs run elsewhere.
     asked: HashMap<JobId, oneshot::Sender<()>>,
     /// The jobs of all workers that were put off until others have ended.
@@ -308,8 +315,10 @@ struct Running {
     /// What no other job is to work on meanwhile.
     alone: Vec<String>,
     cancel: CancellationToken,
-    /// Deliveries of the same job that came while it ran: the broker had given the first one up.
+    /// Deliveries of the same job that came while it ran: the broker had given the first one up, or it was sent once more.
     adopted: Vec<Delivery>,
+    /// Whether the job was sent once more and waits until this run of it has ended.
+    has_copy_elsewhere: bool,
 }
 
 /// What is done with a delivery at first.
@@ -317,6 +326,8 @@ enum Now {
     Begin,
     /// Another job must end before.
     Wait,
+    /// It runs here already, and enough wait here for its end.
+    PutOff,
     /// It has the id of another job.
     Reject,
 }
@@ -545,12 +556,19 @@ impl Worker {
                 if (&running.job.store, &running.job.work) != (&job.store, &job.work) {
                     break 'now Now::Reject;
                 }
+                // Each that is kept here takes the room of one that could be worked on.
+                if running.adopted.len() >= ADOPTED_MAX && !self.attempts(&delivery).redelivered {
+                    running.has_copy_elsewhere = true;
+                    break 'now Now::PutOff;
+                }
                 info!("job runs here already, delivery adopted");
                 running.adopted.push(delivery);
                 return Ok(());
             }
-            if let Some(index) = jobs.cancelled.iter().position(|id| *id == job.id) {
-                jobs.cancelled.remove(index);
+            if let Some(index) = jobs.cancelled.iter().position(|(id, _)| *id == job.id)
+                && let Some((_, heard)) = jobs.cancelled.remove(index)
+                && heard.elapsed() < CANCEL_KEPT_MAX
+            {
                 ctx.cancel.cancel();
             }
             let is_taken = |running: &Running| running.alone.iter().any(|name| alone.contains(name));
@@ -565,6 +583,7 @@ impl Worker {
                 alone: alone.clone(),
                 cancel: ctx.cancel.clone(),
                 adopted: Vec::new(),
+                has_copy_elsewhere: false,
             };
             jobs.running.insert(job.id, running);
             Now::Begin
@@ -576,6 +595,7 @@ impl Worker {
                 self.tell_wait(&delivery, job.id, alone).await;
                 return delivery.await_turn().await;
             }
+            Now::PutOff => return delivery.await_turn().await,
             Now::Reject => {
                 let message =
                     format!("job_id: another job {} runs here: give each job an id of its own", job.id);
@@ -650,7 +670,7 @@ impl Worker {
     ) -> Result<(), broker::Error> {
         let attempts = self.attempts(&delivery);
         // Somebody was handed the message before, and may still be at it; not so of one that only had to wait.
-        if (attempts.redelivered || attempts.current > 1) && self.runs_elsewhere(job.id).await {
+        if attempts.is_again() && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
             end_all(turns).await;
             let mut settled = Ok(());
@@ -710,11 +730,10 @@ impl Worker {
             let is_over = matches!(ended, Ended::Over(_) | Ended::OverBefore(_));
             let mut jobs = self.jobs();
             // One that was sent once more may be from somebody who had heard of the end already, and waits for an answer.
-            let is_same = |delivery: &mut Delivery| !is_over || self.attempts(delivery).was_out_before();
-            let of_it = jobs.running.get_mut(&job.id).map(|running| &mut running.adopted);
-            of_it.map_or((Vec::new(), true), |of_it| {
-                let is_alone = of_it.is_empty();
-                (of_it.extract_if(.., is_same).collect(), is_alone)
+            let is_same = |delivery: &mut Delivery| !is_over || self.attempts(delivery).is_again();
+            jobs.running.get_mut(&job.id).map_or((Vec::new(), true), |running| {
+                let is_alone = running.adopted.is_empty() && !running.has_copy_elsewhere;
+                (running.adopted.extract_if(.., is_same).collect(), is_alone)
             })
         };
         // Of several, all but the last are lost: the broker took each back before it handed out the next. So it is how
@@ -846,8 +865,9 @@ impl Worker {
     }
 
     async fn reject(&self, delivery: Delivery, rejection: &Rejection) -> Result<(), broker::Error> {
-        warn!(reason = %rejection.reason, error = %rejection, "message rejected");
         let message_id = delivery.properties.message_id.as_deref();
+        let job = rejection.job_id.map(|id| id.to_string());
+        warn!(reason = %rejection.reason, job, message_id, error = %rejection, "message rejected");
         let id = message::rejected_event_id(message_id);
         let properties = Properties {
             content_type: Some(message::EVENT_CONTENT_TYPE.into()),
@@ -857,9 +877,15 @@ impl Worker {
         };
         let body = message::encode_rejected(rejection, id, Timestamp::now(), &self.source, message_id);
         let body = bytes::Bytes::from(body);
-        self.broker.publish_event(message::REJECTED_ROUTING_KEY, body.clone(), properties.clone()).await?;
+        let told =
+            self.broker.publish_event(message::REJECTED_ROUTING_KEY, body.clone(), properties.clone()).await;
+        if let Err(error) = told {
+            // It comes again at once, and so do others that cannot be told of.
+            sleep(UNTOLD_PAUSE).await;
+            return Err(error);
+        }
         if let Some(queue) = delivery.properties.reply_to.clone() {
-            self.broker.publish_reply(queue, body, properties).await?;
+            event::reply(&self.broker, queue, body, properties).await?;
         }
         delivery.dead_letter(&format!("{}: {rejection}", rejection.reason)).await
     }
@@ -903,9 +929,10 @@ impl Worker {
             }
             Ok(Control::Waits { job_id, names, since, seconds }) => {
                 let mut jobs = self.jobs();
-                // It may have come again before this was heard here.
-                if !jobs.running.contains_key(&job_id) {
-                    jobs.awaits(job_id, names, since, Duration::from_secs(seconds.into()));
+                match jobs.running.get_mut(&job_id) {
+                    // Either it has come again before this was heard here, or it was sent more than once.
+                    Some(running) => running.has_copy_elsewhere = true,
+                    None => jobs.awaits(job_id, names, since, Duration::from_secs(seconds.into())),
                 }
             }
             Ok(Control::WaitsNoMore { job_id }) => drop(self.jobs().awaiting.remove(&job_id)),
@@ -917,11 +944,12 @@ impl Worker {
                         info!(job = %id, "cancelling");
                     }
                     running.cancel.cancel();
-                } else if !jobs.cancelled.contains(&id) {
+                } else {
+                    jobs.cancelled.retain(|(other, _)| *other != id);
                     if jobs.cancelled.len() == CANCELLED_MAX {
                         jobs.cancelled.pop_front();
                     }
-                    jobs.cancelled.push_back(id);
+                    jobs.cancelled.push_back((id, Instant::now()));
                 }
             }
             Err(rejection) => warn!(error = %rejection, "a control message could not be read"),

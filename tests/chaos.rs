@@ -1132,7 +1132,8 @@ impl Round<'_> {
 
 /// What `gc` leaves.
 impl Round<'_> {
-    /// When what nobody needs was removed, there is nothing more in the stores but how jobs have ended.
+    /// When what nobody needs was removed, there is nothing more in the stores but how jobs have ended, and which cancels may have
+    /// come too late for theirs. Workers remove both when they are old.
     async fn check_garbage(&mut self) {
         let in_use = self.services.broker_in_use.read().await;
         for store in self.services.stores() {
@@ -1141,7 +1142,12 @@ impl Round<'_> {
         drop(in_use);
         for store in self.services.stores() {
             let mut left = self.everything(store).await;
-            left.retain(|name| !name.starts_with(".backhaul/outcomes"));
+            let late = |name: &str| {
+                let name =
+                    name.strip_prefix(".backhaul/cancels/").and_then(|name| name.strip_suffix(".json"));
+                name.is_some_and(|id| self.jobs.get(&id.parse().unwrap()).is_some_and(|job| job.cancelled))
+            };
+            left.retain(|name| !name.starts_with(".backhaul/outcomes") && !late(name));
             if !left.is_empty() {
                 self.wrong(format!("store {} has {left:?} after all was removed", store.name()));
             }

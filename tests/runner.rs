@@ -310,12 +310,15 @@ async fn a_job_that_is_sent_once_more_after_its_end_is_not_left_without_an_answe
         engine.catalog().keep_told(&first).await.unwrap();
         let before = scene.bench.everything([]).await;
 
-        let sink = Recorder::default();
-        let Ended::OverBefore(completion) = scene.run(&engine, &sink, 1, 1).await else {
-            panic!("it is over")
-        };
-
-        assert_eq!((&completion, sink.outcomes()), (&first, vec![Outcome::Succeeded]));
+        // It may have had to wait for a place, or for its volume.
+        for waited in [false, true] {
+            let sink = Recorder::default();
+            let sent = Attempts { waited, ..Attempts::one() };
+            let Ended::OverBefore(completion) = scene.run_as(&engine, &sink, &sent).await else {
+                panic!("it is over")
+            };
+            assert_eq!((&completion, sink.outcomes()), (&first, vec![Outcome::Succeeded]));
+        }
         // The message that the broker hands out once more is no other one.
         let sink = Recorder::default();
         assert!(matches!(scene.run_as(&engine, &sink, &again).await, Ended::Over(_)));
@@ -643,6 +646,23 @@ async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
     engine.catalog().settle(scene.job.id).await.unwrap();
     engine.catalog().forget_cancel(scene.job.id).await.unwrap();
     assert!(scene.bench.everything([]).await.is_empty(), "{:?}", scene.bench.everything([]).await);
+}
+
+#[tokio::test]
+async fn that_a_job_was_cancelled_is_also_seen_by_a_run_that_finds_it_ended() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    engine.catalog().cancel(scene.job.id).await.unwrap();
+    let Ended::Over(ended) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
+    assert_eq!(ended.outcome, Outcome::Cancelled);
+    // Whoever ended it could not settle its delivery, and so has forgotten nothing.
+    let (ctx, attempts) = (Context::default(), Attempts { redelivered: true, ..Attempts::one() });
+    let report = Report::new(&sink, &scene.job);
+    let Ended::Over(again) = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report).await else {
+        panic!("it is over")
+    };
+    assert_eq!(again, ended);
+    assert!(ctx.cancel.is_cancelled());
 }
 
 #[tokio::test]

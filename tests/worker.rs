@@ -12,6 +12,7 @@ use crate::support::stack::{Stack, event, limit_handles, listen, noise, rest_of,
 use backhaul::broker::{Broker, Properties, Routed, Subscription};
 use backhaul::job::{BackupId, BackupWork, Command, Job, JobId, Parent, VolumeId, Work};
 use backhaul::message;
+use rstest::rstest;
 use serde_json::{Value, json};
 
 const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
@@ -698,10 +699,41 @@ async fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() 
     assert_eq!(next.body, "next");
 }
 
+/// The copies wait where the job runs, in the queue of those that are put off, or at the other worker.
+#[rstest]
+#[case::one_worker(1, 3)]
+#[case::two_workers_of_which_one_is_full(2, 1)]
 #[tokio::test(flavor = "multi_thread")]
-async fn who_sends_a_job_once_more_while_it_runs_is_answered_and_it_is_not_done_again() {
+async fn who_sends_a_job_again_while_it_runs_is_answered_and_it_is_not_done_again(
+    #[case] worker_count: usize,
+    #[case] jobs_max: usize,
+) {
     let rabbit = Rabbit::shared();
-    let stack = Stack::new(rabbit.url(), ONE_THREAD, SLOW);
+    let stack = Stack::new(rabbit.url(), &format!("cpu_threads_max = 1\njobs_max = {jobs_max}"), SLOW);
+    fs::write(stack.volume("a.img"), noise(9, 64 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let _workers: Vec<_> = (0..worker_count).map(|_| stack.worker()).collect();
+    stack.ok(&[&["run"][..], &strs(&backup(&stack, &["--backup-id", BACKUP]))].concat());
+    // A backup would be found done, whatever is kept of its job.
+    let target = stack.location("restored.img");
+    let submit = ["submit", "restore", "--backup-id", BACKUP, "--job-id", BACKUP, "--target", &target];
+
+    stack.ok(&submit);
+    event(&mut events, &["started"]).await;
+    for _ in 0..3 {
+        stack.ok(&submit);
+    }
+
+    for told in 1..=4 {
+        let event = event(&mut events, &["started", "succeeded", "failed", "cancelled"]).await;
+        assert_eq!(event["type"], "backhaul.job.succeeded.v1", "{told}: {event}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_copies_of_a_job_that_runs_keep_no_other_job_waiting() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\njobs_max = 2", SLOW);
     fs::write(stack.volume("a.img"), noise(9, 64 << 20)).unwrap();
     let (_broker, mut events) = listen(&rabbit, &stack).await;
     let _worker = stack.worker();
@@ -710,12 +742,48 @@ async fn who_sends_a_job_once_more_while_it_runs_is_answered_and_it_is_not_done_
 
     stack.ok(&submit);
     event(&mut events, &["started"]).await;
-    stack.ok(&submit);
-
-    for told in 1..=2 {
-        let event = event(&mut events, &["started", "succeeded", "failed", "cancelled"]).await;
-        assert_eq!(event["type"], "backhaul.job.succeeded.v1", "{told}: {event}");
+    for _ in 0..8 {
+        stack.ok(&submit);
     }
+    let other = "00000000-2f4b-4b7e-9a36-5d0c1e2f3a4b";
+    stack.ok(&["submit", "verify", "--backup-id", other]);
+
+    let first = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(first["data"]["backup_id"], other, "{first}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_queue_that_is_full_keeps_no_job_from_its_end() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let (broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let options = lapin::options::QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let mut limits = lapin::types::FieldTable::default();
+    limits.insert("x-max-length".into(), lapin::types::AMQPValue::LongInt(0));
+    limits.insert("x-overflow".into(), lapin::types::AMQPValue::LongString("reject-publish".into()));
+    let full = channel.queue_declare("".into(), options, limits).await.unwrap();
+    let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
+
+    for body in [verify.to_string(), "{".into()] {
+        let properties = Properties {
+            message_id: Some(body.len().to_string()),
+            reply_to: Some(full.name().to_string()),
+            ..Properties::default()
+        };
+        broker.publish_job(body.into_bytes().into(), properties).await.unwrap();
+    }
+
+    assert_eq!(dead_letters(&rabbit, &stack, 2).await.len(), 2);
+    for _ in 0..2 {
+        event(&mut events, &["failed", "rejected"]).await;
+    }
+    broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
+    let next = event(&mut events, &["failed", "rejected", "end"]).await;
+    assert_eq!(next, json!({}), "each is told once");
 }
 
 /// It came between the event and the acknowledgement, and went with that.

@@ -4,7 +4,7 @@
 
 mod native;
 
-pub use native::Native;
+pub use native::{Native, reply};
 
 use async_trait::async_trait;
 

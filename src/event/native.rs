@@ -1,10 +1,12 @@
 //! Events as CloudEvents on the broker's exchange, and in the reply queue of whoever asked for one.
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use tracing::warn;
 
 use super::{Error, EventSink};
-use crate::broker::{Broker, Properties, Routed};
+use crate::broker::{self, Broker, Properties, Routed};
+use crate::error::Causes;
 use crate::job::{Event, Happening, Outcome};
 use crate::message;
 
@@ -25,7 +27,7 @@ impl Native {
 #[async_trait]
 impl EventSink for Native {
     async fn send(&self, event: &Event) -> Result<(), Error> {
-        let body = bytes::Bytes::from(message::encode_event(event, &self.source));
+        let body = Bytes::from(message::encode_event(event, &self.source));
         let properties = Properties {
             content_type: Some(message::EVENT_CONTENT_TYPE.into()),
             correlation_id: self.request.correlation_id.clone(),
@@ -39,11 +41,26 @@ impl EventSink for Native {
         let (Some(queue), Happening::Ended(_)) = (&self.request.reply_to, &event.happening) else {
             return Ok(());
         };
-        if self.broker.publish_reply(queue, body, properties).await.map_err(failed)? == Routed::Nowhere {
-            warn!(%queue, "the reply queue is gone");
-        }
-        Ok(())
+        reply(&self.broker, queue.clone(), body, properties).await.map_err(failed)
     }
+}
+
+/// Puts a reply into the queue that waits for it. One that is gone, or full, is its owner's concern, and no error.
+pub async fn reply(
+    broker: &Broker,
+    queue: String,
+    body: Bytes,
+    properties: Properties,
+) -> Result<(), broker::Error> {
+    match broker.publish_reply(queue.clone(), body, properties).await {
+        Ok(Routed::Queued) => {}
+        Ok(Routed::Nowhere) => warn!(queue, "the reply queue is gone"),
+        Err(error @ broker::Error::NotConfirmed { .. }) => {
+            warn!(queue, error = %Causes(&error), "the reply queue takes no message");
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
 }
 
 fn what(happening: &Happening) -> &'static str {

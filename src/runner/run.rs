@@ -61,7 +61,12 @@ impl Attempts {
 
     /// Whether another worker may have begun the job, and still be at it.
     pub fn was_out_before(&self) -> bool {
-        self.redelivered || self.waited || self.current > 1
+        self.is_again() || self.waited
+    }
+
+    /// Whether it is a message that was begun on before, and not one that somebody sent anew and that only had to wait.
+    pub fn is_again(&self) -> bool {
+        self.redelivered || self.current > 1
     }
 
     fn is_last(&self) -> bool {
@@ -101,7 +106,8 @@ pub enum Ended {
 /// before `ctx.cancel` to have it stop as for a cancel, but without being ended.
 ///
 /// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
-/// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle).
+/// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle). `ctx.cancel` has fired by
+/// then if somebody asked for the end of the job, which may be [forgotten](crate::engine::Catalog::forget_cancel), too.
 pub async fn run(
     ctx: &Context,
     engine: &Engine,
@@ -113,10 +119,15 @@ pub async fn run(
     let started = Instant::now();
     let (was_out_before, revival_count) = (attempts.was_out_before(), attempts.revival_count);
     let begun = engine.catalog().begin(job.id, revival_count, was_out_before, attempts.redelivered).await;
+    // Also of one that is over: whoever ended it may have died before the mark was forgotten.
+    let asked = engine.catalog().is_cancelled(job.id).await;
+    if let Ok(true) = asked {
+        ctx.cancel.cancel();
+    }
     let (hold, restart_count) = match begun {
         Ok(Begun::Held { hold, restart_count }) => (hold, restart_count),
-        Ok(Begun::Over(kept)) if is_end_of(&kept.completion, job, was_out_before) => {
-            return tell_kept(engine, report, *kept, was_out_before).await;
+        Ok(Begun::Over(kept)) if is_end_of(&kept.completion, job, attempts.is_again()) => {
+            return tell_kept(engine, report, *kept, attempts.is_again()).await;
         }
         Ok(Begun::Over(kept)) => {
             return untouched(refuse(job, used_before(&kept.completion), attempts, report).await);
@@ -129,10 +140,8 @@ pub async fn run(
         // The store cannot say how the job stands.
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
     };
-    match engine.catalog().is_cancelled(job.id).await {
-        Ok(true) => ctx.cancel.cancel(),
-        Ok(false) => {}
-        Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
+    if let Err(error) = asked {
+        return refuse(job, Problem::new(error.class(), &error), attempts, report).await;
     }
     report.tell(Happening::Accepted).await;
 
@@ -243,9 +252,9 @@ pub async fn run(
     }
 }
 
-/// Whether it was this job that ended so, and not another one to which somebody gave the same id. A message that was handed
-/// out before is that of the job, though what it restores to may have another name by now.
-fn is_end_of(completion: &Completion, job: &Job, was_out_before: bool) -> bool {
+/// Whether it was this job that ended so, and not another one to which somebody gave the same id. A message that was begun on
+/// before is that of the job, though what it restores to may have another name by now.
+fn is_end_of(completion: &Completion, job: &Job, is_again: bool) -> bool {
     let is_same_target = || match (&completion.target, &job.work) {
         (Some(ended), Work::Restore(work)) => *ended == work.target.to_string(),
         _ => true,
@@ -253,7 +262,7 @@ fn is_end_of(completion: &Completion, job: &Job, was_out_before: bool) -> bool {
     completion.operation == job.operation()
         && completion.backup_id == job.backup_id()
         && job.volume_id().is_none_or(|id| completion.volume_id.is_none_or(|ended| ended == id))
-        && (was_out_before || is_same_target())
+        && (is_again || is_same_target())
 }
 
 /// What is kept of the job is for those who come after it.
@@ -398,8 +407,8 @@ fn completion_of(job: &Job, volume_id: Option<VolumeId>, outcome: Outcome, accou
 }
 
 /// Tells how a job ended before, unless that is known to have been told to who sent this message.
-async fn tell_kept(engine: &Engine, report: &Report<'_>, kept: KeptOutcome, was_out_before: bool) -> Ended {
-    if kept.told && was_out_before {
+async fn tell_kept(engine: &Engine, report: &Report<'_>, kept: KeptOutcome, is_again: bool) -> Ended {
+    if kept.told && is_again {
         info!("job was done before, and that was told");
         return Ended::Over(Box::new(kept.completion));
     }

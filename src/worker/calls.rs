@@ -29,7 +29,7 @@ const EXCHANGE: &str = "openstack";
 const VERSION: (u32, u32) = (1, 0);
 /// What can be asked for.
 const METHODS: [&str; 4] = ["backup", "restore", "delete", "verify"];
-/// How many calls wait here for the ends of their jobs; more wait with the broker.
+/// How many calls are taken at once whose commands are not in the job queue yet; more wait with the broker.
 const CALLS_COUNT_MAX: u16 = 1000;
 /// How long it takes until the broker is asked again that was not there.
 const AGAIN_PAUSE: Duration = Duration::from_secs(5);
