@@ -1567,6 +1567,43 @@ mod network {
         bench.clean().await;
     }
 
+    /// Told as another one's, it would be removed by who wrote it.
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_write_of_which_nobody_can_say_whose_it_is_may_be_its_own(
+        #[values(Kind::S3, Kind::Gcs)] kind: Kind,
+    ) {
+        let link = Link::to(&url_of(kind));
+        let mut far = Far::behind(kind, &link);
+        far.http().retries_max = 1;
+        let bench = far.bench();
+        let refused = http("412 Precondition Failed", "", "<Error><Code>PreconditionFailed</Code></Error>");
+        link.answer(std::iter::once(refused).chain(vec![http("503 Service Unavailable", "", ""); 2]));
+
+        let error = bench.store.put(&bench.name("a"), junk(100)).await.unwrap_err();
+
+        assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
+        assert_eq!(link.answers_left(), 0);
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_list_that_goes_on_without_saying_how_is_not_taken_for_whole() {
+        let link = Link::to(&url_of(Kind::S3));
+        let bench = Far::behind(Kind::S3, &link).bench();
+        let page = |name: &str| format!("<{name}><IsTruncated>true</IsTruncated></{name}>");
+
+        link.answer([http("200 OK", "", &page("ListBucketResult"))]);
+        let error = bench.store.list(&bench.folder, &bench.prefix).await.unwrap_err();
+        assert!(told(&error).contains("there is no NextContinuationToken"), "{}", told(&error));
+        assert_eq!(error.class(), Class::Permanent);
+
+        link.answer([http("200 OK", "", &page("ListMultipartUploadsResult"))]);
+        let error = bench.store.partials(&bench.folder, &bench.prefix).await.unwrap_err();
+        assert!(told(&error).contains("there is no NextKeyMarker"), "{}", told(&error));
+        bench.clean().await;
+    }
+
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn a_server_that_says_nothing_is_given_up_and_one_that_is_slow_is_not(

@@ -152,7 +152,7 @@ pub struct Pieces {
 
 impl Pieces {
     /// Makes the two ends of a read: the store sends, the reader receives.
-    fn channel() -> (mpsc::Sender<Result<Bytes>>, Self) {
+    pub fn channel() -> (mpsc::Sender<Result<Bytes>>, Self) {
         let (sender, pieces) = mpsc::channel(PIECES_AHEAD_MAX);
         (sender, Self { pieces })
     }

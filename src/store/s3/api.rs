@@ -259,6 +259,15 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, 
     })
 }
 
+/// A page that says that there are more, and not how to ask for them.
+pub(super) fn endless(what: &str) -> Failure {
+    let error = format!(
+        "the list goes on, and there is no {what} to ask for the rest: this server cannot be used, it has not what S3 has had \
+         since version 2 of its listings"
+    );
+    Failure::unusable(io::ErrorKind::InvalidData, error)
+}
+
 /// Whether a document says nothing but what went wrong.
 fn is_error(document: &str) -> bool {
     let head = document.trim_start();
@@ -288,6 +297,8 @@ fn refused(server: String, status: StatusCode, headers: &HeaderMap, body: &str) 
 pub(super) struct ObjectsPage {
     #[serde(default)]
     pub(super) contents: Vec<ObjectEntry>,
+    #[serde(default)]
+    pub(super) is_truncated: bool,
     pub(super) next_continuation_token: Option<String>,
 }
 

@@ -27,7 +27,7 @@ use rusty_s3::Method;
 use url::Url;
 use uuid::Uuid;
 
-use self::api::{Api, Deleted, ObjectsPage, Request, Upload, UploadsPage, explain, parse};
+use self::api::{Api, Deleted, ObjectsPage, Request, Upload, UploadsPage, endless, explain, parse};
 use self::upload::Writer;
 use super::http::{Failure, HttpSettings, Refusal, server_of};
 use super::reading::{Reader, Rest};
@@ -188,9 +188,11 @@ impl S3 {
         match self.write(&request.body(bytes).await).await {
             Ok(_) => Ok(()),
             Err(failure) => {
-                let error = explain("write", &place, &place.bucket, failure);
+                let explained = |failure| explain("write", &place, &place.bucket, failure);
+                let error = explained(failure);
                 match error.reason() {
-                    Reason::Exists if self.is_of_write(&place, &id).await.unwrap_or(false) => Ok(()),
+                    // An answer may have been lost. Whoever cannot know whose it is must not take it for another one's.
+                    Reason::Exists if self.is_of_write(&place, &id).await.map_err(explained)? => Ok(()),
                     _ => Err(error),
                 }
             }
@@ -336,7 +338,10 @@ impl ObjectStore for S3 {
             }
             token = page.next_continuation_token;
             if token.is_none() {
-                return Ok(listed);
+                return match page.is_truncated {
+                    false => Ok(listed),
+                    true => Err(failed(endless("NextContinuationToken"))),
+                };
             }
         }
     }
@@ -414,6 +419,9 @@ impl ObjectStore for S3 {
             }
             if !page.is_truncated {
                 return Ok(found);
+            }
+            if page.next_key_marker.is_empty() {
+                return Err(failed(endless("NextKeyMarker")));
             }
             (key_marker, id_marker) = (page.next_key_marker, page.next_upload_id_marker);
         }
