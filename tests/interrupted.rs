@@ -329,6 +329,58 @@ async fn a_restore_that_fails_at_any_call_leaves_no_file(
     }
 }
 
+/// As by a server that answered twice, and of which the first answer was lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_whose_record_is_written_and_said_not_to_be_stays_whole() {
+    for incremental in [false, true] {
+        let scene = Scene::new(Kind::Memory, incremental).await;
+        let job = scene.backup_job();
+        let calls = scene.calls(&job).await;
+        delete(&scene.engine(), job.backup_id()).await.unwrap();
+        let mut swap_count = 0;
+        for at in 1..=calls {
+            let job = scene.backup_job();
+            let (faulty, engine) = scene.faulty_engine(at, Fault::SaidNot);
+            let ended = run(&engine, &job).await;
+            let told = format!("call {at} of {calls}, {}", faulty.broke_at());
+
+            swap_count += usize::from(faulty.broke_at().starts_with("swap"));
+            if is_last_step(&faulty.broke_at()) {
+                ended.as_ref().expect(&told);
+            }
+            if ended.is_err() {
+                run(&scene.engine(), &job).await.expect(&told);
+            }
+            scene.check_whole(&job, &told).await;
+            delete(&scene.engine(), job.backup_id()).await.unwrap();
+        }
+        assert!(swap_count > 0);
+    }
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_to_its_end_is_no_damage(#[values(false, true)] verifies: bool) {
+    let scene = Scene::new(Kind::Memory, true).await;
+    let id = scene.parent.as_ref().unwrap().backup_id;
+    let job = || {
+        let target = scene.bench.volumes().join("target");
+        if verifies { job(Work::Verify(id.into())) } else { restore_job(id, &target) }
+    };
+    let calls = scene.calls(&job()).await;
+    let mut failed_count = 0;
+    for at in 1..=calls {
+        let (faulty, engine) = scene.faulty_engine(at, Fault::BreaksOff(Errno::IO));
+        let ended = run(&engine, &job()).await;
+        let told = format!("call {at} of {calls}, {}: {ended:?}", faulty.broke_at());
+        if let Err(error) = ended {
+            assert_eq!(error.class(), Class::Transient, "{told}");
+            failed_count += 1;
+        }
+    }
+    assert!(failed_count > 5, "{failed_count}");
+}
+
 /// Does two jobs at once: the first one stops at one of its calls, the other begins and stops at one of its own, the
 /// first goes on to its end, and then the other does. Gives how each ended, and where they stopped.
 async fn entangle(scene: &Scene, jobs: [(&Job, usize); 2]) -> ([Result<Receipt, Error>; 2], String) {

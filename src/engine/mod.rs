@@ -253,6 +253,8 @@ impl Engine {
             .await?;
         let record = match saved {
             Updated::To(record) => record,
+            // It was written, though that could not be told.
+            Updated::Not(Some(current)) if current.is_done_of(&record) => current,
             Updated::Not(current) => return Err(self.give_way(&record, current).await),
         };
         #[cfg(feature = "ceph")]
@@ -266,8 +268,11 @@ impl Engine {
 
     /// Ends an attempt of which the record says that it is not its own any more; says why.
     async fn give_way(&self, record: &Record, current: Option<Record>) -> Error {
-        // Whoever took over removed what there was of ours then, and does not know of what came after it.
-        if let Err(error) = self.remove_attempt(record, current.as_ref()).await {
+        // Whoever took over removed what there was of ours then, and does not know of what came after it. What is whole was not
+        // taken over.
+        if current.as_ref().is_none_or(|current| !current.is_done_of(record))
+            && let Err(error) = self.remove_attempt(record, current.as_ref()).await
+        {
             // That must not look like the end of the job.
             warn!(error = %Causes(&error), "some of what a job had written that was taken over could not be removed");
         }

@@ -86,6 +86,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether this is the record of the backup that the attempt which writes `record` makes, and says that it is whole.
+    pub fn is_done_of(&self, record: &Self) -> bool {
+        self.writer == record.writer && self.state == RecordState::Available
+    }
+
     /// Whether the attempt that writes this record still makes the backup, of which the store has `current`. In a store that
     /// knows no compare-and-swap, the attempt before it may have written its own over this one.
     pub fn stands(&self, current: Option<&Self>) -> bool {

@@ -20,6 +20,10 @@ pub(crate) enum Fault {
     Refused(Errno),
     /// All is done, and the call fails all the same.
     AnswerLost(Errno),
+    /// All is done, and if it is a swap it is said that another one was faster.
+    SaidNot,
+    /// What is read comes in small pieces, and the second half fails.
+    BreaksOff(Errno),
     /// Somebody asks for the end of the job, and the call succeeds.
     Cancel(CancellationToken),
     /// The call tells the first that it is about to begin, and waits for the second.
@@ -117,8 +121,8 @@ impl State {
                 return failed(*errno);
             }
             Fault::Cancel(token) => token.cancel(),
-            // Whoever made the call has seen to it.
-            Fault::WrongByte => {}
+            // Whoever made the call sees to it.
+            Fault::WrongByte | Fault::SaidNot | Fault::BreaksOff(_) => {}
             Fault::Pause(reached, go_on) => {
                 reached.notify_one();
                 go_on.notified().await;
@@ -140,8 +144,28 @@ impl State {
     }
 
     fn is_wrong_next(&self) -> bool {
-        matches!(self.fault, Fault::WrongByte) && self.calls.load(Ordering::SeqCst) + 1 == self.at
+        matches!(self.fault, Fault::WrongByte) && self.is_next()
     }
+
+    fn is_next(&self) -> bool {
+        self.calls.load(Ordering::SeqCst) + 1 == self.at
+    }
+}
+
+/// The first half of an object in small pieces, and then an error.
+async fn half_of(pieces: Pieces, object: &ObjectName, errno: Errno) -> Result<Pieces> {
+    let bytes = pieces.collect(object, 64 << 20).await?;
+    let (sender, half) = Pieces::channel();
+    let error = Error::io("read", object, errno.into());
+    tokio::spawn(async move {
+        for piece in bytes[..bytes.len() / 2].chunks(16) {
+            if sender.send(Ok(Bytes::copy_from_slice(piece))).await.is_err() {
+                return;
+            }
+        }
+        let _ = sender.send(Err(error)).await;
+    });
+    Ok(half)
 }
 
 fn with_a_wrong_byte(bytes: &Bytes) -> Bytes {
@@ -183,7 +207,8 @@ impl ObjectStore for Faulty {
 
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
         let bytes = self.state.written(bytes);
-        pass!(self, swap, object, was, bytes)
+        let is_said = !(matches!(self.state.fault, Fault::SaidNot) && self.state.is_next());
+        pass!(self, swap, object, was, bytes).map(|done: bool| done && is_said)
     }
 
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
@@ -198,7 +223,15 @@ impl ObjectStore for Faulty {
             let bytes = pieces.collect(object, 64 << 20).await?;
             self.inner.replace(object, with_a_wrong_byte(&bytes)).await?;
         }
-        pass!(self, get, object)
+        let breaks_off = match self.state.fault {
+            Fault::BreaksOff(errno) if self.state.is_next() => Some(errno),
+            _ => None,
+        };
+        let pieces = pass!(self, get, object)?;
+        match breaks_off {
+            Some(errno) => half_of(pieces, object, errno).await,
+            None => Ok(pieces),
+        }
     }
 
     async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {

@@ -99,15 +99,23 @@ impl Chunked {
             digest: ListDigest::default(),
         };
         let mut layers = Vec::new();
+        // That a list is whole was checked above, but not that it can be read a second time.
+        let unread = Arc::new(Mutex::new(None));
         for record in chain {
             let (sender, entries) = mpsc::channel(ENTRIES_AHEAD_MAX);
-            let lists = self.object_lists(record).await?;
-            // Its end is the end of the channel; that the list is whole was checked above.
+            let (lists, unread) = (self.object_lists(record).await?, unread.clone());
             tokio::task::spawn_blocking(move || {
-                lists.read(|entry| sender.blocking_send(entry).map_err(nobody_listens))
+                if let Err(error) = lists.read(|entry| sender.blocking_send(entry).map_err(nobody_listens)) {
+                    // Before the channel ends, which looks like the end of the list.
+                    *unread.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                }
             });
             layers.push(entries);
         }
+        let broken = |broken| {
+            let unread = unread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            unread.unwrap_or_else(|| broken_chain(chain, broken))
+        };
         let mut layers = Layers::new(layers, record.volume_bytes);
         let reader = Arc::new(ObjectReader {
             digester: BlockDigester::new(block_bytes as usize),
@@ -121,7 +129,7 @@ impl Chunked {
         let mut in_flight = FuturesUnordered::new();
         let mut index = 0;
         let result = async {
-            while let Some(item) = layers.next().await.map_err(|broken| broken_chain(chain, broken))? {
+            while let Some(item) = layers.next().await.map_err(broken)? {
                 ctx.check()?;
                 let layer = item.layer;
                 let object = names[layer].data(item.object.entry.number)?;
