@@ -971,10 +971,10 @@ mod clusters {
             volume.write(&[(0, &noise(number, 64 << 20))]);
             bench.die(job, 20 * MIB).await;
         }
-        // An attempt that was taken over left its snapshot; a list, and a snapshot, are of a backup whose record is gone.
+        // An attempt that was taken over left its snapshot; a list, and a snapshot, are of a backup that never was whole.
         let (earlier, lost) = (format!("backup.{id}.snap.1.000001"), BackupId::random());
         bench.ceph.rbd(&["snap", "create", &format!("{}@{earlier}", volume.spec())]);
-        bench.ceph.rbd(&["snap", "create", &format!("{image}@backup.{lost}.snap.1.000001")]);
+        bench.ceph.rbd(&["snap", "create", &format!("{}@backup.{lost}.snap.1.000001", volume.spec())]);
         let list = Folder::own("digests").object(&format!("{lost}.0.{}", JobId::random())).unwrap();
         bench.store.put(&list, Bytes::from_static(b"digests")).await.unwrap();
         // A removal that was broken off half way.
@@ -1013,5 +1013,48 @@ mod clusters {
             bench.run(job).await;
             verify(&bench.engine, job.backup_id()).await.unwrap();
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_whole_backup_whose_record_is_lost_stays_and_so_does_what_another_one_builds_on() {
+        let bench = Bench::new();
+        let (volume_id, volume) = bench.volume();
+        let source = format!("rbd:main/{}", volume.spec()).parse().unwrap();
+        let backup = |parent| backup_job_of(volume_id, Clone::clone(&source), parent);
+        let full = backup(Parent::None);
+        let id = full.backup_id();
+        // One alone in a pool that no record names.
+        let mut alone = backup(Parent::None);
+        let Work::Backup(work) = &mut alone.work else { unreachable!() };
+        work.container = Some("backups2".parse().unwrap());
+        for job in [&full, &alone] {
+            bench.run(job).await;
+        }
+        volume.write(&[(MIB, &noise(2, 1 << 20))]);
+        let child = backup(Parent::Given(id));
+        bench.run(&child).await;
+        let before = bench.everything();
+        let record = bench.engine.catalog().record(id).await.unwrap().unwrap();
+        let lose = async |id: BackupId| {
+            let object = Folder::own("records").object(&format!("{id}.json")).unwrap();
+            bench.store.delete(&object).await.unwrap();
+        };
+        lose(id).await;
+        lose(alone.backup_id()).await;
+
+        assert_eq!(found(&bench.engine, ANY_AGE).await, []);
+
+        bench.engine.import(record).await.unwrap();
+        assert_eq!(bench.everything(), before);
+        verify(&bench.engine, child.backup_id()).await.unwrap();
+        // Of one that is not whole any more the list stays by which its child is checked.
+        lose(id).await;
+        let image = format!("backups/volume-{volume_id}.backup.{id}");
+        let listed = bench.ceph.rbd(&["snap", "ls", "--format", "json", &image]);
+        let listed: Value = serde_json::from_str(&listed).unwrap();
+        let snapshot = listed[0]["name"].as_str().unwrap();
+        assert!(snapshot.contains(&id.to_string()), "{snapshot}");
+        bench.ceph.rbd(&["snap", "rm", "--no-progress", &format!("{image}@{snapshot}")]);
+        assert_eq!(found(&bench.engine, ANY_AGE).await, []);
     }
 }

@@ -465,9 +465,18 @@ impl Engine {
         let mut known = Known { records: records.clone(), listed: BTreeSet::new() };
         let mut lists = Vec::new();
         if let Format::Rbd(rbd) = &self.format {
-            for list in rbd.lists().await? {
+            let found = rbd.lists().await?;
+            let listed: BTreeSet<BackupId> = found.iter().map(|list| list.backup_id).collect();
+            let is_lost = |id: &BackupId| !records.contains_key(id);
+            // As in any store: what is whole stays, for `record import` to take it in again, and so does what a record builds on.
+            let mut kept = rbd.whole(listed.iter().copied().filter(is_lost).collect()).await?;
+            kept.extend(records.values().filter_map(|record| record.parent_id).filter(is_lost));
+            known.listed = &listed - &kept;
+            for list in found {
                 let List { backup_id: id, object, bytes, modified, partial } = list;
-                known.listed.insert(id);
+                if kept.contains(&id) {
+                    continue;
+                }
                 let record = self.catalog.record(id).await?;
                 let Some(reason) = rbd::why_list_orphaned(&object.name, record.as_ref()) else { continue };
                 if !clock.is_old(modified) {

@@ -1,7 +1,8 @@
 //! Finds what jobs that died have left in a cluster: images, snapshots of images and of volumes, lists of digests.
 //!
 //! Names are Cinder's, and tell the backup and not who made it. So an image is ours if it says so in its metadata, and a
-//! snapshot if its backup has a record of ours, or lists of digests, which only we write.
+//! snapshot if its backup has a record of ours, or lists of digests, which only we write. A backup that is whole stays, even if
+//! its record is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -10,8 +11,8 @@ use std::time::SystemTime;
 use jiff::Timestamp;
 
 use super::backup::{JOB_KEY, WRITER_KEY};
-use super::{Rbd, digests, names, open};
-use crate::ceph::{Clusters, Image, Mode, Pool, Snapshot, while_busy};
+use super::{Rbd, backups_on, digests, names, open};
+use crate::ceph::{Cluster, Clusters, Image, Mode, Pool, Snapshot, while_busy};
 use crate::engine::cpu::blocking;
 use crate::engine::error::Error;
 use crate::job::{BackupId, JobId, RbdImage, Record, RecordState};
@@ -58,7 +59,7 @@ pub struct List {
 pub struct Known {
     /// The records.
     pub records: BTreeMap<BackupId, Record>,
-    /// The backups of which there are lists of digests.
+    /// The backups of which there are lists of digests, but for those that stay without a record.
     pub listed: BTreeSet<BackupId>,
 }
 
@@ -102,6 +103,30 @@ impl Rbd {
             }
         }
         Ok(lists)
+    }
+
+    /// Which of these backups, whose records are gone, are whole all the same: an image of backups has the snapshot that makes
+    /// one visible. It may be in any pool; where we may not look we have made none.
+    pub async fn whole(&self, lost: BTreeSet<BackupId>) -> Result<BTreeSet<BackupId>, Error> {
+        if lost.is_empty() {
+            return Ok(lost);
+        }
+        let engine = self.clone();
+        blocking(move || {
+            let cluster = engine.connect()?;
+            let mut whole = BTreeSet::new();
+            for pool in cluster.pools()? {
+                match visible(&cluster, &pool) {
+                    // It is gone, not ours to look into, or one that can have no images.
+                    Err(Error::Ceph(error))
+                        if [ErrorKind::NotFound, ErrorKind::PermissionDenied, ErrorKind::Unsupported]
+                            .contains(&error.kind()) => {}
+                    visible => whole.extend(visible?.into_iter().filter(|id| lost.contains(id))),
+                }
+            }
+            Ok(whole)
+        })
+        .await?
     }
 
     /// Finds the images of backups, and the snapshots of such images, that no record needs.
@@ -167,6 +192,18 @@ impl Rbd {
         }
         Ok(())
     }
+}
+
+/// The backups that are whole in a pool.
+fn visible(cluster: &Cluster, pool: &str) -> Result<Vec<BackupId>, Error> {
+    let pool = cluster.pool(pool)?;
+    let mut visible = Vec::new();
+    for name in pool.images()?.iter().filter(|name| names::is_of_backups(name)) {
+        if let Some(image) = open(&pool, name, None)? {
+            visible.extend(backups_on(&image.snapshots()?));
+        }
+    }
+    Ok(visible)
 }
 
 /// Finds the snapshots of volumes that were taken for backups and that no record needs; those of volumes that a record

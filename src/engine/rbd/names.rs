@@ -25,6 +25,12 @@ pub fn first_backup(image: &str) -> Option<BackupId> {
     backup_id.parse().ok()
 }
 
+/// Whether an image is one of backups, by its name, whoever made it.
+pub fn is_of_backups(image: &str) -> bool {
+    let parts = image.strip_prefix("volume-").and_then(|rest| rest.split_once(".backup."));
+    parts.is_some_and(|(volume_id, _)| volume_id.parse::<VolumeId>().is_ok())
+}
+
 /// The image of a volume, as Cinder calls it if it is not set to another name.
 pub fn source_image(volume_id: VolumeId) -> String {
     format!("volume-{volume_id}")
@@ -93,6 +99,8 @@ mod tests {
         assert_eq!(base(volume_id, backup_id), format!("volume-{ID}.backup.{ID}"));
         assert_eq!(first_backup(&base(volume_id, backup_id)), Some(backup_id));
         assert_eq!(first_backup(&legacy_base(volume_id)), None);
+        assert!(is_of_backups(&base(volume_id, backup_id)) && is_of_backups(&legacy_base(volume_id)));
+        assert!(!is_of_backups(&source_image(volume_id)) && !is_of_backups("volume-a.backup.base"));
         assert_eq!(service_metadata("a"), r#"{"base": "a"}"#);
         assert_eq!(metadata_object(backup_id), format!("backup.{ID}.meta"));
     }
