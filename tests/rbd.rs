@@ -1427,6 +1427,39 @@ async fn a_snapshot_that_is_removed_while_it_is_read_makes_no_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_parent_whose_snapshot_is_removed_while_it_is_compared_with_is_not_built_on() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(32 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 4 << 20)), (16 * MIB, &noise(2, 1 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let at_full = volume.read();
+    let of_parent = format!("{}@{}", volume.spec(), bench.snapshots(volume.spec()).remove(0));
+    volume.discard(0, 4 * MIB);
+    volume.write(&[(17 * MIB, &noise(3, 1 << 20))]);
+    let job = backup_job_of(volume_id, source, Parent::Given(full.backup_id));
+    let (ctx, sink) = (Context::default(), Recorder::default());
+    let held = bench.memory.reserve(MEMORY_BYTES).await;
+    let (ended, ()) = tokio::join!(bench.end_in(&ctx, &job, 1, &sink), async {
+        // What was discarded needs no memory: once that is done, the two have been compared.
+        while ctx.progress.read().bytes_done == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        bench.main.rbd(&["snap", "rm", "--no-progress", &of_parent]);
+        drop(held);
+    });
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.method.unwrap().to_string(), "rbd full");
+    let reason = completion.account.fallback_reason.unwrap().to_string();
+    assert!(reason.contains("was removed while the volume was compared with it"), "{reason}");
+    for (id, expected) in [(full.backup_id, at_full), (job.backup_id(), volume.read())] {
+        verify(&bench.engine, id).await.unwrap();
+        assert!(bench.restored(id).await == expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_is_removed_while_it_is_restored_is_an_error() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(32 * MIB);

@@ -63,6 +63,12 @@ impl RbdOrigin {
         still_there(&self.pool, &self.location.image, &self.head.id()?, id)
     }
 
+    /// Fails when the snapshot of this id, which the volume has been compared with, is not there any more: librbd does not
+    /// tell, and what was discarded since is then taken for unchanged. Blocks.
+    pub fn check_compared(&self, snapshot_id: u64) -> Result<(), Error> {
+        still_there(&self.pool, &self.location.image, &self.head.id()?, Some(snapshot_id))
+    }
+
     /// Its size now.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -21,7 +21,7 @@ use crate::engine::source::Source;
 use crate::engine::{Catalog, Updated};
 use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
-use crate::volume::{RbdSource, VolumeSource};
+use crate::volume::{self, RbdSource, VolumeSource};
 
 /// The key under which an image says which job writes it.
 pub(super) const JOB_KEY: &str = "backhaul.job";
@@ -76,6 +76,7 @@ type Frozen = (Arc<dyn VolumeSource>, Option<Arc<RbdSource>>);
 #[derive(Clone)]
 struct ParentSnapshot {
     on_source: String,
+    id_on_source: u64,
     on_image: String,
     bytes: u64,
 }
@@ -92,6 +93,7 @@ impl Rbd {
     ) -> Result<Unfinished, Error> {
         ctx.progress.begin(record.volume_bytes);
         let method = record.method.unwrap_or(Method { strategy: crate::job::Strategy::Copy, mode: None });
+        let origin = source.origin();
         let plan = {
             let (engine, record, parent, ctx) = (self.clone(), record.clone(), parent.cloned(), ctx.clone());
             blocking(move || engine.prepare(&ctx, &record, parent.as_ref(), source, method)).await??
@@ -105,6 +107,17 @@ impl Rbd {
 
         let plan = Arc::new(plan);
         self.copy(ctx, record, plan.clone()).await?;
+        if let (Some(parent), Some(compared), Some(origin)) = (parent, &plan.parent, origin) {
+            let id = compared.id_on_source;
+            match blocking(move || origin.check_compared(id)).await? {
+                Err(volume::Error::RemovedMeanwhile { path }) => {
+                    let why =
+                        format!("its snapshot on {path} was removed while the volume was compared with it");
+                    return Err(unsuitable(parent, &why));
+                }
+                there => there?,
+            }
+        }
         plan.image.flush().await?;
         // Whoever takes a job over removes the lists of the attempt before. One that has not seen that, because it noted
         // at that moment how far it was, must not end with a record that names them.
@@ -319,7 +332,12 @@ impl Rbd {
                 ));
             }
         }
-        Ok(ParentSnapshot { on_source: on_source.name, on_image: on_image.name, bytes: on_image.bytes })
+        Ok(ParentSnapshot {
+            on_source: on_source.name,
+            id_on_source: on_source.id,
+            on_image: on_image.name,
+            bytes: on_image.bytes,
+        })
     }
 
     /// The record of an attempt that died, for one that goes on where it stopped, if all that it needs is still there.
