@@ -425,6 +425,7 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
         "map",
         "lock",
         "two snapshots",
+        "two snapshots on the volume",
         "size",
         "smaller",
     ] {
@@ -482,10 +483,11 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
                 bench.main.rbd(&[["feature", "disable", &image].as_slice(), &features].concat());
                 "exclusive lock"
             }
-            "two snapshots" => {
-                let again = format!("{}@backup.{}.snap.1.5", base(&full), full.backup_id);
-                bench.main.rbd(&["snap", "rename", &format!("{}@{snapshot}", base(&full)), &again]);
-                let other = format!("{}@backup.{}.snap.2.5", base(&full), full.backup_id);
+            "two snapshots" | "two snapshots on the volume" => {
+                let image = if case == "two snapshots" { base(&full) } else { volume.spec().into() };
+                let again = format!("{image}@backup.{}.snap.1.5", full.backup_id);
+                bench.main.rbd(&["snap", "rename", &format!("{image}@{snapshot}"), &again]);
+                let other = format!("{image}@backup.{}.snap.2.5", full.backup_id);
                 bench.main.rbd(&["snap", "create", "--no-progress", &other]);
                 "more than one"
             }

@@ -285,11 +285,11 @@ impl Rbd {
             let why = format!("{} has no exclusive lock, which keeps two writers apart", image.path());
             return Err(unsuitable(parent, &why));
         }
-        let on_image = match snapshot_of(&image, parent) {
-            Err(error @ Error::TwoSnapshots { .. }) => return Err(unsuitable(parent, &error.to_string())),
-            found => found?,
+        let one_of = |image: &Image| match snapshot_of(image, parent) {
+            Err(error @ Error::TwoSnapshots { .. }) => Err(unsuitable(parent, &error.to_string())),
+            found => found,
         };
-        let Some(on_image) = on_image else {
+        let Some(on_image) = one_of(&image)? else {
             return Err(unsuitable(parent, &format!("its snapshot on {} is gone", image.path())));
         };
         let head = origin.head();
@@ -301,7 +301,7 @@ impl Rbd {
                 &format!("{} is another image than the one that it was made of", head.path()),
             ));
         }
-        let Some(on_source) = snapshot_of(head, parent)? else {
+        let Some(on_source) = one_of(head)? else {
             return Err(unsuitable(parent, &format!("its snapshot on {} is gone", head.path())));
         };
         let known_id = parent.source.as_ref().and_then(|source| source.snapshot_id);
