@@ -798,6 +798,46 @@ async fn a_delete_waits_for_an_image_that_is_in_use() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_delete_that_cannot_remove_the_snapshot_of_the_volume_fails_and_can_be_sent_again() {
+    let bench = Bench::new();
+    let (volume_id, volume) = volume(&bench.other, 8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let source = location("other", volume.spec());
+    let on_volume = || bench.other.rbd(&["snap", "ls", volume.spec()]);
+    let access = |conf: &Path| Access { conf: conf.into(), user: "cinder".into(), operation_seconds_max: 60 };
+    let engine_with = |other: Option<&Path>| {
+        let main = ("main".to_owned(), access(bench.main.conf()));
+        let other = other.map(|conf| ("other".to_owned(), access(conf)));
+        let clusters = Clusters::new([main].into_iter().chain(other).collect());
+        let cpu = Cpu::start(1).unwrap();
+        let rbd = Rbd::new(bench.store.clone(), clusters.clone(), settings(), cpu, bench.memory.clone());
+        Engine::new(rbd, Volumes { file_roots: FileRoots::new(&[]), clusters })
+    };
+    // One with the key of another cluster, and one that is not there.
+    for conf in ["ceph.conf", "none.conf"] {
+        let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+        let id = full.backup_id;
+
+        let error =
+            delete(&engine_with(Some(bench.folder.path().join(conf).as_path())), id).await.unwrap_err();
+
+        assert_eq!(error.class(), Class::Permanent, "{error:?}");
+        let snapshot = full.source.unwrap().image.to_string();
+        assert!(error.to_string().contains(&snapshot), "{error}");
+        assert!(matches!(bench.record(id).await.state, RecordState::Deleting(_)), "{conf}");
+        assert!(on_volume().contains(&id.to_string()), "{conf}");
+        delete(&bench.engine, id).await.unwrap();
+        assert_eq!(bench.engine.catalog().record(id).await.unwrap(), None, "{conf}");
+        assert_eq!(on_volume(), "", "{conf}");
+    }
+    // Where nobody says any more how the cluster is reached, the backup goes all the same.
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    delete(&engine_with(None), full.backup_id).await.unwrap();
+    assert_eq!(bench.engine.catalog().record(full.backup_id).await.unwrap(), None);
+    assert!(on_volume().contains(&full.backup_id.to_string()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_delete_goes_on_where_one_before_was_broken_off() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB);

@@ -86,6 +86,16 @@ impl Error {
         io::Error::new(self.kind(), self)
     }
 
+    /// Whether a cluster says that there is no such thing. A file of ours that is missing says nothing about the cluster.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Operation { .. }) && self.kind() == io::ErrorKind::NotFound
+    }
+
+    /// Whether the configuration does not say which cluster is meant, so that none was asked.
+    pub fn is_unknown_cluster(&self) -> bool {
+        matches!(self, Self::NoCluster | Self::UnknownCluster { .. } | Self::UnnamedCluster { .. })
+    }
+
     /// What the operating system, in whose words Ceph speaks, calls the error.
     pub fn kind(&self) -> io::ErrorKind {
         match self {

@@ -192,6 +192,19 @@ pub enum Error {
     #[error("the cluster failed")]
     Ceph(#[from] crate::ceph::Error),
 
+    /// A backup is deleted but for the snapshot that it was made of.
+    #[cfg(feature = "ceph")]
+    #[error(
+        "the backup is deleted, but for its snapshot {snapshot} on the volume, which cannot be removed: put that right, or \
+         take the cluster out of the configuration to leave the snapshot there, and delete the backup again"
+    )]
+    SnapshotStays {
+        /// Which.
+        snapshot: String,
+        /// Why.
+        source: crate::ceph::Error,
+    },
+
     /// Somebody else writes to an image, or has cloned it.
     #[error(
         "image {image} is in use by somebody else: if nobody should, `rbd status` tells who has it open, and \

@@ -463,10 +463,18 @@ impl Engine {
         }
         #[cfg(feature = "ceph")]
         match self.remove_from_source(record).await {
-            // Its cluster may be known no more, and the backup is to go all the same.
-            Err(error) if error.class() == Class::Permanent => {
-                warn!(error = %Causes(&error), "the snapshot of the backup stays on the volume");
-            }
+            Err(error) if error.class() == Class::Permanent => match (error, &record.source) {
+                // Without the record nobody finds the snapshot again. That of a backup that came to nothing stays.
+                (Error::Ceph(source), Some(taken))
+                    if !source.is_unknown_cluster() && !matches!(record.state, RecordState::Error(_)) =>
+                {
+                    return Err(Error::SnapshotStays { snapshot: taken.image.to_string(), source });
+                }
+                // Its cluster may be known no more, and the backup is to go all the same.
+                (error, _) => {
+                    warn!(error = %Causes(&error), "the snapshot of the backup stays on the volume");
+                }
+            },
             removed => removed?,
         }
         Ok(())

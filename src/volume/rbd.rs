@@ -306,13 +306,12 @@ pub fn remove_snapshots(
     if taken.is_empty() {
         return Ok(());
     }
-    let gone = |error: &ceph::Error| error.kind() == io::ErrorKind::NotFound;
     let pool = match clusters.connect(image.cluster.as_deref())?.pool(&image.pool) {
-        Err(error) if gone(&error) => return Ok(()),
+        Err(error) if error.is_missing() => return Ok(()),
         pool => pool?,
     };
     let image = match pool.open_image(&image.image, None, Mode::Write) {
-        Err(error) if gone(&error) => return Ok(()),
+        Err(error) if error.is_missing() => return Ok(()),
         image => image?,
     };
     remove_taken(&image, taken)

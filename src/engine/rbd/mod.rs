@@ -209,7 +209,7 @@ impl Rbd {
     /// is gone, or never was.
     fn pool_if_there(&self, record: &Record) -> Result<Option<Pool>, Error> {
         match self.pool(&self.connect()?, record) {
-            Err(Error::Ceph(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(Error::Ceph(error)) if error.is_missing() => Ok(None),
             pool => pool.map(Some),
         }
     }
