@@ -1561,6 +1561,25 @@ async fn the_snapshots_of_backups_that_are_being_made_are_not_trimmed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_cannot_go_keeps_no_other_from_being_trimmed() {
+    let bench = Bench::with(Settings { source_snapshots_max: 1, ..settings() });
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    let oldest = bench.snapshots(volume.spec()).remove(0);
+    bench.main.rbd(&["snap", "protect", &format!("{}@{oldest}", volume.spec())]);
+    for _ in 0..2 {
+        let newest = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+        let snapshots = bench.snapshots(volume.spec());
+        assert_eq!(snapshots, [oldest.clone(), newest.source.unwrap().image.snapshot.unwrap()]);
+    }
+    bench.main.rbd(&["snap", "unprotect", &format!("{}@{oldest}", volume.spec())]);
+    bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    assert_eq!(bench.snapshots(volume.spec()).len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_image_without_a_lock_is_backed_up_and_restored_onto() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB);

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use backhaul::ceph::{Access, Clusters, Mode as OpenMode};
@@ -511,6 +511,26 @@ async fn a_volume_keeps_no_more_snapshots_than_it_may_and_only_those_of_its_back
     assert_eq!(volume.backups(), kept);
     delete(&elsewhere, other.backup_id()).await.unwrap();
     assert_eq!(volume.snapshots().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_does_not_wait_for_an_older_snapshot_that_cannot_go() {
+    let bench = Bench::new();
+    let mut volume = bench.volume(6 * MIB, MIB);
+    let first = bench.backup(SETTINGS, &volume, Parent::None).await.unwrap();
+    let protected = format!("{}@{}", volume.image.spec(), snapshot_of(&first));
+    volume.rbd(&["snap", "protect", &protected]);
+    for seed in 2..4 {
+        volume.write(&[(MIB, 10_000, seed)]);
+        let began = Instant::now();
+        let newest = bench.backup(SETTINGS, &volume, Parent::Latest).await.unwrap();
+        // A delete waits for 40 s.
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        assert_eq!(volume.backups(), BTreeSet::from([first.backup_id, newest.backup_id]));
+    }
+    volume.rbd(&["snap", "unprotect", &protected]);
+    let last = bench.backup(SETTINGS, &volume, Parent::Latest).await.unwrap();
+    assert_eq!(volume.backups(), BTreeSet::from([last.backup_id]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

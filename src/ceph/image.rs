@@ -500,6 +500,26 @@ impl Image {
         for snapshot in self.snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
             while_busy(|| self.remove_snapshot(&snapshot.name))?;
         }
+        self.remove_trashed(wanted)
+    }
+
+    /// The same, but without waiting: one that is in use stays, which is an error when the others are gone.
+    pub fn remove_unused_snapshots(&self, wanted: impl Fn(&Snapshot) -> bool) -> Result<(), Error> {
+        let mut removed = Ok(());
+        for snapshot in self.snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
+            match self.remove_snapshot(&snapshot.name) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    removed = removed.and(Err(error))
+                }
+                gone => drop(gone?),
+            }
+        }
+        self.remove_trashed(wanted)?;
+        removed
+    }
+
+    /// Removes what is left of `wanted` snapshots whose removal was broken off, unless it has clones.
+    fn remove_trashed(&self, wanted: impl Fn(&Snapshot) -> bool) -> Result<(), Error> {
         for snapshot in self.trashed_snapshots()?.iter().filter(|snapshot| wanted(snapshot)) {
             // SAFETY: the image is open.
             let code = unsafe { rbd_snap_remove_by_id(self.handle, snapshot.id) };

@@ -414,7 +414,7 @@ impl Engine {
             .filter_map(|other| other.source)
             .filter(|taken| taken.image_id == newest.image_id);
         let taken: Vec<_> = taken.skip(count_max as usize).collect();
-        Ok(blocking(move || origin.remove_snapshots(&taken)).await??)
+        Ok(blocking(move || origin.trim(&taken)).await??)
     }
 
     async fn copy(

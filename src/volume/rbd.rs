@@ -10,7 +10,7 @@ use futures_util::future;
 use tokio::runtime::Handle;
 
 use super::{Before, Error, PARTIAL, Read, VolumeSource, VolumeTarget, class_of};
-use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool};
+use crate::ceph::{self, Clusters, Diff, Extent, Features, Image, Mode, NewImage, Pool, Snapshot};
 use crate::error::Class;
 use crate::job::{RbdImage, SourceSnapshot};
 
@@ -93,9 +93,10 @@ impl RbdOrigin {
         Ok(Some(SourceSnapshot { image, image_id: self.head.id()?, snapshot_id: None }))
     }
 
-    /// Removes snapshots that were taken of it for backups, as far as they are still there. Blocks.
-    pub fn remove_snapshots(&self, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
-        remove_taken(&self.head, taken)
+    /// Removes snapshots that were taken of it for backups, as far as they are still there. One that is in use stays, which
+    /// is an error when the others are gone. Blocks.
+    pub fn trim(&self, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
+        self.head.remove_unused_snapshots(is_one_of(taken, &self.head.id()?))
     }
 
     /// The name of the snapshot of an earlier backup of a volume of `bytes`, if `volume`, which is of this image, can be
@@ -314,19 +315,19 @@ pub fn remove_snapshots(
         Err(error) if error.is_missing() => return Ok(()),
         image => image?,
     };
-    remove_taken(&image, taken)
+    image.remove_snapshots(is_one_of(taken, &image.id()?))
 }
 
-fn remove_taken(image: &Image, taken: &[SourceSnapshot]) -> Result<(), ceph::Error> {
-    let image_id = image.id()?;
+/// Tells the snapshots that were taken from those of the image of this id.
+fn is_one_of(taken: &[SourceSnapshot], image_id: &str) -> impl Fn(&Snapshot) -> bool {
     // Images and snapshots of the same name that were made later are other ones.
-    image.remove_snapshots(|found| {
+    move |found: &Snapshot| {
         taken.iter().any(|taken| {
             taken.image_id == image_id
                 && taken.image.snapshot.as_ref() == Some(&found.name)
                 && taken.snapshot_id.is_none_or(|id| id == found.id)
         })
-    })
+    }
 }
 
 /// Removes the snapshots that are `wanted` from the first image of this name that has any, whatever cluster and pool it

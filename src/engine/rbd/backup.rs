@@ -42,16 +42,15 @@ impl Unfinished {
 }
 
 /// Removes the oldest snapshots of backups from a volume, so that not more than `count_max` stay beside those of the
-/// backups that are `being_made`. Blocks.
+/// backups that are `being_made`. One that is in use stays, which is an error when the others are gone. Blocks.
 pub fn trim(source: &RbdOrigin, count_max: usize, being_made: &BTreeSet<BackupId>) -> Result<(), Error> {
     let image = source.head();
     let snapshots = image.snapshots()?;
     let may_go = |name: &str| names::backup_of(name).is_some_and(|id| !being_made.contains(&id));
-    let of_backups: Vec<_> = snapshots.iter().filter(|snapshot| may_go(&snapshot.name)).collect();
-    for snapshot in &of_backups[..of_backups.len().saturating_sub(count_max)] {
-        image.remove_snapshot(&snapshot.name)?;
-    }
-    Ok(())
+    let of_backups = snapshots.iter().filter(|snapshot| may_go(&snapshot.name));
+    let of_backups: Vec<u64> = of_backups.map(|snapshot| snapshot.id).collect();
+    let surplus = &of_backups[..of_backups.len().saturating_sub(count_max)];
+    Ok(image.remove_unused_snapshots(|snapshot| surplus.contains(&snapshot.id))?)
 }
 
 /// What is to be copied, and how it is found.
