@@ -1324,6 +1324,23 @@ async fn a_job_that_is_run_again_takes_over_what_the_dead_one_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_metadata_that_a_dead_attempt_left_does_not_stop_the_next_one() {
+    let bench = Bench::with(Settings { checkpoint_bytes: u64::MAX, ..settings() });
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    let mut job = backup_job_of(volume_id, location("main", volume.spec()), Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    work.volume_meta = Some("{}".into());
+    bench.die_in_the_middle_of(&job).await;
+    // It may have died after it had written this, and the volume may have been renamed since.
+    let metadata = bench.file("metadata", b"{\"name\": \"old\"}");
+    let object = format!("backup.{}.meta", job.backup_id());
+    bench.main.rados(&["-p", "backups", "put", &object, metadata.to_str().unwrap()]);
+    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
+    assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), "{}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_failed_for_want_of_its_pool_can_be_deleted() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB);
@@ -1648,8 +1665,8 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
             checkpoint = checkpoint => checkpoint,
         };
         assert!(checkpoint.bytes_done >= 8 * MIB, "{checkpoint:?}");
-        // It may have died after it had written this.
-        let metadata = bench.file("metadata", b"{}");
+        // It may have died after it had written this, and the volume may have been renamed since.
+        let metadata = bench.file("metadata", b"{\"name\": \"old\"}");
         let object = format!("backup.{}.meta", job.backup_id());
         bench.main.rados(&["-p", "backups", "put", &object, metadata.to_str().unwrap()]);
         // What is written now is not of the backup: the snapshot is that of the first attempt.
@@ -1657,6 +1674,7 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
         let completion = bench.complete(&job).await;
         assert_eq!(completion.outcome, Outcome::Succeeded);
         assert!(bench.restored(job.backup_id()).await == at_first);
+        assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), "{}");
         let record = bench.record(job.backup_id()).await;
         assert!(record.object_digests.len() > 1 && record.checkpoint.is_none());
         verify(&bench.engine, job.backup_id()).await.unwrap();

@@ -131,7 +131,7 @@ impl Rbd {
                 let pool = engine.pool(&engine.connect()?, &wanted)?;
                 let name = names::metadata_object(wanted.backup_id);
                 match pool.create_object(&name, metadata.as_bytes()) {
-                    // An attempt before this one may have come as far.
+                    // An attempt that was taken over may have come as far meanwhile.
                     Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                         let there = pool.read_object(&name, 0, metadata.len() + 1)?;
                         if there != metadata.as_bytes() { Err(error.into()) } else { Ok::<_, Error>(()) }
@@ -195,7 +195,6 @@ impl Rbd {
                 // The attempt before may have come as far as this, and died before it could say so.
                 if let Some(snapshot) = snapshot_of(&image, record)? {
                     image.remove_snapshot(&snapshot.name)?;
-                    pool.remove_object(&names::metadata_object(record.backup_id))?;
                 }
                 if image.bytes()? != volume_bytes {
                     image.resize(volume_bytes)?;
@@ -203,6 +202,10 @@ impl Rbd {
                 image
             }
         };
+        if record.displaced_writer.is_some() {
+            // The same; and the volume may have another name, say, by now.
+            pool.remove_object(&names::metadata_object(record.backup_id))?;
+        }
         let (differential, image_id) = (is_differential(method), image.id()?);
         Ok(Plan {
             from,

@@ -32,7 +32,8 @@ impl Rbd {
         let is_same = |current: &Record| current.image_id.is_some() && current.image_id == record.image_id;
         if !current.is_some_and(is_same) {
             let (engine, wanted) = (self.clone(), record.clone());
-            blocking(move || engine.remove_attempt_from_image(&wanted)).await??;
+            let is_alone = current.is_none();
+            blocking(move || engine.remove_attempt_from_pool(&wanted, is_alone)).await??;
         }
         let kept = current.map_or(&[][..], |current| &current.object_digests);
         let (folder, own) = (digests::folder(), format!(".{}", record.writer));
@@ -45,8 +46,12 @@ impl Rbd {
         Ok(())
     }
 
-    fn remove_attempt_from_image(&self, record: &Record) -> Result<(), Error> {
+    /// Unless the attempt `is_alone`, the metadata of the volume may be that of another one.
+    fn remove_attempt_from_pool(&self, record: &Record, is_alone: bool) -> Result<(), Error> {
         let Some(pool) = self.pool_if_there(record)? else { return Ok(()) };
+        if is_alone {
+            pool.remove_object(&names::metadata_object(record.backup_id))?;
+        }
         let name = names::image(record);
         let Some(image) = open_to_remove(&pool, &name, record)? else { return Ok(()) };
         match image.metadata(WRITER_KEY)? {
