@@ -649,6 +649,30 @@ async fn a_target_that_is_in_use_or_too_small_is_refused_and_left_as_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restore_over_other_backups_is_refused() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(MIB, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let image_of = |backup: &str| format!("backups/volume-{volume_id}.backup.{backup}");
+    // As Cinder's copy of a snapshot, which no snapshot of the image protects.
+    let copy = image_of("base");
+    bench.main.rbd(&["create", "--size", "8M", &copy]);
+    let copy = bench.main.existing(&copy);
+    copy.write(&[(0, &noise(2, 1 << 20))]);
+    let (held, new) = (copy.read(), image_of(&BackupId::random().to_string()));
+    for target in [copy.spec(), &base(&full), &new] {
+        let error = bench.restore(full.backup_id, &location("main", target)).await.unwrap_err();
+        assert_eq!(error.class(), Class::Permanent, "{target}: {error:?}");
+        assert!(error.to_string().contains("has the name of an image that backups are in"), "{error}");
+    }
+    assert!(copy.read() == held);
+    assert!(!bench.images("backups").iter().any(|image| new.ends_with(image.as_str())));
+    verify(&bench.engine, full.backup_id).await.unwrap();
+    bench.main.rbd(&["rm", "--no-progress", copy.spec()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_cannot_be_read_is_told_and_leaves_nothing_behind() {
     let bench = Bench::new();
     for (source, expected) in [

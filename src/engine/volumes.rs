@@ -5,16 +5,16 @@ use std::sync::Arc;
 use super::cpu::blocking;
 use super::error::Error;
 #[cfg(feature = "ceph")]
-use super::rbd::To;
+use super::rbd::{To, is_of_backups};
 use super::source::Source;
 #[cfg(feature = "ceph")]
 use crate::ceph::Clusters;
 use crate::job::Location;
 #[cfg(feature = "ceph")]
 use crate::job::{RbdImage, SourceSnapshot};
-use crate::volume::{FileRoots, FileSource, FileTarget, VolumeTarget};
 #[cfg(feature = "ceph")]
-use crate::volume::{RbdTarget, rbd};
+use crate::volume::{self, RbdTarget, rbd};
+use crate::volume::{FileRoots, FileSource, FileTarget, VolumeTarget};
 
 /// Where the volumes of jobs may be.
 #[derive(Debug, Clone)]
@@ -70,7 +70,7 @@ impl Volumes {
         .await?
     }
 
-    /// Opens what is to be restored onto. `restore` names the job and the backup, the same for each attempt.
+    /// Opens what is to be restored onto, which must not be what backups are in. `restore` names the job and the backup, the same for each attempt.
     pub async fn target(&self, location: &Location, bytes: u64, restore: String) -> Result<Target, Error> {
         let (volumes, location) = (self.clone(), location.clone());
         blocking(move || match &location {
@@ -79,6 +79,10 @@ impl Volumes {
             }
             #[cfg(feature = "ceph")]
             Location::Rbd(image) => {
+                // Of whatever store: all that Cinder copied as a whole lies in the head of its image.
+                if is_of_backups(&image.image) {
+                    return Err(volume::Error::BackupImage { path: image.to_string() }.into());
+                }
                 Ok(Target::Rbd(Arc::new(RbdTarget::open(&volumes.clusters, image, bytes, &restore)?)))
             }
             #[cfg(not(feature = "ceph"))]

@@ -159,6 +159,15 @@ pub enum Error {
         /// The pool and the image.
         path: String,
     },
+    /// It would be restored over, or beside, backups that are images.
+    #[cfg(feature = "ceph")]
+    #[error(
+        "{path} has the name of an image that backups are in, `volume-<volume>.backup.…`: name another one"
+    )]
+    BackupImage {
+        /// The target as it was asked for.
+        path: String,
+    },
     /// A snapshot, or the image, is gone or replaced that was read until now.
     #[cfg(feature = "ceph")]
     #[error("{path} was removed while it was read, so that what was read is not certain")]

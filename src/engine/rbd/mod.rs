@@ -30,7 +30,7 @@ use crate::store::ObjectStore;
 
 pub use backup::{Unfinished, trim};
 pub use gc::{Known, Leftover, List, source_leftovers, why_list_orphaned};
-pub use names::{SERVICE, backup_of, source_image};
+pub use names::{SERVICE, backup_of, is_of_backups, source_image};
 pub use transfer::To;
 
 /// How a store's images are made. Everything else is as Cinder has it.
