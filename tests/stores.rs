@@ -301,7 +301,10 @@ async fn an_object_is_swapped_only_for_what_it_was(#[case] kind: Kind) {
     let mut other = first.to_vec();
     other[4999] ^= 1;
     let longer = [&first[..], b"x"].concat();
-    for was in [other.into(), longer.into(), first.slice(..4999), Bytes::new()] {
+    let ends_alike = [&first[..], &first[4999..]].concat();
+    let [twice, thrice] = [2, 3].map(|count| first.repeat(count));
+    let longer = [longer, ends_alike, twice, thrice].map(Bytes::from);
+    for was in [other.into(), first.slice(..4999), Bytes::new()].into_iter().chain(longer) {
         assert!(!swap(&was, &second).await, "{} bytes", was.len());
         assert!(bench.read(&name).await.unwrap() == first);
     }
@@ -803,6 +806,23 @@ mod rados {
 
         assert!(error.to_string().contains("has 99 bytes of 100"), "{error}");
         bench.store.delete(&name).await.unwrap();
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_object_whose_entry_tells_of_parts_without_end_is_deleted_in_time() {
+        let (bench, pool) = bench();
+        let name = bench.name("a");
+        bench.store.put(&name, junk(9 * MIB)).await.unwrap();
+        let parts: Vec<_> = (0..3).map(|number| part(&pool, &name, number)).collect();
+        let id = id_of(&pool.map_value(INDEX, &name.name).unwrap().unwrap());
+        let entry = format!("{} {} {id}", u64::MAX, 4 * MIB);
+        assert!(pool.change_map(INDEX, &[MapChange::Set(&name.name, entry.as_bytes())]).unwrap());
+
+        bench.store.delete(&name).await.unwrap();
+
+        assert!(parts.iter().all(|part| pool.object_bytes(part).unwrap().is_none()));
+        assert_eq!(bench.left().await, BTreeSet::new());
         bench.clean().await;
     }
 

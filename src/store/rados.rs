@@ -36,6 +36,9 @@ use crate::ceph::{MapChange, Pool};
 const PART_BYTES: usize = 4 << 20;
 /// What lies in the index at most. Whoever lists a folder reads all of these, so they must be small.
 const INLINE_BYTES_MAX: usize = 16 << 10;
+/// As many parts are looked for as an entry in the index says, but no more than this: it may be damaged, and say any number.
+/// The list of digests of 32 TiB has so many.
+const PARTS_SOUGHT_MAX: u64 = 4096;
 /// How often something is tried that somebody else was faster with.
 const TRIES_MAX: u32 = 20;
 
@@ -86,6 +89,9 @@ impl ObjectStore for Rados {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
                 read => read?,
             };
+            if was.len() as u64 != contents.bytes {
+                return Ok(false);
+            }
             let mut rest = was;
             while let Some(there) = piece {
                 if !rest.starts_with(&there) {
@@ -93,9 +99,6 @@ impl ObjectStore for Rados {
                 }
                 rest = rest.slice(there.len()..);
                 piece = place.piece(&contents, contents.bytes - rest.len() as u64)?;
-            }
-            if !rest.is_empty() {
-                return Ok(false);
             }
             place.write(&bytes, Publish::Instead(contents))
         })
@@ -428,9 +431,10 @@ impl Place {
         self.change(&[MapChange::Expect(&key, WRITING), MapChange::Set(&key, ABANDONED)])
     }
 
-    /// Removes parts that nobody can read or finish, and then forgets them. At least `count_min` are looked for.
-    fn remove_parts(&self, id: Uuid, count_min: u64) -> io::Result<()> {
-        let mut count = count_min;
+    /// Removes parts that nobody can read or finish, and then forgets them: `count_told` of them if some are missing, and all
+    /// that follow each other behind these.
+    fn remove_parts(&self, id: Uuid, count_told: u64) -> io::Result<()> {
+        let mut count = count_told.min(PARTS_SOUGHT_MAX);
         while self.pool.object_bytes(&self.part(id, count))?.is_some() {
             count += 1;
         }
