@@ -277,7 +277,9 @@ impl Rbd {
             }
             image => image?,
         };
-        if parent.image_id.as_ref().is_some_and(|id| image.id().is_ok_and(|now| now != *id)) {
+        if let Some(id) = &parent.image_id
+            && image.id()? != *id
+        {
             return Err(unsuitable(
                 parent,
                 &format!("{} is another image than the one it was stored in", image.path()),
