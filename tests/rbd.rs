@@ -649,6 +649,28 @@ async fn a_target_that_is_in_use_or_too_small_is_refused_and_left_as_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restore_to_a_new_image_that_is_whole_removes_nothing_of_the_next_one() {
+    let bench = Bench::new();
+    let name = format!("new-{}", JobId::random());
+    let volumes = Volumes { file_roots: FileRoots::new(&[]), clusters: bench.clusters.clone() };
+    let place = location("main", &format!("volumes/{name}"));
+    let target = volumes.target(&place, MIB, "a restore".into()).await.unwrap().into_volume();
+    let ending = target.clone();
+    tokio::task::spawn_blocking(move || ending.finish()).await.unwrap().unwrap();
+    // Another one has begun.
+    let partial = format!("{name}.backhaul-partial");
+    bench.main.rbd(&["create", "--size", "1M", &format!("volumes/{partial}")]);
+
+    drop(target);
+
+    let images = bench.images("volumes");
+    assert!(images.contains(&name) && images.contains(&partial), "{images:?}");
+    for image in [name, partial] {
+        bench.main.rbd(&["rm", "--no-progress", &format!("volumes/{image}")]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_restore_over_other_backups_is_refused() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB);

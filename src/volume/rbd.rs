@@ -432,7 +432,8 @@ pub struct RbdTarget {
     new: Option<String>,
     /// What the attempt before noted.
     note: Option<String>,
-    /// Whether a new image stays that is not whole.
+    /// Whether what is there under the name of one that is not whole stays: for the next attempt, or because this one is whole
+    /// and has another name.
     stays: AtomicBool,
 }
 
@@ -616,7 +617,9 @@ impl VolumeTarget for RbdTarget {
         drop(image);
         self.close();
         let Some(name) = &self.new else { return Ok(()) };
-        self.pool.rename_image(&partial(name), name).map_err(ceph::Error::into_io)
+        self.pool.rename_image(&partial(name), name).map_err(ceph::Error::into_io)?;
+        self.leave();
+        Ok(())
     }
 }
 
@@ -627,7 +630,6 @@ impl Drop for RbdTarget {
             && !self.stays.load(Ordering::Relaxed)
             && let Err(error) = self.pool.remove_image(&partial(name))
         {
-            // It is gone already when the restore succeeded, which is no error.
             tracing::warn!(%error, "an image that was not restored to its end is left behind");
         }
     }
