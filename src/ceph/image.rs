@@ -657,10 +657,9 @@ impl Image {
     pub async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
         let buffer = Buffer::Read(Vec::with_capacity(length));
         let (read, buffer) = self
-            .submit("read image", buffer, |handle, buffer, completion| {
-                let Buffer::Read(bytes) = buffer else { return -einval() };
+            .submit("read image", buffer, |handle, bytes, completion| {
                 // SAFETY: see `submit`; the buffer has room for the length that is told.
-                unsafe { rbd_aio_read(handle, offset, length, bytes.as_mut_ptr().cast(), completion) }
+                unsafe { rbd_aio_read(handle, offset, length, bytes, completion) }
             })
             .await?;
         match buffer {
@@ -679,10 +678,10 @@ impl Image {
 
     /// Writes `bytes` from `offset` on. When this is given up before its end, it may still be done.
     pub async fn write(&self, offset: u64, bytes: Bytes) -> Result<(), Error> {
-        self.submit("write image", Buffer::Write(bytes), |handle, buffer, completion| {
-            let Buffer::Write(bytes) = buffer else { return -einval() };
+        let length = bytes.len();
+        self.submit("write image", Buffer::Write(bytes), |handle, bytes, completion| {
             // SAFETY: see `submit`; the buffer has the length that is told.
-            unsafe { rbd_aio_write(handle, offset, bytes.len(), bytes.as_ptr().cast(), completion) }
+            unsafe { rbd_aio_write(handle, offset, length, bytes, completion) }
         })
         .await
         .map(drop)
@@ -719,16 +718,18 @@ impl Image {
     }
 
     /// Starts a request and waits for its end. The buffer belongs to the request until then, whether somebody still
-    /// waits or not, and the image is not closed before: so `start` may hand librbd pointers into the buffer.
+    /// waits or not, and the image is not closed before: so `start` may hand librbd the pointer to its bytes.
     fn submit(
         &self,
         action: &'static str,
         buffer: Buffer,
-        start: impl FnOnce(rbd_image_t, &mut Buffer, rbd_completion_t) -> c_int,
+        start: impl FnOnce(rbd_image_t, *mut c_char, rbd_completion_t) -> c_int,
     ) -> impl Future<Output = Result<(isize, Buffer), Error>> + Send {
         let (sender, receiver) = oneshot::channel();
         let answer = self.answer(action, receiver);
-        let request = Box::new(Request { buffer, sender, in_flight: self.in_flight.clone() });
+        let mut request = Box::new(Request { buffer, sender, in_flight: self.in_flight.clone() });
+        // A pointer, because the request may be at its end, and freed, before `start` returns.
+        let bytes = request.buffer.bytes();
         let mut completion = ptr::null_mut();
         let request = Box::into_raw(request);
         // SAFETY: `finished` takes exactly this argument, once. Fails only for want of memory.
@@ -739,9 +740,7 @@ impl Image {
             return answer;
         }
         self.in_flight.begin();
-        // SAFETY: the request is alive and not touched by anybody else until librbd has called back, which it does not
-        // before `start` has handed it over.
-        let code = start(self.handle, unsafe { &mut (*request).buffer }, completion);
+        let code = start(self.handle, bytes, completion);
         if code < 0 {
             // SAFETY: a request that was refused is not called back for: request and completion are still ours.
             unsafe {
@@ -793,6 +792,17 @@ enum Buffer {
     None,
     Read(Vec<u8>),
     Write(Bytes),
+}
+
+impl Buffer {
+    /// Where its bytes are, or come to; librbd only reads those that it is to write.
+    fn bytes(&mut self) -> *mut c_char {
+        match self {
+            Self::None => ptr::null_mut(),
+            Self::Read(bytes) => bytes.as_mut_ptr().cast(),
+            Self::Write(bytes) => bytes.as_ptr().cast_mut().cast(),
+        }
+    }
 }
 
 /// A request that is under way.
