@@ -8,7 +8,10 @@ use backhaul::ceph::{self, Cluster, Diff, Features, Image, MapChange, Mode, NewI
 use bytes::Bytes;
 use futures_util::FutureExt;
 use rustix::io::Errno;
+use tokio::sync::oneshot;
 use uuid::Uuid;
+
+use crate::support::ceph::Ceph;
 
 const MIB: u64 = 1 << 20;
 
@@ -187,6 +190,31 @@ async fn a_request_that_nobody_waits_for_comes_to_its_end_before_the_image_is_cl
     let bytes = image.read(0, 32 * MIB as usize).await.unwrap();
     assert!(bytes.iter().all(|byte| *byte == 7));
     drop(image);
+    pool.remove_image(&name).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_image_that_takes_long_to_close_keeps_no_other_task_waiting() {
+    let pool = pool();
+    let (name, image) = new_image(&pool, 8 * MIB);
+    drop(image);
+    Ceph::shared().existing(&format!("volumes/{name}")).slow_down(MIB);
+    let image = pool.open_image(&name, None, Mode::Write).unwrap();
+    let (sender, closes) = oneshot::channel();
+    let closed = tokio::spawn(async move {
+        for index in 0..6 {
+            assert!(image.write(index * MIB, Bytes::from(vec![7; MIB as usize])).now_or_never().is_none());
+        }
+        sender.send(()).unwrap();
+        drop(image);
+    });
+    closes.await.unwrap();
+
+    // There is one thread for tasks.
+    tokio::spawn(async {}).await.unwrap();
+
+    assert!(!closed.is_finished());
+    closed.await.unwrap();
     pool.remove_image(&name).unwrap();
 }
 

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::librbd::*;
 use super::rados::text_of;
-use super::{Error, Pool, c_string, check, while_busy};
+use super::{Error, Pool, c_string, check, in_place, while_busy};
 
 /// Snapshots, images or watchers that are asked for at first; when there are more, it is asked again.
 const LIST_MAX: usize = 64;
@@ -228,7 +228,8 @@ impl Pool {
     }
 }
 
-/// An open image, or an open snapshot of one. Dropping it waits for what is under way, and blocks.
+/// An open image, or an open snapshot of one. Dropping it waits for what is under way, and blocks; other tasks of the thread
+/// go on meanwhile.
 ///
 /// librados gives up what takes longer than [`super::Access::operation_seconds_max`]. librbd does not: a client that the
 /// cluster has shut out may wait for the image's lock for ever, and one that is to close an image whose cluster is away for
@@ -253,38 +254,40 @@ unsafe impl Sync for Image {}
 
 impl Drop for Image {
     fn drop(&mut self) {
-        // What was given up once is not waited for again.
-        let time_max = match self.gave_up.load(Ordering::Relaxed) {
-            true => Duration::ZERO,
-            false => self.request_time_max,
-        };
-        if !self.in_flight.wait_for_none(time_max) {
-            tracing::warn!(
-                image = self.path,
-                "an image stays open: librbd does not end what was asked of it"
-            );
-            std::mem::forget(self.pool.clone());
-            return;
-        }
-        let (handle, pool) = (Handle(self.handle), self.pool.clone());
-        let (sender, closed) = mpsc::channel();
-        let thread = thread::Builder::new().name("close".into()).spawn(move || {
-            // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
-            let code = unsafe { rbd_close(handle.into_inner()) };
-            drop(pool);
-            // Nobody may be waiting any more.
-            sender.send(code).ok();
+        in_place(|| {
+            // What was given up once is not waited for again.
+            let time_max = match self.gave_up.load(Ordering::Relaxed) {
+                true => Duration::ZERO,
+                false => self.request_time_max,
+            };
+            if !self.in_flight.wait_for_none(time_max) {
+                tracing::warn!(
+                    image = self.path,
+                    "an image stays open: librbd does not end what was asked of it"
+                );
+                std::mem::forget(self.pool.clone());
+                return;
+            }
+            let (handle, pool) = (Handle(self.handle), self.pool.clone());
+            let (sender, closed) = mpsc::channel();
+            let thread = thread::Builder::new().name("close".into()).spawn(move || {
+                // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
+                let code = unsafe { rbd_close(handle.into_inner()) };
+                drop(pool);
+                // Nobody may be waiting any more.
+                sender.send(code).ok();
+            });
+            let time_max = self.request_time_max * CLOSE_REQUESTS_MAX;
+            match thread.map(|_| closed.recv_timeout(time_max)) {
+                Ok(Ok(code)) if code >= 0 => {}
+                Ok(Ok(code)) => {
+                    tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
+                }
+                Ok(Err(_)) | Err(_) => {
+                    tracing::warn!(image = self.path, "an image stays open: librbd does not close it");
+                }
+            }
         });
-        let time_max = self.request_time_max * CLOSE_REQUESTS_MAX;
-        match thread.map(|_| closed.recv_timeout(time_max)) {
-            Ok(Ok(code)) if code >= 0 => {}
-            Ok(Ok(code)) => {
-                tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
-            }
-            Ok(Err(_)) | Err(_) => {
-                tracing::warn!(image = self.path, "an image stays open: librbd does not close it");
-            }
-        }
     }
 }
 

@@ -18,6 +18,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::block_in_place;
 
 /// What went wrong in a cluster.
 #[derive(Debug, thiserror::Error)]
@@ -144,6 +146,14 @@ pub fn while_busy<T>(mut action: impl FnMut() -> Result<T, Error>) -> Result<T, 
             }
             done => return done,
         }
+    }
+}
+
+/// Does what blocks. Where the thread has tasks, the others go on elsewhere meanwhile.
+pub fn in_place<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current() {
+        Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(work),
+        _ => work(),
     }
 }
 

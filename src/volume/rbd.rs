@@ -625,12 +625,14 @@ impl VolumeTarget for RbdTarget {
 
 impl Drop for RbdTarget {
     fn drop(&mut self) {
-        self.close();
-        if let Some(name) = &self.new
-            && !self.stays.load(Ordering::Relaxed)
-            && let Err(error) = self.pool.remove_image(&partial(name))
-        {
-            tracing::warn!(%error, "an image that was not restored to its end is left behind");
-        }
+        ceph::in_place(|| {
+            self.close();
+            if let Some(name) = &self.new
+                && !self.stays.load(Ordering::Relaxed)
+                && let Err(error) = self.pool.remove_image(&partial(name))
+            {
+                tracing::warn!(%error, "an image that was not restored to its end is left behind");
+            }
+        });
     }
 }
