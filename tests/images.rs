@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use backhaul::ceph::{self, Cluster, Diff, Features, Image, MapChange, Mode, NewImage, Pool};
 use bytes::Bytes;
@@ -189,6 +190,30 @@ async fn a_request_that_nobody_waits_for_comes_to_its_end_before_the_image_is_cl
     let image = pool.open_image(&name, None, Mode::Read).unwrap();
     let bytes = image.read(0, 32 * MIB as usize).await.unwrap();
     assert!(bytes.iter().all(|byte| *byte == 7));
+    drop(image);
+    pool.remove_image(&name).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_closed_when_what_was_given_up_is_answered_after_all() {
+    let (name, image) = new_image(&pool(), 8 * MIB);
+    drop(image);
+    Ceph::shared().existing(&format!("volumes/{name}")).slow_down(MIB / 8);
+    // An answer is waited for 5 seconds longer, and this one takes three times as long.
+    let image = pool_with_answers_within(3).open_image(&name, None, Mode::Write).unwrap();
+    image.lock().unwrap();
+    let error = image.write(0, Bytes::from(vec![7; 3 * MIB as usize])).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+    drop(image);
+
+    let pool = pool();
+    let image = pool.open_image(&name, None, Mode::Write).unwrap();
+    let begun = Instant::now();
+    while image.watcher_count().unwrap() > 1 {
+        assert!(begun.elapsed() < Duration::from_secs(90), "it is still open");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    image.lock().unwrap();
     drop(image);
     pool.remove_image(&name).unwrap();
 }

@@ -234,7 +234,7 @@ impl Pool {
 /// librados gives up what takes longer than [`super::Access::operation_seconds_max`]. librbd does not: a client that the
 /// cluster has shut out may wait for the image's lock for ever, and one that is to close an image whose cluster is away for
 /// its watch. So a request is waited for a little longer than that and is then an error, and an image that still has one
-/// under way then, or cannot be closed in time, is left to the end of the process.
+/// under way then, or is not closed in time, is left to a thread that closes it when librbd has an answer after all.
 pub struct Image {
     handle: rbd_image_t,
     path: String,
@@ -260,30 +260,35 @@ impl Drop for Image {
                 true => Duration::ZERO,
                 false => self.request_time_max,
             };
-            if !self.in_flight.wait_for_none(time_max) {
-                tracing::warn!(
-                    image = self.path,
-                    "an image stays open: librbd does not end what was asked of it"
-                );
-                std::mem::forget(self.pool.clone());
-                return;
-            }
-            let (handle, pool) = (Handle(self.handle), self.pool.clone());
+            let (handle, pool, in_flight) = (Handle(self.handle), self.pool.clone(), self.in_flight.clone());
             let (sender, closed) = mpsc::channel();
             let thread = thread::Builder::new().name("close".into()).spawn(move || {
+                // However long that takes: until it is closed, nobody else gets its lock.
+                in_flight.wait();
                 // SAFETY: the handle came from an open, no request is under way, and nobody has it after this.
                 let code = unsafe { rbd_close(handle.into_inner()) };
                 drop(pool);
                 // Nobody may be waiting any more.
                 sender.send(code).ok();
             });
-            let time_max = self.request_time_max * CLOSE_REQUESTS_MAX;
-            match thread.map(|_| closed.recv_timeout(time_max)) {
-                Ok(Ok(code)) if code >= 0 => {}
-                Ok(Ok(code)) => {
+            if let Err(error) = thread {
+                tracing::warn!(image = self.path, %error, "an image stays open: there is no thread to close it");
+                std::mem::forget(self.pool.clone());
+                return;
+            }
+            if !self.in_flight.wait_for_none(time_max) {
+                tracing::warn!(
+                    image = self.path,
+                    "an image stays open until librbd ends what was asked of it"
+                );
+                return;
+            }
+            match closed.recv_timeout(self.request_time_max * CLOSE_REQUESTS_MAX) {
+                Ok(code) if code >= 0 => {}
+                Ok(code) => {
                     tracing::warn!(image = self.path, error = %super::os_error(code), "an image could not be closed cleanly");
                 }
-                Ok(Err(_)) | Err(_) => {
+                Err(_) => {
                     tracing::warn!(image = self.path, "an image stays open: librbd does not close it");
                 }
             }
@@ -844,6 +849,11 @@ impl InFlight {
     fn end(&self) {
         *self.count() -= 1;
         self.changed.notify_all();
+    }
+
+    /// Waits for as long as there is one.
+    fn wait(&self) {
+        drop(self.changed.wait_while(self.count(), |count| *count > 0));
     }
 
     /// Waits at most so long; says whether none is left.
