@@ -421,8 +421,10 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
         "backup snapshot",
         "other image",
         "backup image",
+        "other backup image",
         "other snapshot",
         "map",
+        "map of the backup image",
         "lock",
         "two snapshots",
         "two snapshots on the volume",
@@ -453,6 +455,13 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
                 bench.main.rbd(&["rm", "--no-progress", &base(&full)]);
                 "is gone"
             }
+            "other backup image" => {
+                remove(&base(&full));
+                bench.main.rbd(&["rm", "--no-progress", &base(&full)]);
+                bench.main.rbd(&["create", "--size", "16M", &base(&full)]);
+                bench.main.existing(&base(&full)).snapshot(&snapshot);
+                "another image than the one it was stored in"
+            }
             "other image" => {
                 remove(volume.spec());
                 bench.main.rbd(&["rm", "--no-progress", volume.spec()]);
@@ -466,15 +475,16 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
                 volume.snapshot(&snapshot);
                 "another one of that name"
             }
-            "map" => {
+            "map" | "map of the backup image" => {
+                let of_backup = base(&full);
+                let (pool, spec) =
+                    if case == "map" { ("volumes", volume.spec()) } else { ("backups", &*of_backup) };
+                let image = bench.main.existing(spec);
                 // Ceph itself finds out, when it opens the image, that its map is no map.
-                let info: serde_json::Value =
-                    serde_json::from_str(&bench.main.rbd(&["info", "--format", "json", volume.spec()]))
-                        .unwrap();
-                let map = format!("rbd_object_map.{}", info["id"].as_str().unwrap());
+                let map = format!("rbd_object_map.{}", image.id());
                 let garbage = bench.file("garbage", b"garbage");
-                bench.main.rados(&["-p", "volumes", "put", &map, garbage.to_str().unwrap()]);
-                volume.write(&[(12 * MIB, &noise(4, 4096))]);
+                bench.main.rados(&["-p", pool, "put", &map, garbage.to_str().unwrap()]);
+                image.write(&[(12 * MIB, &noise(4, 4096))]);
                 "object map"
             }
             "lock" => {
@@ -514,7 +524,7 @@ async fn a_parent_that_cannot_be_compared_with_leads_to_a_full_backup_that_says_
         assert_eq!(again.fallback_reason, Some(reason), "{case}");
         assert!(bench.restored(again.backup_id).await == second, "{case}");
         // It has not harmed the one before.
-        if !case.starts_with("backup") && !["two snapshots", "size"].contains(&case) {
+        if !case.contains("backup") && !["two snapshots", "size"].contains(&case) {
             assert!(bench.restored(full.backup_id).await == first, "{case}");
         }
     }
@@ -907,6 +917,60 @@ async fn a_delete_goes_on_where_one_before_was_broken_off() {
 
         assert_eq!(bench.traces(volume_id, &volume).await, BTreeSet::new(), "{what}");
         assert_eq!(bench.main.rbd(&["snap", "ls", "--all", volume.spec()]), "", "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_has_a_snapshot_of_something_else_stays_when_its_last_backup_is_deleted() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB);
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let image = base(&full);
+    bench.main.existing(&image).snapshot("mine");
+
+    delete(&bench.engine, full.backup_id).await.unwrap();
+
+    assert_eq!(bench.engine.catalog().record(full.backup_id).await.unwrap(), None);
+    assert_eq!(bench.snapshots(&image), ["mine"]);
+    assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
+    bench.main.rbd(&["snap", "purge", "--no-progress", &image]);
+    bench.main.rbd(&["rm", "--no-progress", &image]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_backups_in_one_chain_are_not_made_at_the_same_time() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(32 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 4 << 20)), (16 * MIB, &noise(2, 1 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    volume.discard(0, 4 * MIB);
+    volume.write(&[(17 * MIB, &noise(3, 1 << 20))]);
+    let at_first = volume.read();
+    let slow = Bench::beside(bench.store.clone(), Ceph::shared(), settings(), 60);
+    let [first, second] =
+        [(); 2].map(|()| backup_job_of(volume_id, source.clone(), Parent::Given(full.backup_id)));
+    let ctx = Context::default();
+    let held = slow.memory.reserve(MEMORY_BYTES).await;
+    let (result, error) = tokio::join!(slow.engine.run(&ctx, &first, slow.methods(&first)[0]), async {
+        // What was discarded needs no memory: once that is done, it writes to the image.
+        while ctx.progress.read().bytes_done == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        volume.write(&[(20 * MIB, &noise(4, 1 << 20))]);
+        let error = bench.run(&second).await.unwrap_err();
+        drop(held);
+        error
+    });
+    assert!(matches!(error, Error::ImageInUse { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Transient);
+    result.unwrap();
+    let completion = bench.complete(&second).await;
+    assert_eq!((completion.outcome, completion.account.fallback_reason), (Outcome::Succeeded, None));
+    for (job, expected) in [(&first, at_first), (&second, volume.read())] {
+        verify(&bench.engine, job.backup_id()).await.unwrap();
+        assert!(bench.restored(job.backup_id()).await == expected);
     }
 }
 
