@@ -468,7 +468,7 @@ impl Engine {
             let found = rbd.lists().await?;
             let listed: BTreeSet<BackupId> = found.iter().map(|list| list.backup_id).collect();
             let is_lost = |id: &BackupId| !records.contains_key(id);
-            // As in any store: what is whole stays, for `record import` to take it in again, and so does what a record builds on.
+            // As in any store: what is whole stays, for `record import` to take it in again, and what a record builds on.
             let mut kept = rbd.whole(listed.iter().copied().filter(is_lost).collect()).await?;
             kept.extend(records.values().filter_map(|record| record.parent_id).filter(is_lost));
             known.listed = &listed - &kept;

@@ -70,7 +70,8 @@ impl Volumes {
         .await?
     }
 
-    /// Opens what is to be restored onto, which must not be what backups are in. `restore` names the job and the backup, the same for each attempt.
+    /// Opens what is to be restored onto, which must not be what backups are in. `restore` names the job and the backup, the
+    /// same for each attempt.
     pub async fn target(&self, location: &Location, bytes: u64, restore: String) -> Result<Target, Error> {
         let (volumes, location) = (self.clone(), location.clone());
         blocking(move || match &location {

@@ -432,8 +432,8 @@ pub struct RbdTarget {
     new: Option<String>,
     /// What the attempt before noted.
     note: Option<String>,
-    /// Whether what is there under the name of one that is not whole stays: for the next attempt, or because this one is whole
-    /// and has another name.
+    /// Whether what is there under the name of one that is not whole stays: for the next attempt, or because this one is
+    /// whole and has another name.
     stays: AtomicBool,
 }
 

@@ -1,8 +1,8 @@
 //! Finds what jobs that died have left in a cluster: images, snapshots of images and of volumes, lists of digests.
 //!
 //! Names are Cinder's, and tell the backup and not who made it. So an image is ours if it says so in its metadata, and a
-//! snapshot if its backup has a record of ours, or lists of digests, which only we write. A backup that is whole stays, even if
-//! its record is lost.
+//! snapshot if its backup has a record of ours, or lists of digests, which only we write. A backup that is whole stays,
+//! even if its record is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -105,8 +105,8 @@ impl Rbd {
         Ok(lists)
     }
 
-    /// Which of these backups, whose records are gone, are whole all the same: an image of backups has the snapshot that makes
-    /// one visible. It may be in any pool; where we may not look we have made none.
+    /// Which of these backups, whose records are gone, are whole all the same: an image of backups has the snapshot that
+    /// makes one visible. It may be in any pool; where we may not look we have made none.
     pub async fn whole(&self, lost: BTreeSet<BackupId>) -> Result<BTreeSet<BackupId>, Error> {
         if lost.is_empty() {
             return Ok(lost);
