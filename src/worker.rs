@@ -332,10 +332,40 @@ enum Now {
     Reject,
 }
 
+/// That a job runs here. Dropped before that was ended, as when the job's task breaks, it is ended all the same, and the
+/// deliveries that came meanwhile go back to the broker.
+struct Here<'a> {
+    jobs: &'a Mutex<Jobs>,
+    id: JobId,
+    is_over: bool,
+}
+
+impl Here<'_> {
+    /// Says of the job that it runs here no more. Gives the deliveries of it that came meanwhile.
+    fn end(&mut self) -> Vec<Delivery> {
+        if self.is_over {
+            // What has the id by now is another run.
+            return Vec::new();
+        }
+        self.is_over = true;
+        locked(self.jobs).running.remove(&self.id).map_or_else(Vec::new, |running| running.adopted)
+    }
+}
+
+impl Drop for Here<'_> {
+    fn drop(&mut self) {
+        drop(self.end());
+    }
+}
+
+fn locked(jobs: &Mutex<Jobs>) -> MutexGuard<'_, Jobs> {
+    // Nothing panics while it holds the lock.
+    jobs.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Worker {
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
-        // Nothing panics while it holds the lock.
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.jobs)
     }
 
     fn life(&self) -> MutexGuard<'_, Life> {
@@ -588,8 +618,8 @@ impl Worker {
             jobs.running.insert(job.id, running);
             Now::Begin
         };
-        match now {
-            Now::Begin => {}
+        let mut here = match now {
+            Now::Begin => Here { jobs: &self.jobs, id: job.id, is_over: false },
             Now::Wait => {
                 info!("another job works on the same volume, delivery put off");
                 self.tell_wait(&delivery, job.id, alone).await;
@@ -602,13 +632,13 @@ impl Worker {
                 let reason = Reason::ImpossibleValue;
                 return self.reject(delivery, &Rejection { reason, message, job_id: Some(job.id) }).await;
             }
-        }
+        };
         let turns = if is_to_end { Some(Vec::new()) } else { self.take_turns(&alone).await };
         let Some(turns) = turns else {
             info!("another worker's job works on the same volume, delivery put off");
             self.tell_wait(&delivery, job.id, alone).await;
             let mut settled = Ok(());
-            for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
+            for delivery in std::iter::once(delivery).chain(here.end()) {
                 settled = delivery.await_turn().await;
             }
             return settled;
@@ -616,7 +646,7 @@ impl Worker {
         if self.jobs().awaiting.remove(&job.id).is_some() {
             self.tell(Control::WaitsNoMore { job_id: job.id }).await;
         }
-        self.run_in_turn(delivery, &ctx, job, turns, late).await
+        self.run_in_turn(delivery, &ctx, job, turns, &mut here, late).await
     }
 
     /// Whose a job is: of its backup, where it names no project itself. None if that is not known, or not soon.
@@ -666,6 +696,7 @@ impl Worker {
         ctx: &Context,
         job: &Job,
         turns: Vec<Turn>,
+        here: &mut Here<'_>,
         late: &mut Vec<Delivery>,
     ) -> Result<(), broker::Error> {
         let attempts = self.attempts(&delivery);
@@ -674,7 +705,7 @@ impl Worker {
             info!("job runs on another worker, delivery parked");
             end_all(turns).await;
             let mut settled = Ok(());
-            for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
+            for delivery in std::iter::once(delivery).chain(here.end()) {
                 settled = delivery.park().await;
             }
             return settled;
@@ -688,9 +719,9 @@ impl Worker {
         };
         // Whoever is handed the message next, or waits, is not to find them taken.
         end_all(turns).await;
-        let settled = self.settle(delivery, ctx, job, attempts, ended, engine.ok()).await;
+        let settled = self.settle(delivery, ctx, attempts, ended, engine.ok(), here).await;
         // Only now: until all is written down, nobody is to begin the job.
-        late.extend(self.end(job.id));
+        late.extend(here.end());
         settled
     }
 
@@ -718,20 +749,21 @@ impl Worker {
         &self,
         delivery: Delivery,
         ctx: &Context,
-        job: &Job,
         attempts: Attempts,
         ended: Ended,
         engine: Option<&Engine>,
+        here: &mut Here<'_>,
     ) -> Result<(), broker::Error> {
+        let id = here.id;
         let (adopted, is_alone) = if let Ended::HandedBack = ended {
             // Nothing is written down any more, and whoever is handed the job next asks whether it still runs here.
-            (self.end(job.id), false)
+            (here.end(), false)
         } else {
             let is_over = matches!(ended, Ended::Over(_) | Ended::OverBefore(_));
             let mut jobs = self.jobs();
             // One that was sent once more may be from somebody who had heard of the end already, and waits for an answer.
             let is_same = |delivery: &mut Delivery| !is_over || self.attempts(delivery).is_again();
-            jobs.running.get_mut(&job.id).map_or((Vec::new(), true), |running| {
+            jobs.running.get_mut(&id).map_or((Vec::new(), true), |running| {
                 let is_alone = running.adopted.is_empty() && !running.has_copy_elsewhere;
                 (running.adopted.extract_if(.., is_same).collect(), is_alone)
             })
@@ -762,7 +794,7 @@ impl Worker {
             Ended::Over(completion) => {
                 if let Some(engine) = engine {
                     let kept = match is_last {
-                        true => engine.catalog().settle(job.id).await,
+                        true => engine.catalog().settle(id).await,
                         false => engine.catalog().keep_told(&completion).await,
                     };
                     if let Err(error) = kept {
@@ -770,7 +802,7 @@ impl Worker {
                     }
                 }
                 if settled.is_ok() && ctx.cancel.is_cancelled() {
-                    self.forget_cancel(job.id).await;
+                    self.forget_cancel(id).await;
                 }
             }
             Ended::OverBefore(_) => info!("what the store keeps of the job stays"),
@@ -783,11 +815,6 @@ impl Worker {
             Ended::Untold(error) => warn!(error = %Causes(&error), "the end of the job could not be told"),
         }
         settled
-    }
-
-    /// Says of a job that it runs here no more. Gives the deliveries of it that came meanwhile.
-    fn end(&self, id: JobId) -> Vec<Delivery> {
-        self.jobs().running.remove(&id).map_or_else(Vec::new, |running| running.adopted)
     }
 
     /// Keeps in every store that somebody asked for the end of a job, so that it is known whenever the job is taken up, and
@@ -981,4 +1008,44 @@ async fn end_all(turns: Vec<Turn>) {
 /// The properties that a command of ours is published with.
 pub fn command_properties() -> Properties {
     Properties { content_type: Some(message::COMMAND_CONTENT_TYPE.into()), ..Properties::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::job::BackupId;
+
+    fn begin<'a>(jobs: &'a Mutex<Jobs>, job: &Job) -> Here<'a> {
+        let running = Running {
+            job: job.clone(),
+            alone: needs_alone(job),
+            cancel: CancellationToken::new(),
+            adopted: Vec::new(),
+            has_copy_elsewhere: false,
+        };
+        locked(jobs).running.insert(job.id, running);
+        Here { jobs, id: job.id, is_over: false }
+    }
+
+    #[test]
+    fn a_job_whose_task_breaks_is_not_taken_for_one_that_runs_here_for_ever() {
+        let work = Work::Delete(BackupId::random());
+        let job = Job { id: JobId::random(), store: None, deadline: None, work };
+        let jobs = Mutex::default();
+
+        let broken = catch_unwind(AssertUnwindSafe(|| {
+            let _here = begin(&jobs, &job);
+            panic!("the job's task breaks");
+        }));
+
+        assert!(broken.is_err() && locked(&jobs).running.is_empty());
+        // Once it has ended, the id is for whoever is handed the job next.
+        let mut ended = begin(&jobs, &job);
+        assert!(ended.end().is_empty());
+        let _again = begin(&jobs, &job);
+        drop(ended);
+        assert!(locked(&jobs).running.contains_key(&job.id));
+    }
 }

@@ -371,14 +371,37 @@ async fn a_turn_is_had_by_one_connection_and_goes_with_it() {
     let turn = second.turn("volume.a").await.unwrap().expect("it was ended");
     assert!(first.turn("volume.a").await.unwrap().is_none(), "the other one has it");
 
-    drop(turn);
     second.close().await;
-    let freed = async {
-        while first.turn("volume.a").await.unwrap().is_none() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    soon("the turn of a connection that is gone", freed(&first)).await;
+    drop(turn);
+}
+
+/// Takes the turn as soon as it is free, and ends it.
+async fn freed(broker: &Broker) {
+    loop {
+        if let Some(turn) = broker.turn("volume.a").await.unwrap() {
+            return turn.end().await;
         }
-    };
-    soon("the turn of a connection that is gone", freed).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The task of its job had panicked.
+#[tokio::test]
+async fn a_turn_that_nobody_ended_is_not_kept_from_others_as_long_as_the_connection_lasts() {
+    let (first, settings) = shared().await;
+    let second = Broker::connect(settings).await.unwrap();
+    let turn = first.turn("volume.a").await.unwrap().expect("nobody has it");
+    assert!(second.turn("volume.a").await.unwrap().is_none(), "one has it");
+
+    let broken = tokio::spawn(async move {
+        let _turn = turn;
+        panic!("the job's task breaks");
+    });
+
+    assert!(broken.await.unwrap_err().is_panic());
+    soon("the turn of a task that is gone", freed(&second)).await;
+    assert_eq!(*first.state().borrow(), State::Connected);
 }
 
 #[tokio::test]
