@@ -13,7 +13,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use rayon_core::ThreadPoolBuildError;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{oneshot, watch};
@@ -56,8 +56,8 @@ const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
 const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
-/// For how long a cancel is remembered that the stores keep as well: a job sent anew under the id is not to be ended by it.
-const CANCEL_KEPT_MAX: Duration = Duration::from_secs(60);
+/// For how long a cancel is remembered that the stores keep as well.
+const CANCEL_KEPT_MAX: SignedDuration = SignedDuration::from_secs(60);
 /// How long a message is kept whose rejection the broker does not take.
 const UNTOLD_PAUSE: Duration = Duration::from_secs(2);
 /// How many deliveries of a job that runs wait here for its end; more are put off. One that the broker handed out again is
@@ -271,7 +271,7 @@ impl Life {
 struct Jobs {
     running: HashMap<JobId, Running>,
     /// The latest ids that were cancelled without running here, and when that was heard.
-    cancelled: VecDeque<(JobId, Instant)>,
+    cancelled: VecDeque<(JobId, Timestamp)>,
     /// Who is to hear which jobs run elsewhere.
     asked: HashMap<JobId, oneshot::Sender<()>>,
     /// The jobs of all workers that were put off until others have ended.
@@ -288,6 +288,13 @@ struct Awaiting {
 }
 
 impl Jobs {
+    /// When somebody asked for the end of a job that did not run here, if that was lately. It is told once.
+    fn take_cancel(&mut self, id: JobId) -> Option<Timestamp> {
+        let index = self.cancelled.iter().position(|(other, _)| *other == id)?;
+        let (_, heard) = self.cancelled.remove(index)?;
+        Some(heard).filter(|heard| Timestamp::now().duration_since(*heard) < CANCEL_KEPT_MAX)
+    }
+
     /// Whether another job waits for one of these names for longer.
     fn is_behind(&self, id: JobId, names: &[String], since: Timestamp) -> bool {
         let now = Instant::now();
@@ -578,7 +585,7 @@ impl Worker {
         let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
         let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
         let ctx = Context { cancel, hand_back, pace, ..Context::default() };
-        let (alone, mut is_to_end) = (needs_alone(job), false);
+        let (attempts, alone, mut is_to_end) = (self.attempts(&delivery), needs_alone(job), false);
         let now = 'now: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
@@ -587,7 +594,7 @@ impl Worker {
                     break 'now Now::Reject;
                 }
                 // Each that is kept here takes the room of one that could be worked on.
-                if running.adopted.len() >= ADOPTED_MAX && !self.attempts(&delivery).redelivered {
+                if running.adopted.len() >= ADOPTED_MAX && !attempts.redelivered {
                     running.has_copy_elsewhere = true;
                     break 'now Now::PutOff;
                 }
@@ -595,10 +602,7 @@ impl Worker {
                 running.adopted.push(delivery);
                 return Ok(());
             }
-            if let Some(index) = jobs.cancelled.iter().position(|(id, _)| *id == job.id)
-                && let Some((_, heard)) = jobs.cancelled.remove(index)
-                && heard.elapsed() < CANCEL_KEPT_MAX
-            {
+            if jobs.take_cancel(job.id).is_some_and(|at| attempts.are_ended_by_cancel(at)) {
                 ctx.cancel.cancel();
             }
             let is_taken = |running: &Running| running.alone.iter().any(|name| alone.contains(name));
@@ -686,6 +690,7 @@ impl Worker {
             redelivered: delivery.redelivered || delivery.properties.parked,
             waited: delivery.properties.waits_since.is_some(),
             revival_count: delivery.properties.revival_count,
+            revived_at: delivery.properties.revived_at,
         }
     }
 
@@ -831,9 +836,11 @@ impl Worker {
         let mut later = None;
         for name in self.stores.names() {
             let kept = match self.stores.engine(Some(name)).await {
-                Ok(engine) => {
-                    engine.catalog().cancel(id).await.map_err(|error| Problem::new(error.class(), &error))
-                }
+                Ok(engine) => engine
+                    .catalog()
+                    .cancel(id, Timestamp::now())
+                    .await
+                    .map_err(|error| Problem::new(error.class(), &error)),
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = kept {
@@ -976,7 +983,7 @@ impl Worker {
                     if jobs.cancelled.len() == CANCELLED_MAX {
                         jobs.cancelled.pop_front();
                     }
-                    jobs.cancelled.push_back((id, Instant::now()));
+                    jobs.cancelled.push_back((id, Timestamp::now()));
                 }
             }
             Err(rejection) => warn!(error = %rejection, "a control message could not be read"),

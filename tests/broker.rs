@@ -519,8 +519,11 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
     letters.drop(b).await.unwrap();
     drop(letters);
     let back = next(&mut jobs).await;
-    let expected = Properties { revival_count: 1, ..Properties::default() };
+    let revived_at = back.properties.revived_at;
+    let expected = Properties { revival_count: 1, revived_at, ..Properties::default() };
     assert_eq!((text(&back.body), &back.properties), ("a", &expected), "as if it were new");
+    let revived_second = revived_at.unwrap().as_second();
+    assert!(u64::try_from(revived_second).unwrap() >= before, "{revived_at:?}");
     back.dead_letter("bad again").await.unwrap();
     assert_none(&mut jobs).await;
     soon("c is back", async { while count(&settings, "dead").await < 2 {} }).await;

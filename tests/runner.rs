@@ -640,7 +640,7 @@ async fn a_job_that_is_brought_back_is_done_anew_and_not_told_again() {
 async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
-    engine.catalog().cancel(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
     let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert_eq!(completion.outcome, Outcome::Cancelled);
     engine.catalog().settle(scene.job.id).await.unwrap();
@@ -648,11 +648,45 @@ async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
     assert!(scene.bench.everything([]).await.is_empty(), "{:?}", scene.bench.everything([]).await);
 }
 
+/// Somebody asked for the end of a job that had failed already.
+#[tokio::test]
+async fn a_job_that_is_brought_back_is_not_ended_by_a_cancel_from_before_that() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
+    let revived_at = Some(Timestamp::now());
+    let attempts = Attempts { revival_count: 1, revived_at, ..Attempts::one() };
+    // It takes longer than until the store is asked once more.
+    let pace = Pace::new(Limit::new(NonZeroU64::new(600)), Arc::default());
+    let ctx = Context { pace, ..Context::default() };
+    let report = Report::new(&sink, &scene.job);
+
+    let ended = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert!(completion.account.seconds > 5.0, "it was over too soon: {}", completion.account.seconds);
+}
+
+#[tokio::test]
+async fn a_job_that_is_brought_back_and_cancelled_after_that_ends_as_cancelled() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    let revived_at = Some(Timestamp::now());
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
+    let attempts = Attempts { revival_count: 1, revived_at, ..Attempts::one() };
+
+    let ended = scene.run_as(&engine, &sink, &attempts).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert_eq!(completion.outcome, Outcome::Cancelled);
+}
+
 #[tokio::test]
 async fn that_a_job_was_cancelled_is_also_seen_by_a_run_that_finds_it_ended() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
-    engine.catalog().cancel(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
     let Ended::Over(ended) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert_eq!(ended.outcome, Outcome::Cancelled);
     // Whoever ended it could not settle its delivery, and so has forgotten nothing.
@@ -710,7 +744,7 @@ async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() 
     let Some(untold) = catalog.outcome(scene.job.id).await.unwrap() else { panic!("it is kept") };
     let told = Completion { job_id: JobId::random(), ..untold.completion };
     catalog.keep_told(&told).await.unwrap();
-    catalog.cancel(told.job_id).await.unwrap();
+    catalog.cancel(told.job_id, Timestamp::now()).await.unwrap();
     let claimed = JobId::random();
     catalog.begin(claimed, 0, true, false).await.unwrap();
     let all = scene.bench.everything([]).await;
@@ -732,7 +766,7 @@ async fn a_job_that_is_done_is_found_done_whoever_wanted_its_end_later() {
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
     assert!(matches!(scene.run(&engine, &sink, 1, 1).await, Ended::Over(_)));
     engine.catalog().settle(scene.job.id).await.unwrap();
-    engine.catalog().cancel(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
     let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert_eq!(completion.outcome, Outcome::Succeeded);
     verify(&engine, scene.job.backup_id()).await.unwrap();

@@ -321,6 +321,10 @@ async fn a_job_that_failed_is_brought_back_and_done() {
         assert!(String::from_utf8_lossy(&unknown.stderr).contains("dead list"), "{unknown:?}");
     }
 
+    // It has ended already: that is not for the time after somebody has brought it back.
+    cancel(&stack, job_id);
+    let mark = format!(".backhaul/cancels/{job_id}.json");
+    until("the cancel is kept", || stack.objects().contains(&mark));
     fs::write(stack.volume("a.img"), noise(3, 3_000_000)).unwrap();
     assert_eq!(stack.ok(&["dead", "retry", job_id]), "1 message brought back\n");
     let done = event(&mut events, &["succeeded", "failed", "cancelled"]).await;

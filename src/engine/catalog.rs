@@ -409,15 +409,15 @@ impl Catalog {
         self.forget(&outcome_name(id)?).await
     }
 
-    /// Keeps that somebody asked for the end of a job, for whenever it is taken up.
-    pub async fn cancel(&self, id: JobId) -> Result<(), Error> {
+    /// Keeps that somebody asked at that time for the end of a job, for whenever it is taken up.
+    pub async fn cancel(&self, id: JobId, at: Timestamp) -> Result<(), Error> {
         let name = cancel_name(id)?;
-        Ok(self.store.replace(&name, seal(&name, &Timestamp::now())?).await?)
+        Ok(self.store.replace(&name, seal(&name, &at)?).await?)
     }
 
-    /// Whether somebody asked for the end of a job.
-    pub async fn is_cancelled(&self, id: JobId) -> Result<bool, Error> {
-        Ok(self.read::<Timestamp>(&cancel_name(id)?).await?.is_some())
+    /// When somebody asked for the end of a job, if anybody did.
+    pub async fn cancelled_at(&self, id: JobId) -> Result<Option<Timestamp>, Error> {
+        self.read(&cancel_name(id)?).await
     }
 
     /// Forgets that somebody asked for the end of a job, because it has ended.
