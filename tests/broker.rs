@@ -536,6 +536,32 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
     assert_eq!(left, [("a".to_owned(), 1), ("c".to_owned(), 0)]);
 }
 
+/// Its sender had set an expiration.
+#[tokio::test]
+async fn a_message_that_the_broker_gave_up_by_itself_is_brought_back_to_the_job_queue() {
+    let (broker, settings) = shared().await;
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let (exchange, options) = (format!("{}.jobs", settings.prefix), BasicPublishOptions::default());
+    let properties = BasicProperties::default().with_expiration("1".into()).with_message_id("m".into());
+    let publish = channel.basic_publish(exchange.as_str().into(), "job".into(), options, b"a", properties);
+    publish.await.unwrap().await.unwrap();
+    soon("the broker has given it up", async { while count(&settings, "dead").await < 1 {} }).await;
+
+    let mut letters = broker.dead_letters().await.unwrap();
+    let letter = letters.next().await.unwrap().unwrap();
+    assert!(letter.reason.contains("expired"), "{}", letter.reason);
+    letters.retry(letter).await.unwrap();
+
+    let mut jobs = broker.jobs(1, 0);
+    let back = next(&mut jobs).await;
+    let Properties { message_id, revival_count, .. } = &back.properties;
+    assert_eq!((text(&back.body), message_id.as_deref(), *revival_count), ("a", Some("m"), 1));
+    // Had it an expiration still, it would go once more while it waits.
+    back.requeue().await.unwrap();
+    next(&mut jobs).await.ack().await.unwrap();
+    assert_eq!(count(&settings, "dead").await, 0);
+}
+
 #[tokio::test]
 async fn letters_that_come_while_others_are_brought_back_are_left_for_the_next_time() {
     let (broker, settings) = shared().await;

@@ -334,6 +334,48 @@ async fn a_job_that_failed_is_brought_back_and_done() {
     assert_eq!(stack.ok(&["dead", "list", "--json"]), "[]\n");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_cannot_be_brought_back_keeps_no_other_from_that() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let dead = format!("{}.dead", stack.prefix());
+    let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
+    // The queue that the first one came from is there no more; the second one was given up by the broker itself.
+    for (body, routing_key) in [("lost".to_owned(), "no-such-queue"), (verify.to_string(), "")] {
+        let mut headers = lapin::types::FieldTable::default();
+        let from = lapin::types::AMQPValue::LongString(routing_key.into());
+        headers.insert("x-backhaul-routing-key".into(), from);
+        let (options, properties) =
+            (Default::default(), lapin::BasicProperties::default().with_headers(headers));
+        let published =
+            channel.basic_publish("".into(), dead.as_str().into(), options, body.as_bytes(), properties);
+        published.await.unwrap().await.unwrap();
+    }
+    let mut letters = Value::Null;
+    until("both letters are there", || {
+        letters = serde_json::from_str(&stack.ok(&["dead", "list", "--json"])).unwrap();
+        letters.as_array().unwrap().len() == 2
+    });
+    let lost = letters.as_array().unwrap().iter().find(|letter| letter["body"] == "lost").unwrap();
+
+    let retry = stack.run(&["dead", "retry", "--all"]);
+
+    let (out, told) = (String::from_utf8_lossy(&retry.stdout), String::from_utf8_lossy(&retry.stderr));
+    assert_eq!((retry.status.code(), &*out), (Some(1), "1 message brought back\n"), "{told}");
+    let names = [lost["letter"].as_str().unwrap(), "no-such-queue"];
+    assert!(names.iter().all(|name| told.contains(name)), "{told}");
+    let _worker = stack.worker();
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled", "rejected"]).await;
+    assert_eq!(ended["data"]["job_id"], BACKUP, "there is no such backup: {ended}");
+    // Who drops it is not asked where it came from.
+    let drop_lost = ["dead", "drop", lost["letter"].as_str().unwrap()];
+    until("it is back and dropped", || stack.run(&drop_lost).status.success());
+}
+
 #[test]
 fn a_job_that_is_cancelled_while_it_runs_ends_as_cancelled_and_leaves_nothing() {
     let rabbit = Rabbit::shared();

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use lapin::options::{BasicAckOptions, BasicGetOptions};
+use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel};
 
 use super::connection::Link;
 use super::message::Death;
 use super::publisher::{self, Routed};
-use super::topology::{Topology, open_channel};
+use super::topology::{JOB, Topology, open_channel};
 use super::{Error, Properties, message};
 
 /// The messages in the dead-letter queue, one after the other. Those that are neither brought back nor dropped go back
@@ -75,9 +76,17 @@ impl DeadLetters {
     }
 
     /// Publishes the message again where it came from, as if it were new; once the broker has that safely, the dead
-    /// letter is gone.
+    /// letter is gone. What the broker has given up by itself goes to the job queue: from no other does that come here.
     pub async fn retry(&self, letter: DeadLetter) -> Result<(), Error> {
-        let Death { exchange, routing_key, .. } = &letter.death;
+        let (jobs, job) = (&self.topology.jobs, ShortString::from(JOB));
+        let (exchange, routing_key) = match &letter.death {
+            Death { exchange, routing_key, .. }
+                if exchange.as_str().is_empty() && routing_key.as_str().is_empty() =>
+            {
+                (jobs, &job)
+            }
+            Death { exchange, routing_key, .. } => (exchange, routing_key),
+        };
         let destination = || publisher::destination(exchange, routing_key);
         let properties = message::revived(&letter.raw);
         let copy = publisher::publish_on(&self.channel, exchange, routing_key, &letter.body, properties);

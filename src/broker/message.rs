@@ -92,11 +92,20 @@ pub(super) struct Death {
     pub at: Option<u64>,
 }
 
-/// Reads what `dead` has written.
+/// Reads what `dead` has written, or why the broker has moved the message by itself: then nothing says where it came from.
 pub(super) fn death(raw: &BasicProperties) -> Death {
     let name = |key| header(raw, key).and_then(|text| ShortString::try_new(text).ok()).unwrap_or_default();
+    let brokers_reason = || {
+        let word = header(raw, "x-last-death-reason").or_else(|| header(raw, "x-first-death-reason"))?;
+        Some(match word.as_str() {
+            "expired" => {
+                "the broker gave it up: its time in the queue had expired before a worker took it".into()
+            }
+            word => format!("the broker gave it up: {word}"),
+        })
+    };
     Death {
-        reason: header(raw, REASON).unwrap_or_default(),
+        reason: header(raw, REASON).or_else(brokers_reason).unwrap_or_default(),
         exchange: name(EXCHANGE),
         routing_key: name(ROUTING_KEY),
         at: header(raw, DIED_AT).and_then(|text| text.parse().ok()),
