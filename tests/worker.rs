@@ -494,6 +494,43 @@ async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_of_a_job_are_numbered_from_1_each_time_that_it_is_taken_up() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(15, 1 << 20)).unwrap();
+    stack.ok(&[&["run"][..], &strs(&backup(&stack, &["--backup-id", BACKUP]))].concat());
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let worker = stack.worker();
+    // Somebody else writes there, so that the first attempt is put off.
+    fs::write(stack.volume("b.img"), vec![0; 1 << 20]).unwrap();
+    let held = fs::File::open(stack.volume("b.img")).unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    stack.ok(&["submit", "restore", "--backup-id", BACKUP, "--target", &stack.location("b.img")]);
+    until("it is put off", || worker.log().contains("trying again later"));
+    drop(held);
+
+    let mut runs: Vec<Vec<String>> = Vec::new();
+    loop {
+        let states = ["accepted", "started", "progress", "succeeded", "failed", "cancelled"];
+        let event = event(&mut events, &states).await;
+        if event["type"] == "backhaul.job.accepted.v1" {
+            runs.push(Vec::new());
+        }
+        runs.last_mut().unwrap().push(event["sequence"].as_str().unwrap().to_owned());
+        match event["type"].as_str().unwrap() {
+            "backhaul.job.succeeded.v1" => break,
+            kind => assert!(!kind.contains("failed") && !kind.contains("cancelled"), "{event}"),
+        }
+    }
+    assert!(runs.len() > 1, "{runs:?}");
+    for run in &runs {
+        let numbers: Vec<String> = (1..=run.len()).map(|number| format!("{number:020}")).collect();
+        assert_eq!(*run, numbers, "{runs:?}");
+    }
+}
+
 /// Publishes a backup of `a.img` as this volume, for this project.
 async fn publish_backup(broker: &Broker, stack: &Stack, volume_id: VolumeId, project: &str) -> String {
     let work = BackupWork {
