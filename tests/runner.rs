@@ -1,22 +1,24 @@
 //! The life of a job in the runner: put off, told once, fallen back, told again.
 
+use std::fs;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul::engine::{Engine, KEPT};
+use backhaul::engine::{Begun, Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
 use backhaul::job::{
-    BackupId, Completion, Context, Event, Happening, Job, JobId, Limit, Mode, Outcome, Pace, Parent,
+    BackupId, Completion, Context, Event, Happening, Hold, Job, JobId, Limit, Mode, Outcome, Pace, Parent,
     RecordState, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report};
 use jiff::{SignedDuration, Timestamp};
 use rstest::rstest;
 use rustix::io::Errno;
+use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -758,6 +760,61 @@ async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() 
     let left: Vec<_> = all.into_iter().filter(|object| !gone.contains(object)).collect();
     assert_eq!(scene.bench.everything([]).await.into_iter().collect::<Vec<_>>(), left);
     assert!(left.iter().any(|object| object.contains("outcomes")), "{left:?}");
+}
+
+#[tokio::test]
+async fn the_claim_of_a_run_that_goes_on_is_not_swept_and_no_other_one_is_renewed() {
+    let scene = Scene::new(Parent::None);
+    let (engine, id, backup_id) = (scene.bench.engine(SETTINGS), scene.job.id, scene.job.backup_id());
+    let catalog = engine.catalog();
+    let claim = async || match catalog.begin(id, 0, true, false).await.unwrap() {
+        Begun::Held { hold, .. } => hold,
+        begun => panic!("{begun:?}"),
+    };
+    let hold = claim().await;
+    let week_later = Timestamp::now();
+
+    catalog.renew(id, &hold).await.unwrap();
+    catalog.sweep(week_later).await.unwrap();
+
+    catalog.check_held(id, backup_id, &hold).await.unwrap();
+    let other = claim().await;
+    let week_later = Timestamp::now();
+    catalog.renew(id, &hold).await.unwrap();
+    catalog.check_held(id, backup_id, &other).await.unwrap();
+    catalog.sweep(week_later).await.unwrap();
+    assert!(!catalog.is_claimed(id).await.unwrap(), "who was displaced has renewed it");
+    catalog.renew(id, &other).await.unwrap();
+    assert!(!catalog.is_claimed(id).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_claim_that_is_renewed_while_its_run_ends_the_job_does_not_keep_it_from_that() {
+    let again = Attempts { redelivered: true, ..Attempts::one() };
+    let scene = Scene::new(Parent::None);
+    let (counting, engine) = scene.faulty(usize::MAX);
+    assert!(matches!(scene.run_as(&engine, &Recorder::default(), &again).await, Ended::Over(_)));
+    let is_outcome = |name: &String| name.starts_with("swap") && name.contains("outcomes/");
+    let at = counting.names().iter().rposition(is_outcome).unwrap() + 1;
+    let scene = Scene::new(Parent::None);
+    let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+    let (sink, other_engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+    let kept = scene.bench.root().join(format!(".backhaul/outcomes/{}.json", scene.job.id));
+    let renewed = async {
+        reached.notified().await;
+        let claim: Value = serde_json::from_slice(&fs::read(&kept).unwrap()).unwrap();
+        let run = claim["content"]["claimed"]["run"].as_str().unwrap().parse().unwrap();
+        let hold = Hold { claim: Some(run), revival_count: 0 };
+        other_engine.catalog().renew(scene.job.id, &hold).await.unwrap();
+        assert_ne!(serde_json::from_slice::<Value>(&fs::read(&kept).unwrap()).unwrap(), claim);
+        go_on.notify_one();
+    };
+
+    let (ended, ()) = tokio::join!(scene.run_as(&engine, &sink, &again), renewed);
+
+    let Ended::Over(completion) = ended else { panic!("{}: {ended:?}", faulty.broke_at()) };
+    assert_eq!((completion.outcome, sink.ends()), (Outcome::Succeeded, 1));
 }
 
 #[tokio::test]

@@ -332,6 +332,20 @@ impl Catalog {
         Err(overtaken(&name))
     }
 
+    /// Makes the claim of a run that goes on as if it were new, so that [`Catalog::sweep`] leaves it. Does nothing when another
+    /// run has claimed the job since, or ended it, and for a run that needs no claim.
+    pub async fn renew(&self, id: JobId, hold: &Hold) -> Result<(), Error> {
+        let name = outcome_name(id)?;
+        let Some(was) = self.bytes(&name).await? else { return Ok(()) };
+        if let Kept::Claimed(claim) = unseal(&name, &was)?
+            && Some(claim.run) == hold.claim
+        {
+            let renewed = Kept::Claimed(Claim { at: Timestamp::now(), ..claim });
+            self.store.swap(&name, was, seal(&name, &renewed)?).await?;
+        }
+        Ok(())
+    }
+
     /// Whether a run has claimed the job, and nobody has ended it since: then it may be alive. A claim counts for as long as
     /// [`Catalog::sweep`] leaves it.
     pub async fn is_claimed(&self, id: JobId) -> Result<bool, Error> {
@@ -352,14 +366,19 @@ impl Catalog {
     pub async fn conclude(&self, completion: &Completion, hold: &Hold) -> Result<(), Error> {
         let name = outcome_name(completion.job_id)?;
         let kept = KeptOutcome { at: Timestamp::now(), told: false, completion: completion.clone() };
-        let was = self.bytes(&name).await?;
-        let current: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
-        if !is_held(current.as_ref(), hold)
-            || !self.write_over(&name, was, seal(&name, &Kept::Ended(Box::new(kept)))?).await?
-        {
-            return Err(Error::TakenOver(completion.backup_id));
+        let kept = seal(&name, &Kept::Ended(Box::new(kept)))?;
+        for _ in 0..UPDATES_MAX {
+            let was = self.bytes(&name).await?;
+            let current: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
+            if !is_held(current.as_ref(), hold) {
+                return Err(Error::TakenOver(completion.backup_id));
+            }
+            if self.write_over(&name, was, kept.clone()).await? {
+                return self.finish(completion).await;
+            }
+            // What was faster may have been the last renewal of this run's own claim.
         }
-        self.finish(completion).await
+        Err(overtaken(&name))
     }
 
     /// The last step of a job that leaves no record: that must not go before it is known how the job ended. It may be done

@@ -12,7 +12,7 @@ use crate::engine::{self, Begun, Engine, KeptOutcome, Receipt};
 use crate::error::{Causes, Class, Problem};
 use crate::event;
 use crate::job::{
-    Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome, VolumeId, Work,
+    Account, Attempt, Completion, Context, Happening, Hold, Job, Method, Operation, Outcome, VolumeId, Work,
 };
 
 /// How often a job is begun again whose worker ended before it did; one that ends its workers must not do so for ever. We
@@ -21,6 +21,9 @@ use crate::job::{
 const RESTARTS_MAX: u32 = 20;
 /// How often a running job looks into the store whether somebody asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_secs(5);
+/// How often a running job shows that its claim is not that of a worker which has died: claims are swept after
+/// [`KEPT`](engine::KEPT).
+const RENEW_EVERY: Duration = Duration::from_secs(3600);
 /// Attempts that are told of; of more the first one and the latest.
 const ATTEMPTS_TOLD_MAX: usize = 10;
 /// How much is told of each.
@@ -187,6 +190,7 @@ pub async fn run(
         let result = tokio::select! {
             result = attempt(&attempt_ctx, engine, job, method, progress_every, report) => result,
             never = heed_cancels(ctx, engine, job, attempts) => match never {},
+            never = keep_claim(engine, job, &attempt_ctx.hold) => match never {},
         };
         let error = match result {
             Ok(receipt) => {
@@ -352,6 +356,16 @@ async fn heed_cancels(ctx: &Context, engine: &Engine, job: &Job, attempts: &Atte
             && attempts.are_ended_by_cancel(at)
         {
             ctx.cancel.cancel();
+        }
+    }
+}
+
+/// Renews the claim of a run that takes long.
+async fn keep_claim(engine: &Engine, job: &Job, hold: &Hold) -> Infallible {
+    loop {
+        tokio::time::sleep(RENEW_EVERY).await;
+        if let Err(error) = engine.catalog().renew(job.id, hold).await {
+            warn!(error = %Causes(&error), "the claim on the job was not renewed, trying again later");
         }
     }
 }
