@@ -30,7 +30,7 @@ use crate::error::{Causes, Class, Problem};
 use crate::event::{self, Native};
 use crate::health::{self, Phase};
 use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
-use crate::message::{self, Control, Reason, Rejection};
+use crate::message::{self, Control, Reason, Rejection, Unkept};
 use crate::runner::{self, Attempts, Ended, Places, Report};
 use crate::store;
 #[cfg(feature = "ceph")]
@@ -550,6 +550,10 @@ impl Worker {
                     let span = info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
                     self.run(delivery, &job, &mut deliveries).instrument(span).await
                 }
+                // It was put off, and all workers have heard of it.
+                Ok(Command::Cancel(id)) if delivery.properties.attempt > 1 => {
+                    self.keep_in_stores(delivery, id).await
+                }
                 Ok(Command::Cancel(id)) => self.pass_on_cancel(delivery, id).await,
                 Err(rejection) => self.reject(delivery, &rejection).await,
             };
@@ -833,32 +837,41 @@ impl Worker {
         };
         // It may be from before this worker listened.
         self.take_control(&delivery.body);
-        let mut later = None;
-        for name in self.stores.names() {
+        if let Err(error) = self.keep_in_stores(delivery, id).await {
+            warn!(error = %Causes(&error), "a cancel was not settled");
+        }
+    }
+
+    /// Keeps a cancel in the stores that do not have it yet, and puts it off while one of them cannot. It comes back through the
+    /// job queue.
+    async fn keep_in_stores(&self, delivery: Delivery, id: JobId) -> Result<(), broker::Error> {
+        let story = delivery.properties.story.as_deref();
+        let Unkept { since, stores } = story.and_then(message::parse_unkept).unwrap_or_else(|| Unkept {
+            since: Timestamp::now(),
+            stores: self.stores.names().cloned().collect(),
+        });
+        let mut left = Vec::new();
+        // Not those that have it: there the job may have ended since, and the cancel been forgotten.
+        for name in self.stores.names().filter(|name| stores.contains(name)) {
             let kept = match self.stores.engine(Some(name)).await {
-                Ok(engine) => engine
-                    .catalog()
-                    .cancel(id, Timestamp::now())
-                    .await
-                    .map_err(|error| Problem::new(error.class(), &error)),
+                Ok(engine) => {
+                    let kept = engine.catalog().cancel(id, since).await;
+                    kept.map_err(|error| Problem::new(error.class(), &error))
+                }
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = kept {
                 warn!(job = %id, store = %name, error = %problem, "that a job was cancelled could not be kept");
-                later = later.or(Some(problem).filter(|problem| problem.class == Class::Transient));
+                if problem.class == Class::Transient {
+                    left.push(name.clone());
+                }
             }
         }
-        let settled = match later {
-            None => delivery.ack().await,
-            // It comes back through the job queue, and goes to all workers again.
-            Some(problem) => {
-                let attempts = Attempts { current: delivery.properties.attempt, ..Attempts::one() };
-                delivery.retry_later(&message::encode_attempts(attempts.and_this(&problem))).await
-            }
-        };
-        if let Err(error) = settled {
-            warn!(error = %Causes(&error), "a cancel was not settled");
+        // No store keeps it for longer.
+        if left.is_empty() || Timestamp::now().duration_since(since) >= KEPT {
+            return delivery.ack().await;
         }
+        delivery.retry_later(&message::encode_unkept(&Unkept { since, stores: left })).await
     }
 
     /// Forgets in every store that somebody asked for the end of a job, because it has ended.

@@ -674,9 +674,11 @@ async fn a_job_that_is_brought_back_is_not_ended_by_a_cancel_from_before_that() 
 async fn a_job_that_is_brought_back_and_cancelled_after_that_ends_as_cancelled() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
-    let revived_at = Some(Timestamp::now());
+    let revived_at = Timestamp::now();
     engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
-    let attempts = Attempts { revival_count: 1, revived_at, ..Attempts::one() };
+    // Another one, from before that, could not be kept at once.
+    engine.catalog().cancel(scene.job.id, revived_at - SignedDuration::from_secs(1)).await.unwrap();
+    let attempts = Attempts { revival_count: 1, revived_at: Some(revived_at), ..Attempts::one() };
 
     let ended = scene.run_as(&engine, &sink, &attempts).await;
 

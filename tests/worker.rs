@@ -290,6 +290,41 @@ async fn a_cancel_that_no_worker_heard_ends_the_job_when_one_is_there() {
     until("nothing is left", || stack.objects().is_empty());
 }
 
+/// One of its two stores is away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_one_store_cannot_keep_is_not_kept_anew_by_the_other_nor_told_to_all_workers_again() {
+    let rabbit = Rabbit::shared();
+    let away = "default = true\n[store.away]\nkind = \"s3\"\nendpoint = \"http://127.0.0.1:1\"\naccess_key = \"a\"\n\
+                secret_key = \"b\"\nretries_max = 0";
+    let stack = Stack::new(rabbit.url(), "", away);
+    let worker = stack.worker();
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let options = lapin::options::QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let heard = channel.queue_declare("".into(), options, Default::default()).await.unwrap().name().clone();
+    let control = format!("{}.control", stack.prefix()).as_str().into();
+    let bound = channel.queue_bind(heard.clone(), control, "".into(), Default::default(), Default::default());
+    bound.await.unwrap();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    let mark = stack.path(&format!("backups/.backhaul/cancels/{job_id}.json"));
+
+    cancel(&stack, job_id);
+
+    until("the cancel is kept", || mark.exists());
+    // As when the job has ended there.
+    fs::remove_file(&mark).unwrap();
+    let tried = || worker.log().matches("could not be kept").count();
+    until("the other store is tried again, and again", || tried() > 3);
+    assert!(!mark.exists());
+    let options = lapin::options::BasicGetOptions { no_ack: true };
+    let mut heard_count = 0;
+    while channel.basic_get(heard.clone(), options.clone()).await.unwrap().is_some() {
+        heard_count += 1;
+    }
+    assert_eq!(heard_count, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_failed_is_brought_back_and_done() {
     let rabbit = Rabbit::shared();

@@ -428,9 +428,16 @@ impl Catalog {
         self.forget(&outcome_name(id)?).await
     }
 
-    /// Keeps that somebody asked at that time for the end of a job, for whenever it is taken up.
+    /// Keeps that somebody asked at that time for the end of a job, for whenever it is taken up. Of several times the last one
+    /// is kept, whichever comes first here.
     pub async fn cancel(&self, id: JobId, at: Timestamp) -> Result<(), Error> {
         let name = cancel_name(id)?;
+        // One that is damaged is of no use to anybody.
+        if let Ok(Some(kept)) = self.cancelled_at(id).await
+            && kept >= at
+        {
+            return Ok(());
+        }
         Ok(self.store.replace(&name, seal(&name, &at)?).await?)
     }
 
