@@ -639,6 +639,22 @@ async fn without_a_queue_for_it_nothing_is_given_up() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_given_up_does_not_come_again_at_full_speed() {
+    let (broker, settings) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1, 0);
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let queue = format!("{}.dead", settings.prefix).into();
+    channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+    let began = Instant::now();
+    for _ in 0..2 {
+        next(&mut jobs).await.dead_letter("bad").await.unwrap_err();
+    }
+    assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
+    next(&mut jobs).await.ack().await.unwrap();
+}
+
+#[tokio::test]
 async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
     let (broker, settings) = shared().await;
     for body in ["1", "2", "3"] {
