@@ -56,6 +56,8 @@ const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
 const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
+/// How often a job that waits for a place is looked after: somebody may have asked for its end.
+const CANCEL_LOOK: Duration = Duration::from_millis(500);
 /// For how long a cancel is remembered that the stores keep as well.
 const CANCEL_KEPT_MAX: SignedDuration = SignedDuration::from_secs(60);
 /// How long a message is kept whose rejection the broker does not take.
@@ -572,24 +574,27 @@ impl Worker {
         job: &Job,
         late: &mut Vec<Delivery>,
     ) -> Result<(), broker::Error> {
+        let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
+        let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
+        let ctx = Context { cancel, hand_back, pace, ..Context::default() };
+        let (attempts, alone, mut is_to_end) = (self.attempts(&delivery), needs_alone(job), false);
         // One that runs here already has a place.
         let runs_here = self.jobs().running.contains_key(&job.id);
         let _place = if runs_here {
             None
         } else {
             let place = async { self.places.take(self.project_of(job).await, delivery.since).await };
-            let place = tokio::select! {
-                place = place => place,
+            tokio::select! {
+                place = place => match place {
+                    Some(place) => Some(place),
+                    None => return delivery.await_place().await,
+                },
+                // It needs none, for there is nothing to be done but to say so.
+                () = self.until_it_is_to_end(&ctx, job, &attempts) => None,
                 // The broker hands it out again.
                 () = delivery.lost() => return Ok(()),
-            };
-            let Some(place) = place else { return delivery.await_place().await };
-            Some(place)
+            }
         };
-        let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
-        let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
-        let ctx = Context { cancel, hand_back, pace, ..Context::default() };
-        let (attempts, alone, mut is_to_end) = (self.attempts(&delivery), needs_alone(job), false);
         let now = 'now: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
@@ -655,6 +660,19 @@ impl Worker {
             self.tell(Control::WaitsNoMore { job_id: job.id }).await;
         }
         self.run_in_turn(delivery, &ctx, job, turns, &mut here, late).await
+    }
+
+    /// Waits until a job that does not run yet is to end: its deadline has passed, or somebody has asked for that, in which case
+    /// its token has fired.
+    async fn until_it_is_to_end(&self, ctx: &Context, job: &Job, attempts: &Attempts) {
+        while !job.is_late(Timestamp::now()) {
+            let cancelled_at = self.jobs().take_cancel(job.id);
+            if cancelled_at.is_some_and(|at| attempts.are_ended_by_cancel(at)) {
+                ctx.cancel.cancel();
+                return;
+            }
+            sleep(CANCEL_LOOK).await;
+        }
     }
 
     /// Whose a job is: of its backup, where it names no project itself. None if that is not known, or not soon.

@@ -453,6 +453,38 @@ fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
     until("all is settled", || stack.objects().is_empty());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_to_end_does_not_wait_until_others_have_left_their_places() {
+    let rabbit = Rabbit::shared();
+    // It takes a minute.
+    let stack = Stack::new(
+        rabbit.url(),
+        "jobs_max = 1
+job_bytes_per_second_max = 1048576",
+        SMALL,
+    );
+    fs::write(stack.volume("a.img"), noise(4, 64 << 20)).unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    publish_backup(&broker, &stack, VolumeId::random(), "p").await;
+    event(&mut events, &["started"]).await;
+    let ends = ["succeeded", "failed", "cancelled"];
+
+    let id = publish_backup(&broker, &stack, VolumeId::random(), "p").await;
+    cancel(&stack, &id);
+    let ended = event(&mut events, &ends).await;
+    assert_eq!((&ended["type"], &ended["data"]["job_id"]), (&json!("backhaul.job.cancelled.v1"), &json!(id)));
+
+    let late = backup(&stack, &["--job-id", BACKUP, "--deadline", "2s"]);
+    stack.ok(&[&["submit"][..], &strs(&late)].concat());
+    let ended = event(&mut events, &ends).await;
+    assert_eq!(
+        (&ended["type"], &ended["data"]["job_id"]),
+        (&json!("backhaul.job.failed.v1"), &json!(BACKUP)),
+        "{ended}"
+    );
+}
+
 #[test]
 fn who_waits_for_a_job_that_no_worker_takes_up_is_told_so() {
     let rabbit = Rabbit::shared();
