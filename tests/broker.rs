@@ -964,6 +964,7 @@ async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
     let line = |name: &str, value: &Path| format!("{name} = {}", value.display());
     let conf = [
         format!("listeners.ssl.1 = 127.0.0.1:{port}"),
+        format!("listeners.ssl.2 = 127.0.0.2:{port}"),
         line("ssl_options.cacertfile", &file("ca.pem")),
         line("ssl_options.certfile", &file("server.pem")),
         line("ssl_options.keyfile", &file("server.key")),
@@ -998,6 +999,11 @@ async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
         assert_eq!(error.class(), Class::Permanent);
         assert!(error.to_string().contains("ca_file"), "{error}");
     }
+
+    // The authority is right, and the certificate is not for this name.
+    let other = Settings { tls: tls.clone(), ..settings(&url.replace("localhost", "127.0.0.2")) };
+    let error = Broker::connect(other).await.err().expect("connected to a server of another name");
+    assert!(matches!(error, Error::Tls { .. }), "{error:?}");
 
     let missing = Tls { ca_file: Some(file("missing.pem")), ..tls.clone() };
     let error = Broker::connect(with(missing)).await.err().expect("connected without its file");

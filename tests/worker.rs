@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
@@ -319,7 +321,7 @@ async fn a_cancel_that_one_store_cannot_keep_is_not_kept_anew_by_the_other_nor_t
     assert!(!mark.exists());
     let options = lapin::options::BasicGetOptions { no_ack: true };
     let mut heard_count = 0;
-    while channel.basic_get(heard.clone(), options.clone()).await.unwrap().is_some() {
+    while channel.basic_get(heard.clone(), options).await.unwrap().is_some() {
         heard_count += 1;
     }
     assert_eq!(heard_count, 1);
@@ -429,6 +431,53 @@ fn a_job_that_is_cancelled_while_it_runs_ends_as_cancelled_and_leaves_nothing() 
     let ended: Value = serde_json::from_str(&rest_of(&mut submit)).unwrap();
     assert_eq!(ended["type"], "backhaul.job.cancelled.v1");
     until("the outcome is settled", || stack.objects().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_runs_ends_within_two_seconds_of_its_cancel() {
+    let rabbit = Rabbit::shared();
+    // It takes a minute.
+    let stack = Stack::new(rabbit.url(), "job_bytes_per_second_max = 1048576", SMALL);
+    fs::write(stack.volume("a.img"), noise(3, 64 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    cancel(&stack, job_id);
+
+    let since = Instant::now();
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.cancelled.v1", "{ended}");
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+}
+
+/// The worker that had heard of it was killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn that_a_job_was_cancelled_is_known_to_a_worker_that_begins_later() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(3, 1 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    let (first, mark) = (stack.worker(), format!(".backhaul/cancels/{job_id}.json"));
+    cancel(&stack, job_id);
+    until("the cancel is kept", || stack.objects().contains(&mark));
+    first.kill();
+    // Should it not have acknowledged the message yet, that is not what tells the next one.
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let cancels = format!("{}.cancels", stack.prefix()).as_str().into();
+    channel.queue_delete(cancels, Default::default()).await.unwrap();
+
+    let _second = stack.worker();
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.cancelled.v1", "{ended}");
+    until("nothing is left", || stack.objects().is_empty());
 }
 
 #[test]
@@ -950,6 +999,47 @@ async fn who_sends_a_job_once_more_as_soon_as_its_end_is_told_is_answered() {
         broker.publish_job(verify.clone().into_bytes().into(), Properties::default()).await.unwrap();
         event(&mut events, &["failed"]).await;
     }
+}
+
+/// The modes of all that is in the folder, with the paths.
+fn modes(folder: &Path) -> Vec<(PathBuf, bool, u32)> {
+    let mut modes = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = fs::metadata(&path).unwrap();
+        if metadata.is_dir() {
+            modes.extend(self::modes(&path));
+        }
+        modes.push((path, metadata.is_dir(), metadata.permissions().mode() & 0o7777));
+    }
+    modes
+}
+
+#[rstest]
+#[case::that_would_hide_all("077")]
+#[case::that_would_show_all("000")]
+fn who_may_read_a_backup_does_not_depend_on_the_umask(#[case] umask: &str) {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
+    fs::write(stack.volume("a.img"), noise(16, 3 << 20)).unwrap();
+    let run = stack.command(&[&["run"][..], &strs(&backup(&stack, &["--container", "of/mine"]))].concat());
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(run.get_program());
+    shell
+        .args(run.get_args())
+        .current_dir(stack.path(""))
+        .env_remove("BACKHAUL_CONFIG")
+        .env_remove("BACKHAUL_LOG");
+
+    let output = shell.output().unwrap();
+
+    assert!(output.status.success(), "{output:?}");
+    let modes = modes(&stack.path("backups"));
+    let is_as_promised = |(_, is_folder, mode): &(PathBuf, bool, u32)| match is_folder {
+        true => *mode == 0o770,
+        false => *mode == 0o660,
+    };
+    assert!(modes.iter().all(is_as_promised), "{modes:?}");
+    assert!(modes.len() > 8, "data, metadata, sha256 file, checksums, record, and folders: {modes:?}");
 }
 
 #[test]
