@@ -381,11 +381,15 @@ async fn a_message_that_cannot_be_brought_back_keeps_no_other_from_that() {
     let channel = connection.create_channel().await.unwrap();
     let dead = format!("{}.dead", stack.prefix());
     let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
-    // The queue that the first one came from is there no more; the second one was given up by the broker itself.
-    for (body, routing_key) in [("lost".to_owned(), "no-such-queue"), (verify.to_string(), "")] {
+    // The queue that the first one came from is there no more, nor the exchange of the second one; the third one was given up by
+    // the broker itself.
+    let lost = [("lost", ["", "no-such-queue"]), ("gone", ["no-such-exchange", "job"])];
+    let verify = verify.to_string();
+    for (body, [exchange, routing_key]) in lost.into_iter().chain([(verify.as_str(), ["", ""])]) {
         let mut headers = lapin::types::FieldTable::default();
-        let from = lapin::types::AMQPValue::LongString(routing_key.into());
-        headers.insert("x-backhaul-routing-key".into(), from);
+        let value = |text: &str| lapin::types::AMQPValue::LongString(text.into());
+        headers.insert("x-backhaul-exchange".into(), value(exchange));
+        headers.insert("x-backhaul-routing-key".into(), value(routing_key));
         let (options, properties) =
             (Default::default(), lapin::BasicProperties::default().with_headers(headers));
         let published =
@@ -393,24 +397,28 @@ async fn a_message_that_cannot_be_brought_back_keeps_no_other_from_that() {
         published.await.unwrap().await.unwrap();
     }
     let mut letters = Value::Null;
-    until("both letters are there", || {
+    until("all letters are there", || {
         letters = serde_json::from_str(&stack.ok(&["dead", "list", "--json"])).unwrap();
-        letters.as_array().unwrap().len() == 2
+        letters.as_array().unwrap().len() == 3
     });
-    let lost = letters.as_array().unwrap().iter().find(|letter| letter["body"] == "lost").unwrap();
+    let name = |body: &str| {
+        let letter = letters.as_array().unwrap().iter().find(|letter| letter["body"] == body).unwrap();
+        letter["letter"].as_str().unwrap()
+    };
 
     let retry = stack.run(&["dead", "retry", "--all"]);
 
     let (out, told) = (String::from_utf8_lossy(&retry.stdout), String::from_utf8_lossy(&retry.stderr));
     assert_eq!((retry.status.code(), &*out), (Some(1), "1 message brought back\n"), "{told}");
-    let names = [lost["letter"].as_str().unwrap(), "no-such-queue"];
+    let names = [name("lost"), "no-such-queue", name("gone"), "no-such-exchange"];
     assert!(names.iter().all(|name| told.contains(name)), "{told}");
     let _worker = stack.worker();
     let ended = event(&mut events, &["succeeded", "failed", "cancelled", "rejected"]).await;
     assert_eq!(ended["data"]["job_id"], BACKUP, "there is no such backup: {ended}");
     // Who drops it is not asked where it came from.
-    let drop_lost = ["dead", "drop", lost["letter"].as_str().unwrap()];
-    until("it is back and dropped", || stack.run(&drop_lost).status.success());
+    for letter in [name("lost"), name("gone")] {
+        until("it is back and dropped", || stack.run(&["dead", "drop", letter]).status.success());
+    }
 }
 
 #[test]

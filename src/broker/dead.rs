@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use lapin::options::{BasicAckOptions, BasicGetOptions};
-use lapin::types::ShortString;
-use lapin::{BasicProperties, Channel};
+use lapin::options::{BasicAckOptions, BasicGetOptions, ExchangeDeclareOptions};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, ExchangeKind};
 
 use super::connection::Link;
 use super::message::Death;
@@ -87,6 +87,7 @@ impl DeadLetters {
             }
             Death { exchange, routing_key, .. } => (exchange, routing_key),
         };
+        self.find(exchange).await?;
         let destination = || publisher::destination(exchange, routing_key);
         let properties = message::revived(&letter.raw);
         let copy = publisher::publish_on(&self.channel, exchange, routing_key, &letter.body, properties);
@@ -94,6 +95,30 @@ impl DeadLetters {
             Routed::Queued => self.drop(letter).await,
             Routed::Nowhere => Err(Error::NoRoute { destination: destination() }),
         }
+    }
+
+    /// Fails if the exchange is not there: to publish to it would end the channel, and with it the way to the other letters.
+    async fn find(&self, exchange: &ShortString) -> Result<(), Error> {
+        if exchange.as_str().is_empty() {
+            return Ok(());
+        }
+        let action = || format!("find exchange {exchange}");
+        let found = async {
+            let live = self.link.live().await?;
+            let channel = open_channel(&live.connection).await?;
+            let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
+            let found = channel.exchange_declare(
+                exchange.clone(),
+                ExchangeKind::Direct,
+                options,
+                FieldTable::default(),
+            );
+            found.await.map_err(|error| Error::doing(action(), &error))?;
+            // What comes of that is of no concern: it is asked nothing more.
+            let _ = channel.close(200, "bye".into()).await;
+            Ok(())
+        };
+        self.link.bounded(action, found).await
     }
 
     /// Removes the message for good.
