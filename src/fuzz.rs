@@ -51,15 +51,22 @@ pub fn command(data: &[u8]) {
     drop(message::parse_control(data));
 }
 
-/// The body of an event, and the attempts in the header of a message that was put off.
+/// The body of an event, and what is in the header of a message that was put off: attempts, or the rest of a cancel.
 pub fn event(data: &[u8]) {
     if let Ok(Received::Job(event)) = message::parse_event(data) {
         let again = message::parse_event(&message::encode_event(&event, "/fuzz"));
         let same = |again| matches!(again, Received::Job(again) if again == event);
         assert!(again.is_ok_and(same), "{event:?} is not read as it was written");
     }
-    let attempts = message::parse_attempts(&String::from_utf8_lossy(data));
+    let story = String::from_utf8_lossy(data);
+    let attempts = message::parse_attempts(&story);
     assert!(message::parse_attempts(&message::encode_attempts(attempts.clone())) == attempts, "{attempts:?}");
+    if let Some(unkept) = message::parse_unkept(&story) {
+        assert!(
+            message::parse_unkept(&message::encode_unkept(&unkept)).as_ref() == Some(&unkept),
+            "{unkept:?}"
+        );
+    }
 }
 
 /// A request or a reply of OpenStack's services, and the objects in it.

@@ -13,7 +13,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use rayon_core::ThreadPoolBuildError;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{oneshot, watch};
@@ -30,7 +30,7 @@ use crate::error::{Causes, Class, Problem};
 use crate::event::{self, Native};
 use crate::health::{self, Phase};
 use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
-use crate::message::{self, Control, Reason, Rejection};
+use crate::message::{self, Control, Reason, Rejection, Unkept};
 use crate::runner::{self, Attempts, Ended, Places, Report};
 use crate::store;
 #[cfg(feature = "ceph")]
@@ -56,8 +56,10 @@ const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(10);
 const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 /// Jobs whose cancelling is remembered, in case they are delivered later.
 const CANCELLED_MAX: usize = 10_000;
-/// For how long a cancel is remembered that the stores keep as well: a job sent anew under the id is not to be ended by it.
-const CANCEL_KEPT_MAX: Duration = Duration::from_secs(60);
+/// How often a job that waits for a place is looked after: somebody may have asked for its end.
+const CANCEL_LOOK: Duration = Duration::from_millis(500);
+/// For how long a cancel is remembered that the stores keep as well.
+const CANCEL_KEPT_MAX: SignedDuration = SignedDuration::from_secs(60);
 /// How long a message is kept whose rejection the broker does not take.
 const UNTOLD_PAUSE: Duration = Duration::from_secs(2);
 /// How many deliveries of a job that runs wait here for its end; more are put off. One that the broker handed out again is
@@ -271,7 +273,7 @@ impl Life {
 struct Jobs {
     running: HashMap<JobId, Running>,
     /// The latest ids that were cancelled without running here, and when that was heard.
-    cancelled: VecDeque<(JobId, Instant)>,
+    cancelled: VecDeque<(JobId, Timestamp)>,
     /// Who is to hear which jobs run elsewhere.
     asked: HashMap<JobId, oneshot::Sender<()>>,
     /// The jobs of all workers that were put off until others have ended.
@@ -288,6 +290,13 @@ struct Awaiting {
 }
 
 impl Jobs {
+    /// When somebody asked for the end of a job that did not run here, if that was lately. It is told once.
+    fn take_cancel(&mut self, id: JobId) -> Option<Timestamp> {
+        let index = self.cancelled.iter().position(|(other, _)| *other == id)?;
+        let (_, heard) = self.cancelled.remove(index)?;
+        Some(heard).filter(|heard| Timestamp::now().duration_since(*heard) < CANCEL_KEPT_MAX)
+    }
+
     /// Whether another job waits for one of these names for longer.
     fn is_behind(&self, id: JobId, names: &[String], since: Timestamp) -> bool {
         let now = Instant::now();
@@ -332,10 +341,40 @@ enum Now {
     Reject,
 }
 
+/// That a job runs here. Dropped before that was ended, as when the job's task breaks, it is ended all the same, and the
+/// deliveries that came meanwhile go back to the broker.
+struct Here<'a> {
+    jobs: &'a Mutex<Jobs>,
+    id: JobId,
+    is_over: bool,
+}
+
+impl Here<'_> {
+    /// Says of the job that it runs here no more. Gives the deliveries of it that came meanwhile.
+    fn end(&mut self) -> Vec<Delivery> {
+        if self.is_over {
+            // What has the id by now is another run.
+            return Vec::new();
+        }
+        self.is_over = true;
+        locked(self.jobs).running.remove(&self.id).map_or_else(Vec::new, |running| running.adopted)
+    }
+}
+
+impl Drop for Here<'_> {
+    fn drop(&mut self) {
+        drop(self.end());
+    }
+}
+
+fn locked(jobs: &Mutex<Jobs>) -> MutexGuard<'_, Jobs> {
+    // Nothing panics while it holds the lock.
+    jobs.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Worker {
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
-        // Nothing panics while it holds the lock.
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.jobs)
     }
 
     fn life(&self) -> MutexGuard<'_, Life> {
@@ -513,6 +552,10 @@ impl Worker {
                     let span = info_span!("job", job = %job.id, operation = %job.operation(), backup = %job.backup_id());
                     self.run(delivery, &job, &mut deliveries).instrument(span).await
                 }
+                // It was put off, and all workers have heard of it.
+                Ok(Command::Cancel(id)) if delivery.properties.attempt > 1 => {
+                    self.keep_in_stores(delivery, id).await
+                }
                 Ok(Command::Cancel(id)) => self.pass_on_cancel(delivery, id).await,
                 Err(rejection) => self.reject(delivery, &rejection).await,
             };
@@ -531,24 +574,27 @@ impl Worker {
         job: &Job,
         late: &mut Vec<Delivery>,
     ) -> Result<(), broker::Error> {
+        let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
+        let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
+        let ctx = Context { cancel, hand_back, pace, ..Context::default() };
+        let (attempts, alone, mut is_to_end) = (self.attempts(&delivery), needs_alone(job), false);
         // One that runs here already has a place.
         let runs_here = self.jobs().running.contains_key(&job.id);
         let _place = if runs_here {
             None
         } else {
             let place = async { self.places.take(self.project_of(job).await, delivery.since).await };
-            let place = tokio::select! {
-                place = place => place,
+            tokio::select! {
+                place = place => match place {
+                    Some(place) => Some(place),
+                    None => return delivery.await_place().await,
+                },
+                // It needs none, for there is nothing to be done but to say so.
+                () = self.until_it_is_to_end(&ctx, job, &attempts) => None,
                 // The broker hands it out again.
                 () = delivery.lost() => return Ok(()),
-            };
-            let Some(place) = place else { return delivery.await_place().await };
-            Some(place)
+            }
         };
-        let pace = Pace::new(Limit::new(self.job_bytes_per_second_max), self.limit.clone());
-        let (cancel, hand_back) = (self.hand_back.child_token(), self.hand_back.clone());
-        let ctx = Context { cancel, hand_back, pace, ..Context::default() };
-        let (alone, mut is_to_end) = (needs_alone(job), false);
         let now = 'now: {
             let mut jobs = self.jobs();
             if let Some(running) = jobs.running.get_mut(&job.id) {
@@ -557,7 +603,7 @@ impl Worker {
                     break 'now Now::Reject;
                 }
                 // Each that is kept here takes the room of one that could be worked on.
-                if running.adopted.len() >= ADOPTED_MAX && !self.attempts(&delivery).redelivered {
+                if running.adopted.len() >= ADOPTED_MAX && !attempts.redelivered {
                     running.has_copy_elsewhere = true;
                     break 'now Now::PutOff;
                 }
@@ -565,10 +611,7 @@ impl Worker {
                 running.adopted.push(delivery);
                 return Ok(());
             }
-            if let Some(index) = jobs.cancelled.iter().position(|(id, _)| *id == job.id)
-                && let Some((_, heard)) = jobs.cancelled.remove(index)
-                && heard.elapsed() < CANCEL_KEPT_MAX
-            {
+            if jobs.take_cancel(job.id).is_some_and(|at| attempts.are_ended_by_cancel(at)) {
                 ctx.cancel.cancel();
             }
             let is_taken = |running: &Running| running.alone.iter().any(|name| alone.contains(name));
@@ -588,8 +631,8 @@ impl Worker {
             jobs.running.insert(job.id, running);
             Now::Begin
         };
-        match now {
-            Now::Begin => {}
+        let mut here = match now {
+            Now::Begin => Here { jobs: &self.jobs, id: job.id, is_over: false },
             Now::Wait => {
                 info!("another job works on the same volume, delivery put off");
                 self.tell_wait(&delivery, job.id, alone).await;
@@ -602,13 +645,13 @@ impl Worker {
                 let reason = Reason::ImpossibleValue;
                 return self.reject(delivery, &Rejection { reason, message, job_id: Some(job.id) }).await;
             }
-        }
+        };
         let turns = if is_to_end { Some(Vec::new()) } else { self.take_turns(&alone).await };
         let Some(turns) = turns else {
             info!("another worker's job works on the same volume, delivery put off");
             self.tell_wait(&delivery, job.id, alone).await;
             let mut settled = Ok(());
-            for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
+            for delivery in std::iter::once(delivery).chain(here.end()) {
                 settled = delivery.await_turn().await;
             }
             return settled;
@@ -616,7 +659,20 @@ impl Worker {
         if self.jobs().awaiting.remove(&job.id).is_some() {
             self.tell(Control::WaitsNoMore { job_id: job.id }).await;
         }
-        self.run_in_turn(delivery, &ctx, job, turns, late).await
+        self.run_in_turn(delivery, &ctx, job, turns, &mut here, late).await
+    }
+
+    /// Waits until a job that does not run yet is to end: its deadline has passed, or somebody has asked for that, in which case
+    /// its token has fired.
+    async fn until_it_is_to_end(&self, ctx: &Context, job: &Job, attempts: &Attempts) {
+        while !job.is_late(Timestamp::now()) {
+            let cancelled_at = self.jobs().take_cancel(job.id);
+            if cancelled_at.is_some_and(|at| attempts.are_ended_by_cancel(at)) {
+                ctx.cancel.cancel();
+                return;
+            }
+            sleep(CANCEL_LOOK).await;
+        }
     }
 
     /// Whose a job is: of its backup, where it names no project itself. None if that is not known, or not soon.
@@ -656,6 +712,7 @@ impl Worker {
             redelivered: delivery.redelivered || delivery.properties.parked,
             waited: delivery.properties.waits_since.is_some(),
             revival_count: delivery.properties.revival_count,
+            revived_at: delivery.properties.revived_at,
         }
     }
 
@@ -666,6 +723,7 @@ impl Worker {
         ctx: &Context,
         job: &Job,
         turns: Vec<Turn>,
+        here: &mut Here<'_>,
         late: &mut Vec<Delivery>,
     ) -> Result<(), broker::Error> {
         let attempts = self.attempts(&delivery);
@@ -674,7 +732,7 @@ impl Worker {
             info!("job runs on another worker, delivery parked");
             end_all(turns).await;
             let mut settled = Ok(());
-            for delivery in std::iter::once(delivery).chain(self.end(job.id)) {
+            for delivery in std::iter::once(delivery).chain(here.end()) {
                 settled = delivery.park().await;
             }
             return settled;
@@ -688,9 +746,9 @@ impl Worker {
         };
         // Whoever is handed the message next, or waits, is not to find them taken.
         end_all(turns).await;
-        let settled = self.settle(delivery, ctx, job, attempts, ended, engine.ok()).await;
+        let settled = self.settle(delivery, ctx, attempts, ended, engine.ok(), here).await;
         // Only now: until all is written down, nobody is to begin the job.
-        late.extend(self.end(job.id));
+        late.extend(here.end());
         settled
     }
 
@@ -718,20 +776,21 @@ impl Worker {
         &self,
         delivery: Delivery,
         ctx: &Context,
-        job: &Job,
         attempts: Attempts,
         ended: Ended,
         engine: Option<&Engine>,
+        here: &mut Here<'_>,
     ) -> Result<(), broker::Error> {
+        let id = here.id;
         let (adopted, is_alone) = if let Ended::HandedBack = ended {
             // Nothing is written down any more, and whoever is handed the job next asks whether it still runs here.
-            (self.end(job.id), false)
+            (here.end(), false)
         } else {
             let is_over = matches!(ended, Ended::Over(_) | Ended::OverBefore(_));
             let mut jobs = self.jobs();
             // One that was sent once more may be from somebody who had heard of the end already, and waits for an answer.
             let is_same = |delivery: &mut Delivery| !is_over || self.attempts(delivery).is_again();
-            jobs.running.get_mut(&job.id).map_or((Vec::new(), true), |running| {
+            jobs.running.get_mut(&id).map_or((Vec::new(), true), |running| {
                 let is_alone = running.adopted.is_empty() && !running.has_copy_elsewhere;
                 (running.adopted.extract_if(.., is_same).collect(), is_alone)
             })
@@ -762,7 +821,7 @@ impl Worker {
             Ended::Over(completion) => {
                 if let Some(engine) = engine {
                     let kept = match is_last {
-                        true => engine.catalog().settle(job.id).await,
+                        true => engine.catalog().settle(id).await,
                         false => engine.catalog().keep_told(&completion).await,
                     };
                     if let Err(error) = kept {
@@ -770,7 +829,7 @@ impl Worker {
                     }
                 }
                 if settled.is_ok() && ctx.cancel.is_cancelled() {
-                    self.forget_cancel(job.id).await;
+                    self.forget_cancel(id).await;
                 }
             }
             Ended::OverBefore(_) => info!("what the store keeps of the job stays"),
@@ -785,11 +844,6 @@ impl Worker {
         settled
     }
 
-    /// Says of a job that it runs here no more. Gives the deliveries of it that came meanwhile.
-    fn end(&self, id: JobId) -> Vec<Delivery> {
-        self.jobs().running.remove(&id).map_or_else(Vec::new, |running| running.adopted)
-    }
-
     /// Keeps in every store that somebody asked for the end of a job, so that it is known whenever the job is taken up, and
     /// by whom.
     async fn keep_cancel(self: &Arc<Self>, delivery: Delivery) {
@@ -801,30 +855,41 @@ impl Worker {
         };
         // It may be from before this worker listened.
         self.take_control(&delivery.body);
-        let mut later = None;
-        for name in self.stores.names() {
+        if let Err(error) = self.keep_in_stores(delivery, id).await {
+            warn!(error = %Causes(&error), "a cancel was not settled");
+        }
+    }
+
+    /// Keeps a cancel in the stores that do not have it yet, and puts it off while one of them cannot. It comes back through the
+    /// job queue.
+    async fn keep_in_stores(&self, delivery: Delivery, id: JobId) -> Result<(), broker::Error> {
+        let story = delivery.properties.story.as_deref();
+        let Unkept { since, stores } = story.and_then(message::parse_unkept).unwrap_or_else(|| Unkept {
+            since: Timestamp::now(),
+            stores: self.stores.names().cloned().collect(),
+        });
+        let mut left = Vec::new();
+        // Not those that have it: there the job may have ended since, and the cancel been forgotten.
+        for name in self.stores.names().filter(|name| stores.contains(name)) {
             let kept = match self.stores.engine(Some(name)).await {
                 Ok(engine) => {
-                    engine.catalog().cancel(id).await.map_err(|error| Problem::new(error.class(), &error))
+                    let kept = engine.catalog().cancel(id, since).await;
+                    kept.map_err(|error| Problem::new(error.class(), &error))
                 }
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = kept {
                 warn!(job = %id, store = %name, error = %problem, "that a job was cancelled could not be kept");
-                later = later.or(Some(problem).filter(|problem| problem.class == Class::Transient));
+                if problem.class == Class::Transient {
+                    left.push(name.clone());
+                }
             }
         }
-        let settled = match later {
-            None => delivery.ack().await,
-            // It comes back through the job queue, and goes to all workers again.
-            Some(problem) => {
-                let attempts = Attempts { current: delivery.properties.attempt, ..Attempts::one() };
-                delivery.retry_later(&message::encode_attempts(attempts.and_this(&problem))).await
-            }
-        };
-        if let Err(error) = settled {
-            warn!(error = %Causes(&error), "a cancel was not settled");
+        // No store keeps it for longer.
+        if left.is_empty() || Timestamp::now().duration_since(since) >= KEPT {
+            return delivery.ack().await;
         }
+        delivery.retry_later(&message::encode_unkept(&Unkept { since, stores: left })).await
     }
 
     /// Forgets in every store that somebody asked for the end of a job, because it has ended.
@@ -949,7 +1014,7 @@ impl Worker {
                     if jobs.cancelled.len() == CANCELLED_MAX {
                         jobs.cancelled.pop_front();
                     }
-                    jobs.cancelled.push_back((id, Instant::now()));
+                    jobs.cancelled.push_back((id, Timestamp::now()));
                 }
             }
             Err(rejection) => warn!(error = %rejection, "a control message could not be read"),
@@ -981,4 +1046,44 @@ async fn end_all(turns: Vec<Turn>) {
 /// The properties that a command of ours is published with.
 pub fn command_properties() -> Properties {
     Properties { content_type: Some(message::COMMAND_CONTENT_TYPE.into()), ..Properties::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::job::BackupId;
+
+    fn begin<'a>(jobs: &'a Mutex<Jobs>, job: &Job) -> Here<'a> {
+        let running = Running {
+            job: job.clone(),
+            alone: needs_alone(job),
+            cancel: CancellationToken::new(),
+            adopted: Vec::new(),
+            has_copy_elsewhere: false,
+        };
+        locked(jobs).running.insert(job.id, running);
+        Here { jobs, id: job.id, is_over: false }
+    }
+
+    #[test]
+    fn a_job_whose_task_breaks_is_not_taken_for_one_that_runs_here_for_ever() {
+        let work = Work::Delete(BackupId::random());
+        let job = Job { id: JobId::random(), store: None, deadline: None, work };
+        let jobs = Mutex::default();
+
+        let broken = catch_unwind(AssertUnwindSafe(|| {
+            let _here = begin(&jobs, &job);
+            panic!("the job's task breaks");
+        }));
+
+        assert!(broken.is_err() && locked(&jobs).running.is_empty());
+        // Once it has ended, the id is for whoever is handed the job next.
+        let mut ended = begin(&jobs, &job);
+        assert!(ended.end().is_empty());
+        let _again = begin(&jobs, &job);
+        drop(ended);
+        assert!(locked(&jobs).running.contains_key(&job.id));
+    }
 }

@@ -371,14 +371,37 @@ async fn a_turn_is_had_by_one_connection_and_goes_with_it() {
     let turn = second.turn("volume.a").await.unwrap().expect("it was ended");
     assert!(first.turn("volume.a").await.unwrap().is_none(), "the other one has it");
 
-    drop(turn);
     second.close().await;
-    let freed = async {
-        while first.turn("volume.a").await.unwrap().is_none() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    soon("the turn of a connection that is gone", freed(&first)).await;
+    drop(turn);
+}
+
+/// Takes the turn as soon as it is free, and ends it.
+async fn freed(broker: &Broker) {
+    loop {
+        if let Some(turn) = broker.turn("volume.a").await.unwrap() {
+            return turn.end().await;
         }
-    };
-    soon("the turn of a connection that is gone", freed).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The task of its job had panicked.
+#[tokio::test]
+async fn a_turn_that_nobody_ended_is_not_kept_from_others_as_long_as_the_connection_lasts() {
+    let (first, settings) = shared().await;
+    let second = Broker::connect(settings).await.unwrap();
+    let turn = first.turn("volume.a").await.unwrap().expect("nobody has it");
+    assert!(second.turn("volume.a").await.unwrap().is_none(), "one has it");
+
+    let broken = tokio::spawn(async move {
+        let _turn = turn;
+        panic!("the job's task breaks");
+    });
+
+    assert!(broken.await.unwrap_err().is_panic());
+    soon("the turn of a task that is gone", freed(&second)).await;
+    assert_eq!(*first.state().borrow(), State::Connected);
 }
 
 #[tokio::test]
@@ -496,8 +519,11 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
     letters.drop(b).await.unwrap();
     drop(letters);
     let back = next(&mut jobs).await;
-    let expected = Properties { revival_count: 1, ..Properties::default() };
+    let revived_at = back.properties.revived_at;
+    let expected = Properties { revival_count: 1, revived_at, ..Properties::default() };
     assert_eq!((text(&back.body), &back.properties), ("a", &expected), "as if it were new");
+    let revived_second = revived_at.unwrap().as_second();
+    assert!(u64::try_from(revived_second).unwrap() >= before, "{revived_at:?}");
     back.dead_letter("bad again").await.unwrap();
     assert_none(&mut jobs).await;
     soon("c is back", async { while count(&settings, "dead").await < 2 {} }).await;
@@ -508,6 +534,32 @@ async fn what_was_given_up_is_looked_at_brought_back_and_dropped() {
     }
     left.sort();
     assert_eq!(left, [("a".to_owned(), 1), ("c".to_owned(), 0)]);
+}
+
+/// Its sender had set an expiration.
+#[tokio::test]
+async fn a_message_that_the_broker_gave_up_by_itself_is_brought_back_to_the_job_queue() {
+    let (broker, settings) = shared().await;
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let (exchange, options) = (format!("{}.jobs", settings.prefix), BasicPublishOptions::default());
+    let properties = BasicProperties::default().with_expiration("1".into()).with_message_id("m".into());
+    let publish = channel.basic_publish(exchange.as_str().into(), "job".into(), options, b"a", properties);
+    publish.await.unwrap().await.unwrap();
+    soon("the broker has given it up", async { while count(&settings, "dead").await < 1 {} }).await;
+
+    let mut letters = broker.dead_letters().await.unwrap();
+    let letter = letters.next().await.unwrap().unwrap();
+    assert!(letter.reason.contains("expired"), "{}", letter.reason);
+    letters.retry(letter).await.unwrap();
+
+    let mut jobs = broker.jobs(1, 0);
+    let back = next(&mut jobs).await;
+    let Properties { message_id, revival_count, .. } = &back.properties;
+    assert_eq!((text(&back.body), message_id.as_deref(), *revival_count), ("a", Some("m"), 1));
+    // Had it an expiration still, it would go once more while it waits.
+    back.requeue().await.unwrap();
+    next(&mut jobs).await.ack().await.unwrap();
+    assert_eq!(count(&settings, "dead").await, 0);
 }
 
 #[tokio::test]
@@ -584,6 +636,22 @@ async fn without_a_queue_for_it_nothing_is_given_up() {
     let again = next(&mut jobs).await;
     assert!(again.redelivered);
     again.ack().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_given_up_does_not_come_again_at_full_speed() {
+    let (broker, settings) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1, 0);
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let queue = format!("{}.dead", settings.prefix).into();
+    channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+    let began = Instant::now();
+    for _ in 0..2 {
+        next(&mut jobs).await.dead_letter("bad").await.unwrap_err();
+    }
+    assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
+    next(&mut jobs).await.ack().await.unwrap();
 }
 
 #[tokio::test]
@@ -896,6 +964,7 @@ async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
     let line = |name: &str, value: &Path| format!("{name} = {}", value.display());
     let conf = [
         format!("listeners.ssl.1 = 127.0.0.1:{port}"),
+        format!("listeners.ssl.2 = 127.0.0.2:{port}"),
         line("ssl_options.cacertfile", &file("ca.pem")),
         line("ssl_options.certfile", &file("server.pem")),
         line("ssl_options.keyfile", &file("server.key")),
@@ -930,6 +999,11 @@ async fn tls_with_an_authority_of_ones_own_and_a_client_certificate() {
         assert_eq!(error.class(), Class::Permanent);
         assert!(error.to_string().contains("ca_file"), "{error}");
     }
+
+    // The authority is right, and the certificate is not for this name.
+    let other = Settings { tls: tls.clone(), ..settings(&url.replace("localhost", "127.0.0.2")) };
+    let error = Broker::connect(other).await.err().expect("connected to a server of another name");
+    assert!(matches!(error, Error::Tls { .. }), "{error:?}");
 
     let missing = Tls { ca_file: Some(file("missing.pem")), ..tls.clone() };
     let error = Broker::connect(with(missing)).await.err().expect("connected without its file");

@@ -310,7 +310,7 @@ async fn what_is_damaged_of_a_jobs_end_is_not_told_as_a_backups_record() {
         fs::write(path.join(format!("{id}.json")), "{").unwrap();
     }
     let catalog = shelf.engine.catalog();
-    for error in [catalog.outcome(id).await.unwrap_err(), catalog.is_cancelled(id).await.unwrap_err()] {
+    for error in [catalog.outcome(id).await.unwrap_err(), catalog.cancelled_at(id).await.unwrap_err()] {
         let text = error.to_string();
         assert!(text.contains(&id.to_string()) && text.contains("keeps only"), "{text}");
         assert!(!text.contains("import"), "{text}");

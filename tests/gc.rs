@@ -656,7 +656,7 @@ async fn what_was_written_lately_is_left_alone_and_so_is_all_that_is_of_the_same
     let record = scene.record(job.backup_id()).await.unwrap();
     // What workers remove is not for us.
     let cancelled = JobId::random();
-    engine.catalog().cancel(cancelled).await.unwrap();
+    engine.catalog().cancel(cancelled, Timestamp::now()).await.unwrap();
     let temporary = format!(".tmp.{}.json.{}", BackupId::random(), "0123456789abcdef0123456789abcdef");
     fs::write(scene.bench.root().join(".backhaul/records").join(temporary), "half").unwrap();
 
@@ -679,7 +679,7 @@ async fn what_was_written_lately_is_left_alone_and_so_is_all_that_is_of_the_same
 
     make_older(scene.bench.root(), 8 * 24 * HOUR);
     assert_eq!(kinds(&sweep(&engine, DAY).await), [Of::Backup, Of::Partial]);
-    assert!(engine.catalog().is_cancelled(cancelled).await.unwrap());
+    assert!(engine.catalog().cancelled_at(cancelled).await.unwrap().is_some());
     engine.catalog().forget_cancel(cancelled).await.unwrap();
     scene.check_clean("all is old").await;
 }

@@ -1,22 +1,24 @@
 //! The life of a job in the runner: put off, told once, fallen back, told again.
 
+use std::fs;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use backhaul::engine::{Engine, KEPT};
+use backhaul::engine::{Begun, Engine, KEPT};
 use backhaul::error::Class;
 use backhaul::event::{Error, EventSink};
 use backhaul::job::{
-    BackupId, Completion, Context, Event, Happening, Job, JobId, Limit, Mode, Outcome, Pace, Parent,
+    BackupId, Completion, Context, Event, Happening, Hold, Job, JobId, Limit, Mode, Outcome, Pace, Parent,
     RecordState, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report};
 use jiff::{SignedDuration, Timestamp};
 use rstest::rstest;
 use rustix::io::Errno;
+use serde_json::Value;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -640,7 +642,7 @@ async fn a_job_that_is_brought_back_is_done_anew_and_not_told_again() {
 async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
-    engine.catalog().cancel(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
     let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert_eq!(completion.outcome, Outcome::Cancelled);
     engine.catalog().settle(scene.job.id).await.unwrap();
@@ -648,11 +650,47 @@ async fn a_job_that_was_cancelled_before_it_was_taken_up_ends_as_cancelled() {
     assert!(scene.bench.everything([]).await.is_empty(), "{:?}", scene.bench.everything([]).await);
 }
 
+/// Somebody asked for the end of a job that had failed already.
+#[tokio::test]
+async fn a_job_that_is_brought_back_is_not_ended_by_a_cancel_from_before_that() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
+    let revived_at = Some(Timestamp::now());
+    let attempts = Attempts { revival_count: 1, revived_at, ..Attempts::one() };
+    // It takes longer than until the store is asked once more.
+    let pace = Pace::new(Limit::new(NonZeroU64::new(600)), Arc::default());
+    let ctx = Context { pace, ..Context::default() };
+    let report = Report::new(&sink, &scene.job);
+
+    let ended = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert!(completion.account.seconds > 5.0, "it was over too soon: {}", completion.account.seconds);
+}
+
+#[tokio::test]
+async fn a_job_that_is_brought_back_and_cancelled_after_that_ends_as_cancelled() {
+    let scene = Scene::new(Parent::None);
+    let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
+    let revived_at = Timestamp::now();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
+    // Another one, from before that, could not be kept at once.
+    engine.catalog().cancel(scene.job.id, revived_at - SignedDuration::from_secs(1)).await.unwrap();
+    let attempts = Attempts { revival_count: 1, revived_at: Some(revived_at), ..Attempts::one() };
+
+    let ended = scene.run_as(&engine, &sink, &attempts).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    assert_eq!(completion.outcome, Outcome::Cancelled);
+}
+
 #[tokio::test]
 async fn that_a_job_was_cancelled_is_also_seen_by_a_run_that_finds_it_ended() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
-    engine.catalog().cancel(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
     let Ended::Over(ended) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert_eq!(ended.outcome, Outcome::Cancelled);
     // Whoever ended it could not settle its delivery, and so has forgotten nothing.
@@ -710,7 +748,7 @@ async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() 
     let Some(untold) = catalog.outcome(scene.job.id).await.unwrap() else { panic!("it is kept") };
     let told = Completion { job_id: JobId::random(), ..untold.completion };
     catalog.keep_told(&told).await.unwrap();
-    catalog.cancel(told.job_id).await.unwrap();
+    catalog.cancel(told.job_id, Timestamp::now()).await.unwrap();
     let claimed = JobId::random();
     catalog.begin(claimed, 0, true, false).await.unwrap();
     let all = scene.bench.everything([]).await;
@@ -727,12 +765,67 @@ async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() 
 }
 
 #[tokio::test]
+async fn the_claim_of_a_run_that_goes_on_is_not_swept_and_no_other_one_is_renewed() {
+    let scene = Scene::new(Parent::None);
+    let (engine, id, backup_id) = (scene.bench.engine(SETTINGS), scene.job.id, scene.job.backup_id());
+    let catalog = engine.catalog();
+    let claim = async || match catalog.begin(id, 0, true, false).await.unwrap() {
+        Begun::Held { hold, .. } => hold,
+        begun => panic!("{begun:?}"),
+    };
+    let hold = claim().await;
+    let week_later = Timestamp::now();
+
+    catalog.renew(id, &hold).await.unwrap();
+    catalog.sweep(week_later).await.unwrap();
+
+    catalog.check_held(id, backup_id, &hold).await.unwrap();
+    let other = claim().await;
+    let week_later = Timestamp::now();
+    catalog.renew(id, &hold).await.unwrap();
+    catalog.check_held(id, backup_id, &other).await.unwrap();
+    catalog.sweep(week_later).await.unwrap();
+    assert!(!catalog.is_claimed(id).await.unwrap(), "who was displaced has renewed it");
+    catalog.renew(id, &other).await.unwrap();
+    assert!(!catalog.is_claimed(id).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_claim_that_is_renewed_while_its_run_ends_the_job_does_not_keep_it_from_that() {
+    let again = Attempts { redelivered: true, ..Attempts::one() };
+    let scene = Scene::new(Parent::None);
+    let (counting, engine) = scene.faulty(usize::MAX);
+    assert!(matches!(scene.run_as(&engine, &Recorder::default(), &again).await, Ended::Over(_)));
+    let is_outcome = |name: &String| name.starts_with("swap") && name.contains("outcomes/");
+    let at = counting.names().iter().rposition(is_outcome).unwrap() + 1;
+    let scene = Scene::new(Parent::None);
+    let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+    let (sink, other_engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+    let kept = scene.bench.root().join(format!(".backhaul/outcomes/{}.json", scene.job.id));
+    let renewed = async {
+        reached.notified().await;
+        let claim: Value = serde_json::from_slice(&fs::read(&kept).unwrap()).unwrap();
+        let run = claim["content"]["claimed"]["run"].as_str().unwrap().parse().unwrap();
+        let hold = Hold { claim: Some(run), revival_count: 0 };
+        other_engine.catalog().renew(scene.job.id, &hold).await.unwrap();
+        assert_ne!(serde_json::from_slice::<Value>(&fs::read(&kept).unwrap()).unwrap(), claim);
+        go_on.notify_one();
+    };
+
+    let (ended, ()) = tokio::join!(scene.run_as(&engine, &sink, &again), renewed);
+
+    let Ended::Over(completion) = ended else { panic!("{}: {ended:?}", faulty.broke_at()) };
+    assert_eq!((completion.outcome, sink.ends()), (Outcome::Succeeded, 1));
+}
+
+#[tokio::test]
 async fn a_job_that_is_done_is_found_done_whoever_wanted_its_end_later() {
     let scene = Scene::new(Parent::None);
     let (engine, sink) = (scene.bench.engine(SETTINGS), Recorder::default());
     assert!(matches!(scene.run(&engine, &sink, 1, 1).await, Ended::Over(_)));
     engine.catalog().settle(scene.job.id).await.unwrap();
-    engine.catalog().cancel(scene.job.id).await.unwrap();
+    engine.catalog().cancel(scene.job.id, Timestamp::now()).await.unwrap();
     let Ended::Over(completion) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert_eq!(completion.outcome, Outcome::Succeeded);
     verify(&engine, scene.job.backup_id()).await.unwrap();

@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
@@ -290,6 +292,41 @@ async fn a_cancel_that_no_worker_heard_ends_the_job_when_one_is_there() {
     until("nothing is left", || stack.objects().is_empty());
 }
 
+/// One of its two stores is away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_one_store_cannot_keep_is_not_kept_anew_by_the_other_nor_told_to_all_workers_again() {
+    let rabbit = Rabbit::shared();
+    let away = "default = true\n[store.away]\nkind = \"s3\"\nendpoint = \"http://127.0.0.1:1\"\naccess_key = \"a\"\n\
+                secret_key = \"b\"\nretries_max = 0";
+    let stack = Stack::new(rabbit.url(), "", away);
+    let worker = stack.worker();
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let options = lapin::options::QueueDeclareOptions { exclusive: true, ..Default::default() };
+    let heard = channel.queue_declare("".into(), options, Default::default()).await.unwrap().name().clone();
+    let control = format!("{}.control", stack.prefix()).as_str().into();
+    let bound = channel.queue_bind(heard.clone(), control, "".into(), Default::default(), Default::default());
+    bound.await.unwrap();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    let mark = stack.path(&format!("backups/.backhaul/cancels/{job_id}.json"));
+
+    cancel(&stack, job_id);
+
+    until("the cancel is kept", || mark.exists());
+    // As when the job has ended there.
+    fs::remove_file(&mark).unwrap();
+    let tried = || worker.log().matches("could not be kept").count();
+    until("the other store is tried again, and again", || tried() > 3);
+    assert!(!mark.exists());
+    let options = lapin::options::BasicGetOptions { no_ack: true };
+    let mut heard_count = 0;
+    while channel.basic_get(heard.clone(), options).await.unwrap().is_some() {
+        heard_count += 1;
+    }
+    assert_eq!(heard_count, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_failed_is_brought_back_and_done() {
     let rabbit = Rabbit::shared();
@@ -321,6 +358,10 @@ async fn a_job_that_failed_is_brought_back_and_done() {
         assert!(String::from_utf8_lossy(&unknown.stderr).contains("dead list"), "{unknown:?}");
     }
 
+    // It has ended already: that is not for the time after somebody has brought it back.
+    cancel(&stack, job_id);
+    let mark = format!(".backhaul/cancels/{job_id}.json");
+    until("the cancel is kept", || stack.objects().contains(&mark));
     fs::write(stack.volume("a.img"), noise(3, 3_000_000)).unwrap();
     assert_eq!(stack.ok(&["dead", "retry", job_id]), "1 message brought back\n");
     let done = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
@@ -328,6 +369,56 @@ async fn a_job_that_failed_is_brought_back_and_done() {
     assert_eq!(done["data"]["revival_count"], 1);
     assert_ne!(done["id"], failed["id"]);
     assert_eq!(stack.ok(&["dead", "list", "--json"]), "[]\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_cannot_be_brought_back_keeps_no_other_from_that() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let dead = format!("{}.dead", stack.prefix());
+    let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
+    // The queue that the first one came from is there no more, nor the exchange of the second one; the third one was given up by
+    // the broker itself.
+    let lost = [("lost", ["", "no-such-queue"]), ("gone", ["no-such-exchange", "job"])];
+    let verify = verify.to_string();
+    for (body, [exchange, routing_key]) in lost.into_iter().chain([(verify.as_str(), ["", ""])]) {
+        let mut headers = lapin::types::FieldTable::default();
+        let value = |text: &str| lapin::types::AMQPValue::LongString(text.into());
+        headers.insert("x-backhaul-exchange".into(), value(exchange));
+        headers.insert("x-backhaul-routing-key".into(), value(routing_key));
+        let (options, properties) =
+            (Default::default(), lapin::BasicProperties::default().with_headers(headers));
+        let published =
+            channel.basic_publish("".into(), dead.as_str().into(), options, body.as_bytes(), properties);
+        published.await.unwrap().await.unwrap();
+    }
+    let mut letters = Value::Null;
+    until("all letters are there", || {
+        letters = serde_json::from_str(&stack.ok(&["dead", "list", "--json"])).unwrap();
+        letters.as_array().unwrap().len() == 3
+    });
+    let name = |body: &str| {
+        let letter = letters.as_array().unwrap().iter().find(|letter| letter["body"] == body).unwrap();
+        letter["letter"].as_str().unwrap()
+    };
+
+    let retry = stack.run(&["dead", "retry", "--all"]);
+
+    let (out, told) = (String::from_utf8_lossy(&retry.stdout), String::from_utf8_lossy(&retry.stderr));
+    assert_eq!((retry.status.code(), &*out), (Some(1), "1 message brought back\n"), "{told}");
+    let names = [name("lost"), "no-such-queue", name("gone"), "no-such-exchange"];
+    assert!(names.iter().all(|name| told.contains(name)), "{told}");
+    let _worker = stack.worker();
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled", "rejected"]).await;
+    assert_eq!(ended["data"]["job_id"], BACKUP, "there is no such backup: {ended}");
+    // Who drops it is not asked where it came from.
+    for letter in [name("lost"), name("gone")] {
+        until("it is back and dropped", || stack.run(&["dead", "drop", letter]).status.success());
+    }
 }
 
 #[test]
@@ -350,6 +441,53 @@ fn a_job_that_is_cancelled_while_it_runs_ends_as_cancelled_and_leaves_nothing() 
     until("the outcome is settled", || stack.objects().is_empty());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_runs_ends_within_two_seconds_of_its_cancel() {
+    let rabbit = Rabbit::shared();
+    // It takes a minute.
+    let stack = Stack::new(rabbit.url(), "job_bytes_per_second_max = 1048576", SMALL);
+    fs::write(stack.volume("a.img"), noise(3, 64 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+    until("an object is there", || stack.objects().iter().any(|object| object.ends_with("-00001")));
+
+    cancel(&stack, job_id);
+
+    let since = Instant::now();
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.cancelled.v1", "{ended}");
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+}
+
+/// The worker that had heard of it was killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn that_a_job_was_cancelled_is_known_to_a_worker_that_begins_later() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(3, 1 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    let job_id = "51f0c2d4-0b7e-4f0e-8f1c-6a4be1f9d7c3";
+    let (first, mark) = (stack.worker(), format!(".backhaul/cancels/{job_id}.json"));
+    cancel(&stack, job_id);
+    until("the cancel is kept", || stack.objects().contains(&mark));
+    first.kill();
+    // Should it not have acknowledged the message yet, that is not what tells the next one.
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let cancels = format!("{}.cancels", stack.prefix()).as_str().into();
+    channel.queue_delete(cancels, Default::default()).await.unwrap();
+
+    let _second = stack.worker();
+    stack.ok(&[&["submit"][..], &strs(&backup(&stack, &["--job-id", job_id]))].concat());
+
+    let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.cancelled.v1", "{ended}");
+    until("nothing is left", || stack.objects().is_empty());
+}
+
 #[test]
 fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
     let rabbit = Rabbit::shared();
@@ -370,6 +508,38 @@ fn a_job_that_is_cancelled_while_it_waits_is_not_begun() {
 
     assert_eq!(second.wait().unwrap().code(), Some(3));
     until("all is settled", || stack.objects().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_to_end_does_not_wait_until_others_have_left_their_places() {
+    let rabbit = Rabbit::shared();
+    // It takes a minute.
+    let stack = Stack::new(
+        rabbit.url(),
+        "jobs_max = 1
+job_bytes_per_second_max = 1048576",
+        SMALL,
+    );
+    fs::write(stack.volume("a.img"), noise(4, 64 << 20)).unwrap();
+    let (broker, mut events) = listen(&rabbit, &stack).await;
+    let _worker = stack.worker();
+    publish_backup(&broker, &stack, VolumeId::random(), "p").await;
+    event(&mut events, &["started"]).await;
+    let ends = ["succeeded", "failed", "cancelled"];
+
+    let id = publish_backup(&broker, &stack, VolumeId::random(), "p").await;
+    cancel(&stack, &id);
+    let ended = event(&mut events, &ends).await;
+    assert_eq!((&ended["type"], &ended["data"]["job_id"]), (&json!("backhaul.job.cancelled.v1"), &json!(id)));
+
+    let late = backup(&stack, &["--job-id", BACKUP, "--deadline", "2s"]);
+    stack.ok(&[&["submit"][..], &strs(&late)].concat());
+    let ended = event(&mut events, &ends).await;
+    assert_eq!(
+        (&ended["type"], &ended["data"]["job_id"]),
+        (&json!("backhaul.job.failed.v1"), &json!(BACKUP)),
+        "{ended}"
+    );
 }
 
 #[test]
@@ -445,6 +615,43 @@ async fn a_job_waits_for_another_workers_job_on_its_volume_and_not_for_a_worker_
     for _ in 0..2 {
         let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
         assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_of_a_job_are_numbered_from_1_each_time_that_it_is_taken_up() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(15, 1 << 20)).unwrap();
+    stack.ok(&[&["run"][..], &strs(&backup(&stack, &["--backup-id", BACKUP]))].concat());
+    let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
+    let mut events = broker.events("#").await.unwrap();
+    let worker = stack.worker();
+    // Somebody else writes there, so that the first attempt is put off.
+    fs::write(stack.volume("b.img"), vec![0; 1 << 20]).unwrap();
+    let held = fs::File::open(stack.volume("b.img")).unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    stack.ok(&["submit", "restore", "--backup-id", BACKUP, "--target", &stack.location("b.img")]);
+    until("it is put off", || worker.log().contains("trying again later"));
+    drop(held);
+
+    let mut runs: Vec<Vec<String>> = Vec::new();
+    loop {
+        let states = ["accepted", "started", "progress", "succeeded", "failed", "cancelled"];
+        let event = event(&mut events, &states).await;
+        if event["type"] == "backhaul.job.accepted.v1" {
+            runs.push(Vec::new());
+        }
+        runs.last_mut().unwrap().push(event["sequence"].as_str().unwrap().to_owned());
+        match event["type"].as_str().unwrap() {
+            "backhaul.job.succeeded.v1" => break,
+            kind => assert!(!kind.contains("failed") && !kind.contains("cancelled"), "{event}"),
+        }
+    }
+    assert!(runs.len() > 1, "{runs:?}");
+    for run in &runs {
+        let numbers: Vec<String> = (1..=run.len()).map(|number| format!("{number:020}")).collect();
+        assert_eq!(*run, numbers, "{runs:?}");
     }
 }
 
@@ -800,6 +1007,47 @@ async fn who_sends_a_job_once_more_as_soon_as_its_end_is_told_is_answered() {
         broker.publish_job(verify.clone().into_bytes().into(), Properties::default()).await.unwrap();
         event(&mut events, &["failed"]).await;
     }
+}
+
+/// The modes of all that is in the folder, with the paths.
+fn modes(folder: &Path) -> Vec<(PathBuf, bool, u32)> {
+    let mut modes = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = fs::metadata(&path).unwrap();
+        if metadata.is_dir() {
+            modes.extend(self::modes(&path));
+        }
+        modes.push((path, metadata.is_dir(), metadata.permissions().mode() & 0o7777));
+    }
+    modes
+}
+
+#[rstest]
+#[case::that_would_hide_all("077")]
+#[case::that_would_show_all("000")]
+fn who_may_read_a_backup_does_not_depend_on_the_umask(#[case] umask: &str) {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
+    fs::write(stack.volume("a.img"), noise(16, 3 << 20)).unwrap();
+    let run = stack.command(&[&["run"][..], &strs(&backup(&stack, &["--container", "of/mine"]))].concat());
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(run.get_program());
+    shell
+        .args(run.get_args())
+        .current_dir(stack.path(""))
+        .env_remove("BACKHAUL_CONFIG")
+        .env_remove("BACKHAUL_LOG");
+
+    let output = shell.output().unwrap();
+
+    assert!(output.status.success(), "{output:?}");
+    let modes = modes(&stack.path("backups"));
+    let is_as_promised = |(_, is_folder, mode): &(PathBuf, bool, u32)| match is_folder {
+        true => *mode == 0o770,
+        false => *mode == 0o660,
+    };
+    assert!(modes.iter().all(is_as_promised), "{modes:?}");
+    assert!(modes.len() > 8, "data, metadata, sha256 file, checksums, record, and folders: {modes:?}");
 }
 
 #[test]

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use lapin::options::{BasicAckOptions, BasicGetOptions};
-use lapin::{BasicProperties, Channel};
+use lapin::options::{BasicAckOptions, BasicGetOptions, ExchangeDeclareOptions};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, ExchangeKind};
 
 use super::connection::Link;
 use super::message::Death;
 use super::publisher::{self, Routed};
-use super::topology::{Topology, open_channel};
+use super::topology::{JOB, Topology, open_channel};
 use super::{Error, Properties, message};
 
 /// The messages in the dead-letter queue, one after the other. Those that are neither brought back nor dropped go back
@@ -75,9 +76,18 @@ impl DeadLetters {
     }
 
     /// Publishes the message again where it came from, as if it were new; once the broker has that safely, the dead
-    /// letter is gone.
+    /// letter is gone. What the broker has given up by itself goes to the job queue: from no other does that come here.
     pub async fn retry(&self, letter: DeadLetter) -> Result<(), Error> {
-        let Death { exchange, routing_key, .. } = &letter.death;
+        let (jobs, job) = (&self.topology.jobs, ShortString::from(JOB));
+        let (exchange, routing_key) = match &letter.death {
+            Death { exchange, routing_key, .. }
+                if exchange.as_str().is_empty() && routing_key.as_str().is_empty() =>
+            {
+                (jobs, &job)
+            }
+            Death { exchange, routing_key, .. } => (exchange, routing_key),
+        };
+        self.find(exchange).await?;
         let destination = || publisher::destination(exchange, routing_key);
         let properties = message::revived(&letter.raw);
         let copy = publisher::publish_on(&self.channel, exchange, routing_key, &letter.body, properties);
@@ -85,6 +95,30 @@ impl DeadLetters {
             Routed::Queued => self.drop(letter).await,
             Routed::Nowhere => Err(Error::NoRoute { destination: destination() }),
         }
+    }
+
+    /// Fails if the exchange is not there: to publish to it would end the channel, and with it the way to the other letters.
+    async fn find(&self, exchange: &ShortString) -> Result<(), Error> {
+        if exchange.as_str().is_empty() {
+            return Ok(());
+        }
+        let action = || format!("find exchange {exchange}");
+        let found = async {
+            let live = self.link.live().await?;
+            let channel = open_channel(&live.connection).await?;
+            let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
+            let found = channel.exchange_declare(
+                exchange.clone(),
+                ExchangeKind::Direct,
+                options,
+                FieldTable::default(),
+            );
+            found.await.map_err(|error| Error::doing(action(), &error))?;
+            // What comes of that is of no concern: it is asked nothing more.
+            let _ = channel.close(200, "bye".into()).await;
+            Ok(())
+        };
+        self.link.bounded(action, found).await
     }
 
     /// Removes the message for good.

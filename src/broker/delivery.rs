@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use lapin::options::{BasicAckOptions, BasicQosOptions, BasicRejectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel};
+use tokio::time::sleep;
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
 
 use super::connection::Link;
@@ -17,6 +18,8 @@ use super::{Error, Properties, message};
 
 /// How long a message waits at least.
 const SHORT_WAIT: Duration = Duration::from_secs(1);
+/// How long a message is kept for which there is no queue to go to.
+const NOWHERE_PAUSE: Duration = Duration::from_secs(2);
 
 /// A message that is ours until we settle it. Dropped unsettled, it goes back to its queue.
 pub struct Delivery {
@@ -181,7 +184,11 @@ impl Delivery {
         let destination = || publisher::destination(&exchange, &routing_key);
         match self.link.bounded(|| format!("move a message to {}", destination()), copy).await {
             Ok(Routed::Queued) => self.ack().await,
-            Ok(Routed::Nowhere) => Err(Error::NoRoute { destination: destination() }),
+            Ok(Routed::Nowhere) => {
+                // Given back at once, it would come again at once, and all that it causes would be done again.
+                sleep(NOWHERE_PAUSE).await;
+                Err(Error::NoRoute { destination: destination() })
+            }
             Err(Error::Lost { .. }) => Err(Error::DeliveryLost),
             Err(error) => Err(error),
         }

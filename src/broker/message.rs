@@ -10,6 +10,7 @@ use super::Error;
 
 const ATTEMPT: &str = "x-backhaul-attempt";
 const REVIVAL: &str = "x-backhaul-revival";
+const REVIVED_AT: &str = "x-backhaul-revived-at";
 const STORY: &str = "x-backhaul-story";
 const REASON: &str = "x-backhaul-reason";
 const EXCHANGE: &str = "x-backhaul-exchange";
@@ -38,6 +39,8 @@ pub struct Properties {
     pub story: Option<String>,
     /// Counts the times that the message was brought back from the dead-letter queue.
     pub revival_count: u32,
+    /// When it was brought back last.
+    pub revived_at: Option<Timestamp>,
     /// The message was put off because another worker had its job.
     pub parked: bool,
     /// When the message was put off first because another job had to end, or to have its place, before.
@@ -55,6 +58,7 @@ impl Default for Properties {
             attempt: 1,
             story: None,
             revival_count: 0,
+            revived_at: None,
             parked: false,
             waits_since: None,
         }
@@ -73,8 +77,9 @@ pub(super) fn read(raw: &BasicProperties) -> Properties {
         attempt: attempt(raw),
         story: header(raw, STORY),
         revival_count: count(raw, REVIVAL).unwrap_or(0),
+        revived_at: time(raw, REVIVED_AT),
         parked: count(raw, PARKED).is_some(),
-        waits_since: waits_since(raw),
+        waits_since: time(raw, WAITS_SINCE),
     }
 }
 
@@ -87,11 +92,20 @@ pub(super) struct Death {
     pub at: Option<u64>,
 }
 
-/// Reads what `dead` has written.
+/// Reads what `dead` has written, or why the broker has moved the message by itself: then nothing says where it came from.
 pub(super) fn death(raw: &BasicProperties) -> Death {
     let name = |key| header(raw, key).and_then(|text| ShortString::try_new(text).ok()).unwrap_or_default();
+    let brokers_reason = || {
+        let word = header(raw, "x-last-death-reason").or_else(|| header(raw, "x-first-death-reason"))?;
+        Some(match word.as_str() {
+            "expired" => {
+                "the broker gave it up: its time in the queue had expired before a worker took it".into()
+            }
+            word => format!("the broker gave it up: {word}"),
+        })
+    };
     Death {
-        reason: header(raw, REASON).unwrap_or_default(),
+        reason: header(raw, REASON).or_else(brokers_reason).unwrap_or_default(),
         exchange: name(EXCHANGE),
         routing_key: name(ROUTING_KEY),
         at: header(raw, DIED_AT).and_then(|text| text.parse().ok()),
@@ -165,7 +179,11 @@ fn milliseconds(wait: Duration) -> ShortString {
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
     let ours = [ATTEMPT, STORY, PARKED, WAITS_SINCE, REASON, EXCHANGE, ROUTING_KEY, DIED_AT];
     let revival_count = count(raw, REVIVAL).unwrap_or(0).saturating_add(1);
-    copied(&without(raw, &ours), [(REVIVAL, AMQPValue::LongUInt(revival_count))])
+    let revived = [
+        (REVIVAL, AMQPValue::LongUInt(revival_count)),
+        (REVIVED_AT, AMQPValue::LongLongInt(Timestamp::now().as_millisecond())),
+    ];
+    copied(&without(raw, &ours), revived)
 }
 
 /// The same properties without these headers.
@@ -243,8 +261,8 @@ fn copied<const N: usize>(raw: &BasicProperties, ours: [(&'static str, AMQPValue
     copy
 }
 
-fn waits_since(raw: &BasicProperties) -> Option<Timestamp> {
-    Timestamp::from_millisecond(number(raw, WAITS_SINCE)?).ok()
+fn time(raw: &BasicProperties, key: &str) -> Option<Timestamp> {
+    Timestamp::from_millisecond(number(raw, key)?).ok()
 }
 
 fn attempt(raw: &BasicProperties) -> u32 {

@@ -13,10 +13,11 @@ use super::connection::Link;
 use super::error::is_locked;
 use super::message::{short, table};
 
-/// A name that is ours until we end it, or our connection ends.
+/// A name that is ours until we end it, or our connection ends. Dropped, it is ended as well, a moment later.
 pub struct Turn {
     link: Link,
-    channel: Channel,
+    /// None once it is ended.
+    channel: Option<Channel>,
     queue: ShortString,
 }
 
@@ -42,18 +43,36 @@ impl Turn {
             }
         };
         let channel = link.bounded(action, taken).await?;
-        Ok(channel.map(|channel| Self { link: link.clone(), channel, queue: queue.clone() }))
+        Ok(channel.map(|channel| Self { link: link.clone(), channel: Some(channel), queue: queue.clone() }))
     }
 
     /// Leaves the name to whoever asks for it next.
-    pub async fn end(self) {
-        let Self { link, channel, queue } = self;
-        let ended = async {
-            // That fails only with the channel, and that one goes with the connection, as the queue does.
-            let _ = channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await;
-            let _ = channel.close(200, "bye".into()).await;
-            Ok(())
-        };
-        let _ = link.bounded(|| format!("delete queue {queue}"), ended).await;
+    pub async fn end(mut self) {
+        if let Some(channel) = self.channel.take() {
+            leave(&self.link, &channel, &self.queue).await;
+        }
     }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Without a runtime the process ends, and with its connection the queue goes.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current()
+            && let Some(channel) = self.channel.take()
+        {
+            let (link, queue) = (self.link.clone(), self.queue.clone());
+            let left = async move { leave(&link, &channel, &queue).await };
+            self.link.tasks.spawn_on(left, &runtime);
+        }
+    }
+}
+
+async fn leave(link: &Link, channel: &Channel, queue: &ShortString) {
+    let left = async {
+        // That fails only with the channel, and that one goes with the connection, as the queue does.
+        let _ = channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await;
+        let _ = channel.close(200, "bye".into()).await;
+        Ok(())
+    };
+    let _ = link.bounded(|| format!("delete queue {queue}"), left).await;
 }

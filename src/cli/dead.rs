@@ -8,6 +8,7 @@ use super::args::{DeadCommand, LettersArgs};
 use super::{Error, FAILED, print_json, render, say};
 use crate::broker::{Broker, DeadLetter, DeadLetters};
 use crate::config::Config;
+use crate::error::Causes;
 use crate::job::{Attempt, BackupId, Command, JobId, Operation};
 use crate::message;
 use crate::worker;
@@ -105,21 +106,24 @@ async fn show(letters: &mut DeadLetters, id: &str) -> Result<u8, Error> {
     Err(unknown(id))
 }
 
-/// Brings the letters back, or drops them.
+/// Brings the letters back, or drops them. One for which that fails is told of, and keeps no other from it.
 async fn settle(letters: &mut DeadLetters, which: &LettersArgs, retry: bool) -> Result<u8, Error> {
     let mut missing: Vec<&String> = which.ids.iter().collect();
-    let mut count = 0;
+    let (mut count, mut failed) = (0, false);
     while let Some(dead) = letters.next().await? {
         let letter = Letter::of(&dead);
         if !which.all && !which.ids.iter().any(|id| letter.is(id)) {
             continue;
         }
         missing.retain(|id| !letter.is(id));
-        count += 1;
-        if retry {
-            letters.retry(dead).await?;
-        } else {
-            letters.drop(dead).await?;
+        let settled = if retry { letters.retry(dead).await } else { letters.drop(dead).await };
+        match settled {
+            Ok(()) => count += 1,
+            Err(error) => {
+                failed = true;
+                let job = letter.job_id.map(|id| format!(" of job {id}")).unwrap_or_default();
+                eprintln!("error: letter {}{job} stays where it is: {}", letter.letter, Causes(&error));
+            }
         }
     }
     let messages = if count == 1 { "1 message".to_owned() } else { format!("{count} messages") };
@@ -127,7 +131,7 @@ async fn settle(letters: &mut DeadLetters, which: &LettersArgs, retry: bool) -> 
     for id in &missing {
         eprintln!("error: {}", unknown(id));
     }
-    Ok(if missing.is_empty() { 0 } else { FAILED })
+    Ok(if missing.is_empty() && !failed { 0 } else { FAILED })
 }
 
 fn unknown(id: &str) -> Error {

@@ -332,6 +332,20 @@ impl Catalog {
         Err(overtaken(&name))
     }
 
+    /// Makes the claim of a run that goes on as if it were new, so that [`Catalog::sweep`] leaves it. Does nothing when another
+    /// run has claimed the job since, or ended it, and for a run that needs no claim.
+    pub async fn renew(&self, id: JobId, hold: &Hold) -> Result<(), Error> {
+        let name = outcome_name(id)?;
+        let Some(was) = self.bytes(&name).await? else { return Ok(()) };
+        if let Kept::Claimed(claim) = unseal(&name, &was)?
+            && Some(claim.run) == hold.claim
+        {
+            let renewed = Kept::Claimed(Claim { at: Timestamp::now(), ..claim });
+            self.store.swap(&name, was, seal(&name, &renewed)?).await?;
+        }
+        Ok(())
+    }
+
     /// Whether a run has claimed the job, and nobody has ended it since: then it may be alive. A claim counts for as long as
     /// [`Catalog::sweep`] leaves it.
     pub async fn is_claimed(&self, id: JobId) -> Result<bool, Error> {
@@ -352,14 +366,19 @@ impl Catalog {
     pub async fn conclude(&self, completion: &Completion, hold: &Hold) -> Result<(), Error> {
         let name = outcome_name(completion.job_id)?;
         let kept = KeptOutcome { at: Timestamp::now(), told: false, completion: completion.clone() };
-        let was = self.bytes(&name).await?;
-        let current: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
-        if !is_held(current.as_ref(), hold)
-            || !self.write_over(&name, was, seal(&name, &Kept::Ended(Box::new(kept)))?).await?
-        {
-            return Err(Error::TakenOver(completion.backup_id));
+        let kept = seal(&name, &Kept::Ended(Box::new(kept)))?;
+        for _ in 0..UPDATES_MAX {
+            let was = self.bytes(&name).await?;
+            let current: Option<Kept> = was.as_ref().map(|was| unseal(&name, was)).transpose()?;
+            if !is_held(current.as_ref(), hold) {
+                return Err(Error::TakenOver(completion.backup_id));
+            }
+            if self.write_over(&name, was, kept.clone()).await? {
+                return self.finish(completion).await;
+            }
+            // What was faster may have been the last renewal of this run's own claim.
         }
-        self.finish(completion).await
+        Err(overtaken(&name))
     }
 
     /// The last step of a job that leaves no record: that must not go before it is known how the job ended. It may be done
@@ -409,15 +428,22 @@ impl Catalog {
         self.forget(&outcome_name(id)?).await
     }
 
-    /// Keeps that somebody asked for the end of a job, for whenever it is taken up.
-    pub async fn cancel(&self, id: JobId) -> Result<(), Error> {
+    /// Keeps that somebody asked at that time for the end of a job, for whenever it is taken up. Of several times the last one
+    /// is kept, whichever comes first here.
+    pub async fn cancel(&self, id: JobId, at: Timestamp) -> Result<(), Error> {
         let name = cancel_name(id)?;
-        Ok(self.store.replace(&name, seal(&name, &Timestamp::now())?).await?)
+        // One that is damaged is of no use to anybody.
+        if let Ok(Some(kept)) = self.cancelled_at(id).await
+            && kept >= at
+        {
+            return Ok(());
+        }
+        Ok(self.store.replace(&name, seal(&name, &at)?).await?)
     }
 
-    /// Whether somebody asked for the end of a job.
-    pub async fn is_cancelled(&self, id: JobId) -> Result<bool, Error> {
-        Ok(self.read::<Timestamp>(&cancel_name(id)?).await?.is_some())
+    /// When somebody asked for the end of a job, if anybody did.
+    pub async fn cancelled_at(&self, id: JobId) -> Result<Option<Timestamp>, Error> {
+        self.read(&cancel_name(id)?).await
     }
 
     /// Forgets that somebody asked for the end of a job, because it has ended.

@@ -20,7 +20,7 @@ pub struct Event {
     pub store: Option<StoreName>,
     /// When it happened.
     pub time: Timestamp,
-    /// Counts the events of one job on one worker, from 1.
+    /// Counts the events of one run of a job, from 1.
     pub sequence: u64,
     /// What happened.
     pub happening: Happening,

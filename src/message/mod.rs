@@ -10,7 +10,8 @@ mod rejection;
 
 pub use native::{
     COMMAND_BYTES_MAX, COMMAND_CONTENT_TYPE, Control, EVENT_CONTENT_TYPE, EventError, REJECTED_ROUTING_KEY,
-    Received, encode_attempts, encode_command, encode_control, encode_event, encode_rejected, event_id,
-    parse_attempts, parse_command, parse_control, parse_event, rejected_event_id, routing_key,
+    Received, Unkept, encode_attempts, encode_command, encode_control, encode_event, encode_rejected,
+    encode_unkept, event_id, parse_attempts, parse_command, parse_control, parse_event, parse_unkept,
+    rejected_event_id, routing_key,
 };
 pub use rejection::{Reason, Rejection};

@@ -1,9 +1,9 @@
 //! Runs a job to its end: the one loop that walks the plan.
 
+use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::Report;
@@ -12,7 +12,7 @@ use crate::engine::{self, Begun, Engine, KeptOutcome, Receipt};
 use crate::error::{Causes, Class, Problem};
 use crate::event;
 use crate::job::{
-    Account, Attempt, Completion, Context, Happening, Job, Method, Operation, Outcome, VolumeId, Work,
+    Account, Attempt, Completion, Context, Happening, Hold, Job, Method, Operation, Outcome, VolumeId, Work,
 };
 
 /// How often a job is begun again whose worker ended before it did; one that ends its workers must not do so for ever. We
@@ -21,6 +21,9 @@ use crate::job::{
 const RESTARTS_MAX: u32 = 20;
 /// How often a running job looks into the store whether somebody asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_secs(5);
+/// How often a running job shows that its claim is not that of a worker which has died: claims are swept after
+/// [`KEPT`](engine::KEPT).
+const RENEW_EVERY: Duration = Duration::from_secs(3600);
 /// Attempts that are told of; of more the first one and the latest.
 const ATTEMPTS_TOLD_MAX: usize = 10;
 /// How much is told of each.
@@ -43,6 +46,8 @@ pub struct Attempts {
     pub waited: bool,
     /// How often people brought the job back after it had failed; it begins anew then.
     pub revival_count: u32,
+    /// When they did so last.
+    pub revived_at: Option<Timestamp>,
 }
 
 impl Attempts {
@@ -56,7 +61,14 @@ impl Attempts {
             redelivered: false,
             waited: false,
             revival_count: 0,
+            revived_at: None,
         }
+    }
+
+    /// Whether who asked for the end of the job at that time meant this run of it, and not one that had ended before people
+    /// brought the job back.
+    pub fn are_ended_by_cancel(&self, cancelled_at: Timestamp) -> bool {
+        self.revived_at.is_none_or(|revived_at| cancelled_at >= revived_at)
     }
 
     /// Whether another worker may have begun the job, and still be at it.
@@ -120,8 +132,10 @@ pub async fn run(
     let (was_out_before, revival_count) = (attempts.was_out_before(), attempts.revival_count);
     let begun = engine.catalog().begin(job.id, revival_count, was_out_before, attempts.redelivered).await;
     // Also of one that is over: whoever ended it may have died before the mark was forgotten.
-    let asked = engine.catalog().is_cancelled(job.id).await;
-    if let Ok(true) = asked {
+    let asked = engine.catalog().cancelled_at(job.id).await;
+    if let Ok(Some(at)) = asked
+        && attempts.are_ended_by_cancel(at)
+    {
         ctx.cancel.cancel();
     }
     let (hold, restart_count) = match begun {
@@ -173,14 +187,18 @@ pub async fn run(
         // The deadline fires this one, so that it is known from a cancel.
         let stop = ctx.cancel.child_token();
         let attempt_ctx = Context { cancel: stop, fallback_reason, hold, ..ctx.clone() };
-        let error =
-            match attempt(&attempt_ctx, &ctx.cancel, engine, job, method, progress_every, report).await {
-                Ok(receipt) => {
-                    take_in(&mut account, receipt);
-                    break Outcome::Succeeded;
-                }
-                Err(error) => error,
-            };
+        let result = tokio::select! {
+            result = attempt(&attempt_ctx, engine, job, method, progress_every, report) => result,
+            never = heed_cancels(ctx, engine, job, attempts) => match never {},
+            never = keep_claim(engine, job, &attempt_ctx.hold) => match never {},
+        };
+        let error = match result {
+            Ok(receipt) => {
+                take_in(&mut account, receipt);
+                break Outcome::Succeeded;
+            }
+            Err(error) => error,
+        };
         let reading = ctx.progress.read();
         account.counts = reading.counts;
         account.volume_bytes = Some(reading.bytes_total).filter(|bytes| *bytes > 0);
@@ -330,11 +348,31 @@ fn late(job: &Job) -> Option<Problem> {
     Some(Problem { class: Class::Permanent, message, causes: Vec::new() })
 }
 
-/// Does the job by one method, telling meanwhile how far it is. Fires `cancel` when somebody has asked for the end of the job,
-/// and the token of the context, a child of that one, at the deadline.
+/// Fires the token of the context when somebody has asked for the end of the job: that may not have reached this worker.
+async fn heed_cancels(ctx: &Context, engine: &Engine, job: &Job, attempts: &Attempts) -> Infallible {
+    loop {
+        tokio::time::sleep(CANCEL_LOOK).await;
+        if let Ok(Some(at)) = engine.catalog().cancelled_at(job.id).await
+            && attempts.are_ended_by_cancel(at)
+        {
+            ctx.cancel.cancel();
+        }
+    }
+}
+
+/// Renews the claim of a run that takes long.
+async fn keep_claim(engine: &Engine, job: &Job, hold: &Hold) -> Infallible {
+    loop {
+        tokio::time::sleep(RENEW_EVERY).await;
+        if let Err(error) = engine.catalog().renew(job.id, hold).await {
+            warn!(error = %Causes(&error), "the claim on the job was not renewed, trying again later");
+        }
+    }
+}
+
+/// Does the job by one method, telling meanwhile how far it is. Fires the token of the context at the deadline.
 async fn attempt(
     ctx: &Context,
-    cancel: &CancellationToken,
     engine: &Engine,
     job: &Job,
     method: Method,
@@ -345,15 +383,6 @@ async fn attempt(
         loop {
             tokio::time::sleep(progress_every).await;
             report.tell(Happening::Progress(ctx.progress.read())).await;
-        }
-    };
-    // Whoever asked for the end of the job may not have reached this worker.
-    let cancelled = async {
-        loop {
-            tokio::time::sleep(CANCEL_LOOK).await;
-            if engine.catalog().is_cancelled(job.id).await.unwrap_or(false) {
-                cancel.cancel();
-            }
         }
     };
     let late = async {
@@ -369,7 +398,6 @@ async fn attempt(
     tokio::select! {
         result = engine.run(ctx, job, method) => result,
         never = progress => never,
-        never = cancelled => never,
         never = late => never,
     }
 }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::command::{encode_command, parse_command};
-use crate::job::{Command, JobId};
+use crate::job::{Command, JobId, StoreName};
 use crate::message::rejection::{Reason, Rejection};
 
 /// A message to all workers.
@@ -42,6 +42,26 @@ pub enum Control {
         /// The job.
         job_id: JobId,
     },
+}
+
+/// What is left of a cancel that is put off because some stores could not keep it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unkept {
+    /// When a worker took the cancel first.
+    pub since: Timestamp,
+    /// The stores that are to keep it yet.
+    pub stores: Vec<StoreName>,
+}
+
+/// Writes what is left of a cancel, for its message to carry.
+pub fn encode_unkept(unkept: &Unkept) -> String {
+    // Texts: none of them can fail to be written.
+    serde_json::to_string(unkept).unwrap_or_default()
+}
+
+/// Reads what `encode_unkept` wrote; nothing from what it did not write.
+pub fn parse_unkept(text: &str) -> Option<Unkept> {
+    serde_json::from_str(text).ok()
 }
 
 #[derive(Serialize, Deserialize)]
