@@ -11,9 +11,11 @@ use std::sync::Arc;
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Volumes};
 use backhaul::error::{Causes, Class, Problem};
-use backhaul::job::{BackupId, JobId, Parent, Record, RecordState, VerifyWork, VolumeId, Work};
+use backhaul::job::{
+    BackupId, Context, JobId, Method, Parent, Record, RecordState, Strategy, VerifyWork, VolumeId, Work,
+};
 use backhaul::store::{Posix, Reason};
-use backhaul::volume::{self, FileRoots, FileTarget};
+use backhaul::volume::{self, FileRoots, FileTarget, VolumeSource as _};
 use jiff::SignedDuration;
 use rstest::rstest;
 use rustix::fs::{CWD, FileType, Mode};
@@ -24,7 +26,7 @@ use crate::support::engine::{
     restore, run, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
-use crate::support::volume::{Fill, Volume, junk};
+use crate::support::volume::{Deadly, Fill, Volume, junk};
 
 const BLOCK_BYTES: usize = 512;
 
@@ -525,6 +527,28 @@ async fn a_target_that_cannot_be_used_is_named_and_left_as_it_was(#[case] path: 
     assert_eq!(fs::read(shelf.bench.volumes().join("file")).unwrap(), b"a file");
     assert_eq!(fs::read(outside.join("secret")).unwrap(), b"secret");
     assert_eq!(fs::read_dir(outside).unwrap().count(), 1);
+}
+
+/// What was read until then looked like all of the volume.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_whose_reading_thread_dies_is_not_told_as_whole(
+    #[values(None, Some(0), Some(3), Some(8))] in_block: Option<usize>,
+) {
+    let bench = Bench::new(Kind::Memory);
+    let (settings, cpu) = (settings(Compression::Zstd), Cpu::start(1).unwrap());
+    let chunked = Chunked::new(bench.store(), settings, cpu, Budget::new(MEMORY_BYTES));
+    let job = backup_job(VolumeId::random(), Path::new("/nowhere"), Parent::None);
+    let method = Method { strategy: Strategy::Chunked, mode: None };
+    let Work::Backup(work) = &job.work else { unreachable!() };
+    let at = in_block.map_or(u64::MAX, |block| (block * BLOCK_BYTES) as u64);
+    let source = Deadly { bytes: 10 * BLOCK_BYTES as u64, at };
+    let mut record = chunked.begin(job.id, work, None, source.bytes(), method).unwrap();
+    chunked.name(&mut record);
+
+    let made = chunked.backup(&Context::default(), &mut record, None, None, Arc::new(source)).await;
+
+    assert_eq!(matches!(made, Err(Error::Lost(_))), in_block.is_some(), "{:?}", made.err());
 }
 
 // ---- parents and ids ----

@@ -172,7 +172,7 @@ impl Chunked {
         metadata.append(metadata::head(record).as_bytes()).await?;
         let mut notes = Notes::new(&*self.store, names, self.checkpoint_bytes);
         let mut digest = ListDigest::default();
-        let (mut first_digest, mut first_object) = (true, true);
+        let (mut first_digest, mut first_object, mut bytes_done) = (true, true, 0);
         while let Some(chunk) = stored.try_next().await? {
             ctx.check()?;
             digest.update(&chunk.digests);
@@ -186,6 +186,11 @@ impl Chunked {
             notes.add(&chunk.objects).await?;
             ctx.progress.add(&chunk.counts);
             ctx.progress.done(chunk.length as u64);
+            bytes_done += chunk.length as u64;
+        }
+        // Without an error there are fewer only if the thread that reads has panicked.
+        if bytes_done != record.volume_bytes {
+            return Err(super::Lost.into());
         }
         sha256_list.append(sha256_file::tail(record, !first_digest).as_bytes()).await?;
         metadata.append(metadata::tail(record, volume_meta, !first_object).as_bytes()).await?;
