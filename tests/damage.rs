@@ -23,7 +23,7 @@ use rustix::io::Errno;
 
 use crate::support::engine::{
     Bench, Kind, MEMORY_BYTES, backup, backup_job, cancel, delete, job, object_at, overwrite, paths_of,
-    restore, run, verify,
+    restore, run, run_in, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Deadly, Fill, Volume, junk};
@@ -549,6 +549,27 @@ async fn a_backup_whose_reading_thread_dies_is_not_told_as_whole(
     let made = chunked.backup(&Context::default(), &mut record, None, None, Arc::new(source)).await;
 
     assert_eq!(matches!(made, Err(Error::Lost(_))), in_block.is_some(), "{:?}", made.err());
+}
+
+/// Nobody would read it back.
+#[tokio::test]
+async fn more_volume_meta_than_is_read_back_is_refused_before_the_volume_is_read() {
+    let bench = Bench::new(Kind::Memory);
+    let engine = bench.engine(settings(Compression::Zstd));
+    let volume = Volume::create(bench.volumes().join("volume"), BLOCK_BYTES);
+    let mut job = backup_job(VolumeId::random(), &volume.path, Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    // Each of them takes six bytes.
+    work.volume_meta = Some("\u{fc}".repeat((16 << 20) / 6 + 1));
+    let ctx = Context::default();
+
+    let error = run_in(&ctx, &engine, &job).await.unwrap_err();
+
+    assert!(matches!(error, Error::TextsTooLong { .. }), "{error}");
+    assert_eq!(error.class(), Class::Permanent);
+    assert_eq!(ctx.progress.read().counts.bytes_read, 0);
+    cancel(&engine, &job).await;
+    assert!(bench.everything([]).await.is_empty());
 }
 
 // ---- parents and ids ----

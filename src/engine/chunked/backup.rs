@@ -85,6 +85,7 @@ impl Chunked {
         source: Arc<dyn VolumeSource>,
     ) -> Result<Unfinished, Error> {
         ctx.progress.begin(record.volume_bytes);
+        metadata::check_texts(record, volume_meta)?;
         let parent_list = match parent {
             Some(parent) => Some((parent, self.parent_list(parent, record.volume_bytes).await?)),
             None => None,

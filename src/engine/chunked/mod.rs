@@ -50,6 +50,8 @@ const REQUESTS_MAX: usize = 16;
 const DELETES_AT_ONCE: usize = 250;
 /// How many times as many objects are being deleted at once, at most.
 const DELETES_MAX: usize = 8;
+/// Characters that are shown of what an object says.
+const SHOWN_CHARS_MAX: usize = 1000;
 
 /// The availability zone of Cinder's that nobody has given another name.
 pub const USUAL_ZONE: &str = "nova";
@@ -285,7 +287,7 @@ impl Chunked {
     /// last object of the full backup ends.
     pub async fn inspect(&self, record: &mut Record, parent: Option<&Record>) -> Result<(), Error> {
         let backup_id = record.backup_id;
-        let refused = |why: String| Error::NotImportable { backup_id, why };
+        let refused = |why: String| Error::NotImportable { backup_id, why: beginning(&why) };
         let lists = self.object_lists(record).await?;
         let (head, end) = blocking(move || {
             let mut end = 0;
@@ -386,7 +388,12 @@ impl Names {
 }
 
 fn damaged(object: &ObjectName, why: impl ToString) -> Error {
-    Error::Damaged { object: object.to_string(), why: why.to_string() }
+    Error::Damaged { object: object.to_string(), why: beginning(&why.to_string()) }
+}
+
+/// As much of a text as is shown. What is damaged may say anything, and at any length.
+fn beginning(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).collect()
 }
 
 /// Makes sure that the volume has the size that it had at the time of the parent.
@@ -402,5 +409,5 @@ fn check_version(object: &ObjectName, version: &str) -> Result<(), Error> {
     if version == metadata::VERSION {
         return Ok(());
     }
-    Err(Error::UnknownVersion { object: object.to_string(), version: version.into() })
+    Err(Error::UnknownVersion { object: object.to_string(), version: beginning(version) })
 }
