@@ -68,6 +68,11 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// instead leaves nothing visible.
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>>;
 
+    /// Fails if an object of so many bytes can never be written, for whoever knows that before there is one.
+    fn check_size(&self, _object: &ObjectName, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Reads an object from its beginning. Fails with [`Reason::Missing`] when it is not there.
     async fn get(&self, object: &ObjectName) -> Result<Pieces>;
 

@@ -86,11 +86,15 @@ impl Chunked {
     ) -> Result<Unfinished, Error> {
         ctx.progress.begin(record.volume_bytes);
         metadata::check_texts(record, volume_meta)?;
+        let names = Names::of(record)?;
+        // The one object that may be too large for a store, which is to be told before the volume is read.
+        let block_count = record.volume_bytes.div_ceil(self.settings.sha_block_bytes as u64);
+        let digests_bytes = block_count.saturating_mul(sha256_file::DIGEST_LINE_BYTES as u64);
+        self.store.check_size(&names.sha256_file, digests_bytes)?;
         let parent_list = match parent {
             Some(parent) => Some((parent, self.parent_list(parent, record.volume_bytes).await?)),
             None => None,
         };
-        let names = Names::of(record)?;
         let puts = TaskTracker::new();
         let result = self.copy(ctx, record, &names, volume_meta, parent_list, source, &puts).await;
         // A put that is under way when another one fails must not bring its object in after the clean-up.

@@ -14,6 +14,8 @@ use crate::job::Record;
 
 /// Digests that are handed over at a time, at most.
 pub const BATCH_DIGESTS: usize = 4096;
+/// Text that a digest takes, with what separates it from the next one.
+pub const DIGEST_LINE_BYTES: usize = 72;
 
 /// What stands before the digests.
 pub fn head(record: &Record, block_bytes: usize) -> String {
@@ -29,8 +31,7 @@ pub fn head(record: &Record, block_bytes: usize) -> String {
 
 /// Some digests, with the comma before them where they are not the first ones.
 pub fn digests(digests: &[Digest], first: bool) -> Vec<u8> {
-    const LINE_BYTES: usize = 72;
-    let mut text = Vec::with_capacity(digests.len() * LINE_BYTES);
+    let mut text = Vec::with_capacity(digests.len() * DIGEST_LINE_BYTES);
     for (index, digest) in digests.iter().enumerate() {
         text.extend_from_slice(if first && index == 0 { b"\n    \"" } else { b",\n    \"" });
         let mut line = [0; 64];

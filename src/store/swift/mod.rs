@@ -29,7 +29,7 @@ use reqwest::{Method, StatusCode};
 use url::Url;
 use uuid::Uuid;
 
-use self::api::{Api, BulkAnswer, Entry, Request, explain, parse};
+use self::api::{Api, BulkAnswer, Entry, Request, explain, parse, too_large};
 use self::spool::Writer;
 use super::http::{Failure, HttpSettings, Payload, Refusal};
 use super::reading::{Reader, Rest};
@@ -339,6 +339,10 @@ impl ObjectStore for Swift {
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>> {
         self.object("create", object)?;
         Ok(Box::new(Writer::new(self.clone(), object.clone())))
+    }
+
+    fn check_size(&self, object: &ObjectName, bytes: u64) -> Result<()> {
+        if bytes > OBJECT_BYTES_MAX { Err(too_large(object)) } else { Ok(()) }
     }
 
     async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
