@@ -32,7 +32,8 @@ use crate::volume::{Before, VolumeTarget};
 
 /// Unpacked bytes that are looked at together; a block where that is larger.
 const PIECE_BYTES: usize = 1 << 20;
-/// What reading one object may take: pieces read ahead, the unpacker's window, and the piece that it fills.
+/// What reading one object may take: pieces read ahead, the unpacker's window, and the piece that it fills, unless its blocks
+/// are larger than that one.
 const OBJECT_MEMORY_BYTES: usize = 24 << 20;
 /// An object that is packed into no more than this may be nothing but zeros, and is looked up among those.
 const ZERO_OBJECT_BYTES_MAX: usize = 128 << 10;
@@ -152,7 +153,8 @@ impl Chunked {
                 if let (Some(restored), Some(target)) = (&mut restored, &target) {
                     restored.keep(target, self.checkpoint_bytes).await?;
                 }
-                let memory = self.memory.reserve(OBJECT_MEMORY_BYTES).await;
+                let beyond_a_piece = (block_bytes as usize).saturating_sub(PIECE_BYTES);
+                let memory = self.memory.reserve(OBJECT_MEMORY_BYTES + beyond_a_piece).await;
                 let pieces = match self.get(&chain[layer], &object).await {
                     Ok(pieces) => pieces,
                     Err(error) => {
