@@ -33,6 +33,7 @@ const BLOCK_BYTES: usize = 512;
 fn settings(compression: Compression) -> Settings {
     Settings {
         compression,
+        compression_level: 3,
         object_bytes: 4 * BLOCK_BYTES,
         sha_block_bytes: BLOCK_BYTES,
         unchanged_check_per_mille: 1,
@@ -869,6 +870,7 @@ fn engine_in(folder: &Path) -> Engine {
     let cpu = Cpu::start(1).unwrap();
     let settings = Settings {
         compression: Compression::None,
+        compression_level: 3,
         object_bytes: 64 << 10,
         sha_block_bytes: 4 << 10,
         unchanged_check_per_mille: 1,

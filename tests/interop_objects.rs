@@ -74,6 +74,7 @@ fn cinder(kind: Kind, container: &str, tokens: &Tokens) -> Cinder {
 fn engine(bench: &Bench, compression: Compression, object_bytes: usize) -> Engine {
     bench.engine(Settings {
         compression,
+        compression_level: 3,
         object_bytes,
         sha_block_bytes: 32 << 10,
         unchanged_check_per_mille: 1,

@@ -22,7 +22,7 @@ pub(crate) mod sha256_file;
 pub(super) mod stored;
 
 pub use backup::Unfinished;
-pub use compression::{Compression, UnknownCompression};
+pub use compression::{Compression, UnknownCompression, ZSTD_LEVEL};
 pub use gc::Attempt;
 pub use layers::Broken;
 pub use memory::Budget;
@@ -120,6 +120,8 @@ impl Naming {
 pub struct Settings {
     /// How objects are packed.
     pub compression: Compression,
+    /// The level at which zstd packs them.
+    pub compression_level: i32,
     /// How much of a volume one object holds; a multiple of `sha_block_bytes`.
     pub object_bytes: usize,
     /// The size of the blocks that are digested and compared.
