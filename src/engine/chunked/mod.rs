@@ -249,25 +249,19 @@ impl Chunked {
     async fn remove_objects(&self, names: &Names, ctx: &Context) -> Result<(), Error> {
         self.store.delete(&names.metadata).await?;
         self.store.delete(&names.sha256_file).await?;
-        let listed = self.store.list(&names.folder, names.prefix()).await?;
-        // Something else may have a name that begins alike; it is not ours to remove.
-        let own = |object: &&Listed| object_number(names.prefix(), &object.name).is_some();
-        let listed: Vec<&Listed> = listed.iter().filter(own).collect();
-        stream::iter(listed.chunks(DELETES_AT_ONCE).map(Ok::<_, Error>))
-            .try_for_each_concurrent(DELETES_MAX, |objects| {
-                let folder = &names.folder;
-                async move {
-                    ctx.check()?;
-                    let names: Result<Vec<_>, _> =
-                        objects.iter().map(|object| folder.object(&object.name)).collect();
-                    self.store.delete_all(&names?).await?;
-                    ctx.progress.add(&Counts {
-                        bytes_stored: objects.iter().map(|object| object.bytes).sum(),
-                        object_count: objects.len() as u64,
-                        ..Counts::default()
-                    });
-                    Ok(())
-                }
+        let objects = self.data_objects(names, |_| {}).await?;
+        stream::iter(objects.chunks(DELETES_AT_ONCE).map(Ok::<_, Error>))
+            .try_for_each_concurrent(DELETES_MAX, |objects| async move {
+                ctx.check()?;
+                let some: Result<Vec<_>, _> =
+                    objects.iter().map(|object| names.data(object.number)).collect();
+                self.store.delete_all(&some?).await?;
+                ctx.progress.add(&Counts {
+                    bytes_stored: objects.iter().map(|object| object.bytes).sum(),
+                    object_count: objects.len() as u64,
+                    ..Counts::default()
+                });
+                Ok(())
             })
             .await?;
         self.store.tidy(&names.folder, names.prefix()).await?;
@@ -275,6 +269,25 @@ impl Chunked {
         self.remove_notes(names).await?;
         self.store.delete(&names.checksums).await?;
         Ok(self.store.tidy(&names.checksums.folder, names.prefix()).await?)
+    }
+
+    /// The data objects that the store has of an attempt, by number. What has a name that begins alike is not one of them, and
+    /// goes to `other`.
+    async fn data_objects(
+        &self,
+        names: &Names,
+        mut other: impl FnMut(Listed) + Send,
+    ) -> Result<Vec<DataObject>, Error> {
+        let mut objects = Vec::new();
+        let mut take = |listed: Listed| match object_number(names.prefix(), &listed.name) {
+            Some(number) => objects.push(DataObject { number, bytes: listed.bytes }),
+            None => other(listed),
+        };
+        self.store.list_each(&names.folder, names.prefix(), &mut take).await?;
+        objects.sort_unstable_by_key(|object| object.number);
+        // A store that is written to while it is listed may tell of one twice.
+        objects.dedup_by_key(|object| object.number);
+        Ok(objects)
     }
 
     /// The metadata of the volume that was kept with a backup.
@@ -346,6 +359,14 @@ impl Chunked {
             pieces => Ok(pieces?),
         }
     }
+}
+
+/// A data object as the store has it. There may be millions of them.
+struct DataObject {
+    /// The number at the end of its name.
+    number: u64,
+    /// Its size.
+    bytes: u64,
 }
 
 /// The names of a backup's objects.
