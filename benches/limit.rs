@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use std::{env, fs, thread};
 
-use backhaul::engine::chunked::Compression;
 use backhaul::engine::chunked::digest::{BlockDigester, md5};
+use backhaul::engine::chunked::{Compression, ZSTD_LEVEL};
 
 /// The default size of an object and of a block.
 const OBJECT_BYTES: usize = 16 << 20;
@@ -37,7 +37,7 @@ fn main() {
                     }
                     // A chunk of zeros is packed once for all.
                     if let (false, Some(compression)) = (zero, compression) {
-                        std::hint::black_box((compression.compress(chunk).unwrap(), md5(chunk)));
+                        std::hint::black_box((compression.compress(chunk, ZSTD_LEVEL).unwrap(), md5(chunk)));
                     }
                 }
             });

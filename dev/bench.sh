@@ -5,7 +5,7 @@
 #   bench.sh jobs [N] many tiny jobs through a broker: N (2000) through one worker, and as many through four
 #   bench.sh peers    beside Cinder's drivers, restic and borg, and the machine's limit; bench-peers.sh says what may follow
 #   bench.sh ceph     RBD volumes on private Ceph clusters; bench-ceph.sh says what may follow
-#   bench.sh openstack [--runs N]   a backup in the place of cinder-backup, beside that: from the request to its end
+#   bench.sh openstack [N] a backup in the place of cinder-backup, beside that, from the request to its end: medians of N (5)
 # Needs about 25 GB of disk below the target folder, and removes what it made.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -403,3 +403,16 @@ fn the_query_of_a_transport_url_goes_before_the_options_of_the_same_names() {
         assert!(!error.contains("hush"), "{error}");
     }
 }
+
+#[test]
+fn every_option_of_backups_has_its_line_in_the_documents() {
+    let documents = [include_str!("../docs/openstack.md"), include_str!("../docs/stores.md")];
+    let with_other_names = ["swift_catalog_info", "keystone_catalog_info", "restore_discard_excess_bytes"];
+    let is_of_backups = |name: &&str| name.starts_with("backup_") || with_other_names.contains(name);
+    let names: Vec<&str> = options().map(|option| option.name).filter(is_of_backups).collect();
+    assert!(names.len() > 80, "{names:?}");
+    for name in names {
+        let quoted = format!("`{name}`");
+        assert!(documents.iter().any(|text| text.contains(&quoted)), "{name} is in none of the documents");
+    }
+}

@@ -47,6 +47,7 @@ impl CinderChain {
         let store = Arc::new(Posix::open(&folder.path().join("store")).unwrap());
         let settings = Settings {
             compression: word.parse().unwrap(),
+            compression_level: 3,
             object_bytes: 5 * BLOCK_BYTES,
             sha_block_bytes: BLOCK_BYTES,
             unchanged_check_per_mille: 1,

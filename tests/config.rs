@@ -52,7 +52,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::unknown_section("[stores.a]\n", &[], &["stores (FILE): ", "did you mean store?"])]
 #[case::unknown_setting("[worker]\njobs_mx = 1", &[], &["worker.jobs_mx (FILE): ", "did you mean jobs_max?"])]
 #[case::unlike_anything("[broker.tls]\nqqq = 1", &[], &["broker.tls.qqq (FILE): ", "known here are ca_file, client_cert"])]
-#[case::unknown_in_store_of_a_kind(&format!("{STORE}colour = \"red\""), &[], &["store.local.colour (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
+#[case::unknown_in_store_of_a_kind(&format!("{STORE}colour = \"red\""), &[], &["store.local.colour (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, compression_level, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
 #[case::unknown_and_near_to_one_of_another_kind(&format!("{STORE}buckett = \"b\""), &[], &["store.local.buckett (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, "])]
 #[case::unknown_in_store_of_no_kind("[store.x]\ncolour = \"red\"", &[], &["store.x.colour (FILE): it is unknown; known here are kind, default, path, "])]
 #[case::unknown_in_store(&format!("{STORE}compresion = \"zstd\""), &[], &["store.local.compresion (FILE): ", "did you mean compression?"])]
@@ -128,8 +128,10 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::odd_object(&format!("{STORE}object_bytes = 100000"), &[], &["store.local.object_bytes (FILE): found 100000", "store.local.sha_block_bytes (default)", "32768, such as 98304"])]
 #[case::object_below_block(&format!("{STORE}object_bytes = 512"), &[], &["store.local.object_bytes (FILE): ", "such as 32768"])]
 #[case::huge_object(&format!("{STORE}object_bytes = 2147483648"), &[], &["store.local.object_bytes (FILE): found 2147483648; write a whole number from 512 to 2147483647"])]
+#[case::level_of_none(&format!("{STORE}compression_level = 0"), &[], &["store.local.compression_level (FILE)", "a whole number from 1 to 9"])]
+#[case::level_that_takes_too_much(&format!("{STORE}compression_level = 10"), &[], &["store.local.compression_level (FILE)", "a whole number from 1 to 9"])]
 #[case::checks_of_more_than_all(&format!("{STORE}unchanged_check_per_mille = 1001"), &[], &["store.local.unchanged_check_per_mille (FILE)", "a whole number from 0 to 1000"])]
-#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
+#[case::rbd_setting(&format!("{STORE}pool = \"p\""), &[], &["store.local.pool (FILE): it is unknown to a store of kind \"posix\", which has kind, default, path, compression, compression_level, object_bytes, sha_block_bytes, unchanged_check_per_mille, source_snapshots_max"])]
 #[case::rbd_setting_from_environment(STORE, &[("BACKHAUL_STORE__LOCAL__STRIPE_COUNT", "4")], &["store.local.stripe_count (environment variable BACKHAUL_STORE__LOCAL__STRIPE_COUNT): it is unknown to a store of kind \"posix\""])]
 #[case::no_seconds("[ceph.main]\noperation_seconds_max = 0", &[], &["ceph.main.operation_seconds_max (FILE): found 0; write a whole number from 1 to 3600"])]
 #[case::memory(&format!("{STORE}object_bytes = 52428800\n[worker]\nmemory_bytes_max = 134217728"), &[], &["worker.memory_bytes_max (FILE): found 134217728", "store.local.object_bytes (FILE), 52428800", "at least 205520896", "at most 16777216"])]
@@ -296,7 +298,7 @@ fn what_is_not_set_has_its_default() {
         StoreKind::Posix { chunking, .. } => chunking,
         other => panic!("{other:?}"),
     };
-    assert_eq!(chunking.compression, Compression::Zstd);
+    assert_eq!((chunking.compression, chunking.compression_level), (Compression::Zstd, 3));
     assert_eq!((chunking.object_bytes, chunking.sha_block_bytes), (16_777_216, 32_768));
     assert_eq!((chunking.unchanged_check_per_mille, chunking.source_snapshots_max), (1, 1));
 }

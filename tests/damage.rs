@@ -11,9 +11,11 @@ use std::sync::Arc;
 use backhaul::engine::chunked::{Budget, Chunked, Compression, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Volumes};
 use backhaul::error::{Causes, Class, Problem};
-use backhaul::job::{BackupId, JobId, Parent, Record, RecordState, VerifyWork, VolumeId, Work};
+use backhaul::job::{
+    BackupId, Context, JobId, Method, Parent, Record, RecordState, Strategy, VerifyWork, VolumeId, Work,
+};
 use backhaul::store::{Posix, Reason};
-use backhaul::volume::{self, FileRoots, FileTarget};
+use backhaul::volume::{self, FileRoots, FileTarget, VolumeSource as _};
 use jiff::SignedDuration;
 use rstest::rstest;
 use rustix::fs::{CWD, FileType, Mode};
@@ -21,16 +23,17 @@ use rustix::io::Errno;
 
 use crate::support::engine::{
     Bench, Kind, MEMORY_BYTES, backup, backup_job, cancel, delete, job, object_at, overwrite, paths_of,
-    restore, run, verify,
+    restore, run, run_in, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
-use crate::support::volume::{Fill, Volume, junk};
+use crate::support::volume::{Deadly, Fill, Volume, junk};
 
 const BLOCK_BYTES: usize = 512;
 
 fn settings(compression: Compression) -> Settings {
     Settings {
         compression,
+        compression_level: 3,
         object_bytes: 4 * BLOCK_BYTES,
         sha_block_bytes: BLOCK_BYTES,
         unchanged_check_per_mille: 1,
@@ -527,6 +530,49 @@ async fn a_target_that_cannot_be_used_is_named_and_left_as_it_was(#[case] path: 
     assert_eq!(fs::read_dir(outside).unwrap().count(), 1);
 }
 
+/// What was read until then looked like all of the volume.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_whose_reading_thread_dies_is_not_told_as_whole(
+    #[values(None, Some(0), Some(3), Some(8))] in_block: Option<usize>,
+) {
+    let bench = Bench::new(Kind::Memory);
+    let (settings, cpu) = (settings(Compression::Zstd), Cpu::start(1).unwrap());
+    let chunked = Chunked::new(bench.store(), settings, cpu, Budget::new(MEMORY_BYTES));
+    let job = backup_job(VolumeId::random(), Path::new("/nowhere"), Parent::None);
+    let method = Method { strategy: Strategy::Chunked, mode: None };
+    let Work::Backup(work) = &job.work else { unreachable!() };
+    let at = in_block.map_or(u64::MAX, |block| (block * BLOCK_BYTES) as u64);
+    let source = Deadly { bytes: 10 * BLOCK_BYTES as u64, at };
+    let mut record = chunked.begin(job.id, work, None, source.bytes(), method).unwrap();
+    chunked.name(&mut record);
+
+    let made = chunked.backup(&Context::default(), &mut record, None, None, Arc::new(source)).await;
+
+    assert_eq!(matches!(made, Err(Error::Lost(_))), in_block.is_some(), "{:?}", made.err());
+}
+
+/// Nobody would read it back.
+#[tokio::test]
+async fn more_volume_meta_than_is_read_back_is_refused_before_the_volume_is_read() {
+    let bench = Bench::new(Kind::Memory);
+    let engine = bench.engine(settings(Compression::Zstd));
+    let volume = Volume::create(bench.volumes().join("volume"), BLOCK_BYTES);
+    let mut job = backup_job(VolumeId::random(), &volume.path, Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    // Each of them takes six bytes.
+    work.volume_meta = Some("\u{fc}".repeat((16 << 20) / 6 + 1));
+    let ctx = Context::default();
+
+    let error = run_in(&ctx, &engine, &job).await.unwrap_err();
+
+    assert!(matches!(error, Error::TextsTooLong { .. }), "{error}");
+    assert_eq!(error.class(), Class::Permanent);
+    assert_eq!(ctx.progress.read().counts.bytes_read, 0);
+    cancel(&engine, &job).await;
+    assert!(bench.everything([]).await.is_empty());
+}
+
 // ---- parents and ids ----
 
 fn refused_parent(error: &Error, class: Class, words: &[&str]) {
@@ -824,6 +870,7 @@ fn engine_in(folder: &Path) -> Engine {
     let cpu = Cpu::start(1).unwrap();
     let settings = Settings {
         compression: Compression::None,
+        compression_level: 3,
         object_bytes: 64 << 10,
         sha_block_bytes: 4 << 10,
         unchanged_check_per_mille: 1,

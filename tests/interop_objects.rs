@@ -7,14 +7,15 @@ use std::fs::{self, File};
 use crate::support::cinder::{Cinder, Of};
 use crate::support::engine::{Bench, Kind, backup_job, delete, restore, run, verify};
 use crate::support::gcs::{self, Tokens};
-use crate::support::volume::{Fill, Volume};
+use crate::support::volume::{Fill, Volume, junk};
 use crate::support::{s3, swift};
 use backhaul::cinder::export_record::{self, Form};
 use backhaul::engine::Engine;
 use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::job::{BackupId, Container, Parent, Record, VolumeId, Work};
+use backhaul::store::Folder;
 use rstest::rstest;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
 const OBJECT_BYTES: usize = MIB;
@@ -74,6 +75,7 @@ fn cinder(kind: Kind, container: &str, tokens: &Tokens) -> Cinder {
 fn engine(bench: &Bench, compression: Compression, object_bytes: usize) -> Engine {
     bench.engine(Settings {
         compression,
+        compression_level: 3,
         object_bytes,
         sha_block_bytes: 32 << 10,
         unchanged_check_per_mille: 1,
@@ -110,38 +112,36 @@ async fn back_up(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
     #[values(
-        (Kind::S3, Compression::None),
-        (Kind::S3, Compression::Zlib),
-        (Kind::S3, Compression::Bz2),
-        (Kind::S3, Compression::Zstd),
-        (Kind::Swift, Compression::None),
-        (Kind::Swift, Compression::Zlib),
-        (Kind::Swift, Compression::Bz2),
-        (Kind::Swift, Compression::Zstd),
-        (Kind::Gateway, Compression::Zstd),
-        (Kind::Gcs, Compression::None),
-        (Kind::Gcs, Compression::Zlib),
-        (Kind::Gcs, Compression::Bz2),
-        (Kind::Gcs, Compression::Zstd)
+        (Kind::S3, "none"),
+        (Kind::S3, "zlib"),
+        (Kind::S3, "gzip"),
+        (Kind::S3, "bz2"),
+        (Kind::S3, "bzip2"),
+        (Kind::S3, "zstd"),
+        (Kind::Swift, "none"),
+        (Kind::Swift, "zlib"),
+        (Kind::Swift, "gzip"),
+        (Kind::Swift, "bz2"),
+        (Kind::Swift, "bzip2"),
+        (Kind::Swift, "zstd"),
+        (Kind::Gateway, "zstd"),
+        (Kind::Gcs, "none"),
+        (Kind::Gcs, "zlib"),
+        (Kind::Gcs, "bz2"),
+        (Kind::Gcs, "zstd")
     )]
-    on: (Kind, Compression),
+    on: (Kind, &str),
     #[values([Maker::Us, Maker::Cinder, Maker::Us], [Maker::Cinder, Maker::Us, Maker::Cinder])] makers: [Maker;
         3],
 ) {
-    let (kind, compression) = on;
+    let (kind, word) = on;
     let bench = Bench::new(kind);
     // Objects of another size than Cinder's.
-    let engine = engine(&bench, compression, 2 * OBJECT_BYTES);
-    let packing = match compression {
-        Compression::None => "none",
-        Compression::Zlib => "zlib",
-        Compression::Bz2 => "bz2",
-        Compression::Zstd => "zstd",
-    };
+    let engine = engine(&bench, word.parse().unwrap(), 2 * OBJECT_BYTES);
     let container: Container = bench.bucket().parse().unwrap();
     let tokens = Tokens::start(3600);
     let mut cinder = cinder(kind, bench.bucket(), &tokens);
-    cinder.ask("set", json!({ "backup_compression_algorithm": packing }));
+    cinder.ask("set", json!({ "backup_compression_algorithm": word }));
     let volume_id = VolumeId::random();
     cinder.add_volume(volume_id, 1);
     let mut volume = Volume::create(bench.volumes().join("volume"), 5 * MIB + 5000);
@@ -178,9 +178,18 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
 
     for (step, (id, bytes)) in chain.iter().enumerate() {
         let target = bench.volumes().join(format!("by-us-{step}"));
-        restore(&engine, *id, &target).await.unwrap();
-        assert!(fs::read(&target).unwrap() == *bytes, "{step} restored by us");
+        // To a new file, and then over what another volume has left there.
+        for seed in [None, Some(7)] {
+            if let Some(seed) = seed {
+                junk(&target, bytes.len(), seed);
+            }
+            restore(&engine, *id, &target).await.unwrap();
+            assert!(fs::read(&target).unwrap() == *bytes, "{step} restored by us, over: {seed:?}");
+        }
         verify(&engine, *id).await.unwrap();
+        let kept: Value = serde_json::from_str(&engine.volume_meta(*id).await.unwrap().unwrap()).unwrap();
+        assert_eq!(kept["volume-base-metadata"]["display_name"], "data", "{step}: {kept}");
+        assert_eq!(kept["volume-metadata"], json!({ "color": "blue" }), "{step}: {kept}");
         for new in [true, false] {
             let target = bench.volumes().join(format!("by-cinder-{step}-{new}"));
             let file = File::create(&target).unwrap();
@@ -192,12 +201,23 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
             assert!(fs::read(&target).unwrap() == *bytes, "{step} restored by Cinder, new: {new}");
         }
     }
+    let (newest, bytes) = chain.last().unwrap();
+    let (target, new_volume) = (bench.volumes().join("by-cinder-with-its-name"), VolumeId::random());
+    File::create(&target).unwrap().set_len(bytes.len() as u64).unwrap();
+    cinder.add_volume(new_volume, 1);
+    cinder.ask("change_volume", json!({ "volume_id": new_volume, "display_name": "", "metadata": {} }));
+    cinder.restore_file(*newest, new_volume, &target, true);
+    let shown = cinder.ask("show_volume", json!({ "volume_id": new_volume }));
+    assert_eq!(shown, json!({ "display_name": "data", "metadata": { "color": "blue" } }));
 
     // Each is deleted by who did not make it, the newest first.
     for ((id, _), maker) in chain.iter().zip(makers).rev() {
         match maker {
             Maker::Us => {
                 cinder.delete(*id);
+                let listed = bench.store().list(&Folder::from(&container), "").await.unwrap();
+                let left = listed.iter().find(|object| object.name.contains(&id.to_string()));
+                assert_eq!(left, None, "Cinder has left this");
                 delete(&engine, *id).await.unwrap();
             }
             Maker::Cinder => drop(delete(&engine, *id).await.unwrap()),

@@ -57,6 +57,7 @@ fn settings((word, object_bytes): (&str, usize)) -> Settings {
     };
     Settings {
         compression,
+        compression_level: 3,
         object_bytes,
         sha_block_bytes: BLOCK_BYTES,
         unchanged_check_per_mille: 1,

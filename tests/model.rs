@@ -244,6 +244,7 @@ impl Model {
         let (object_bytes, sha_block_bytes) = (object_blocks * self.block_bytes, self.block_bytes);
         let settings = Settings {
             compression,
+            compression_level: 3,
             object_bytes,
             sha_block_bytes,
             unchanged_check_per_mille: 1,
@@ -256,6 +257,7 @@ impl Model {
     fn reader(&self, memory: usize) -> Engine {
         let settings = Settings {
             compression: Compression::None,
+            compression_level: 3,
             object_bytes: 1 << 20,
             sha_block_bytes: 1 << 10,
             unchanged_check_per_mille: 1,

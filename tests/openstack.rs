@@ -128,7 +128,10 @@ fn cinders_own_service_goes_on_where_we_stopped_and_we_where_it_stopped(
     next(&mut openstack, &["--incremental"]);
 
     for (backup, content) in &points {
-        assert_holds(&ceph, &openstack.restore(&[backup]), content);
+        let restored = openstack.restore(&[backup]);
+        assert_holds(&ceph, &restored, content);
+        // It was called restore_backup_…, and whoever made the backup has kept what its volume was called.
+        assert_eq!(restored["display_name"], "a volume", "{backup}");
     }
     backhaul.stop();
     let cinder = openstack.cinder_backup(driver, ceph.conf());

@@ -15,6 +15,7 @@ use crate::support::volume::{Fill, Volume};
 const MIB: u64 = 1 << 20;
 const SETTINGS: Settings = Settings {
     compression: Compression::Zstd,
+    compression_level: 3,
     object_bytes: MIB as usize,
     sha_block_bytes: 4096,
     unchanged_check_per_mille: 1,

@@ -37,6 +37,7 @@ const CHECKED_BLOCKS: u64 = 16;
 
 const SETTINGS: Settings = Settings {
     compression: Compression::Zstd,
+    compression_level: 3,
     object_bytes: 1 << 20,
     sha_block_bytes: BLOCK_BYTES as usize,
     unchanged_check_per_mille: 1,
@@ -723,6 +724,7 @@ impl Model<'_> {
         let random = &mut self.random;
         let settings = Settings {
             compression: random.of(&COMPRESSIONS),
+            compression_level: 3,
             object_bytes: random.of(&[16, 256, 1280]) * BLOCK_BYTES as usize,
             unchanged_check_per_mille: random.of(&[0, 1, 300, 1000]),
             source_snapshots_max: random.of(&[0, 1, 1, 2]),

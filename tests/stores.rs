@@ -1587,6 +1587,104 @@ mod network {
         bench.clean().await;
     }
 
+    /// Its MD5 goes with it: as `Content-MD5` to S3, and as `ETag` to Swift.
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_body_that_is_spoilt_on_its_way_is_refused_and_sent_again(
+        #[values(Kind::S3, Kind::Swift, Kind::Gateway)] kind: Kind,
+        #[values(How::Put, How::Finish)] how: How,
+    ) {
+        let link = Link::to(&url_of(kind));
+        let bench = Far::behind(kind, &link).bench();
+        let (name, bytes) = (bench.name("a"), junk(9 * MIB));
+
+        link.spoil_after(MIB);
+        match how {
+            How::Put => bench.store.put(&name, bytes.clone()).await.unwrap(),
+            How::Finish => {
+                let mut writer = bench.store.create(&name).await.unwrap();
+                writer.write(bytes.clone()).await.unwrap();
+                writer.finish().await.unwrap();
+            }
+        }
+
+        assert_eq!(link.fault_count(), 1);
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        bench.clean().await;
+    }
+
+    /// The answer to the look before the write comes first.
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_server_of_swift_that_has_got_something_else_is_told_again_or_not_believed(
+        #[values(Kind::Swift, Kind::Gateway)] kind: Kind,
+    ) {
+        let link = Link::to(&url_of(kind));
+        let mut far = Far::behind(kind, &link);
+        far.http().retries_max = 1;
+        let bench = far.bench();
+        let (name, missing) = (bench.name("a"), http("404 Not Found", "", ""));
+        let unprocessable = http("422 Unprocessable Entity", "", "");
+
+        for etag in ["", "ETag: \"d41d8cd98f00b204e9800998ecf8427e\"\r\n"] {
+            link.answer([missing.clone(), http("201 Created", etag, "")]);
+            let error = bench.store.put(&name, junk(100)).await.unwrap_err();
+            assert_eq!(error.class(), Class::Permanent, "{}", told(&error));
+            assert!(told(&error).contains("for an MD5 of"), "{}", told(&error));
+            assert_eq!(link.answers_left(), 0);
+        }
+
+        link.answer([missing.clone(), unprocessable.clone(), missing.clone(), unprocessable.clone()]);
+        let error = bench.store.put(&name, junk(100)).await.unwrap_err();
+        assert!(matches!(error.reason(), Reason::Passing(_)), "{}", told(&error));
+        assert_eq!(link.answers_left(), 0);
+        assert_eq!(bench.list("").await, []);
+
+        link.answer([missing, unprocessable]);
+        bench.store.put(&name, junk(100)).await.unwrap();
+        assert!(bench.read(&name).await.unwrap() == junk(100));
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_new_bucket_is_asked_for_in_the_region_that_requests_are_signed_for() {
+        let link = Link::to(&s3::url());
+        let name = Folder::own("stores").object("a").unwrap();
+        let put = async |said: &str| {
+            let mut settings = s3::settings(link.url(), &s3::new_bucket());
+            settings.region = "eu-west-1".into();
+            link.count(said);
+            // The gateway may know no such region.
+            if let Err(error) = open(settings).put(&name, junk(1)).await {
+                assert!(told(&error).contains("LocationConstraint"), "{}", told(&error));
+            }
+            link.counted()
+        };
+
+        assert_eq!(put("<LocationConstraint>eu-west-1</LocationConstraint>").await, 1);
+        assert!(put("%2Feu-west-1%2Fs3%2Faws4_request").await >= 2);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_thousand_objects_of_s3_are_deleted_with_one_request() {
+        let link = Link::to(&s3::url());
+        let bench = Far::behind(Kind::S3, &link).bench();
+        // It takes the server as long to find out that there is none.
+        let names: Vec<_> = (0..1500).map(|number| bench.name(&number.to_string())).collect();
+        for name in names.iter().step_by(100) {
+            bench.store.put(name, junk(1)).await.unwrap();
+        }
+        assert_eq!(bench.list("").await.len(), 15);
+
+        link.count("POST /tests");
+        bench.store.delete_all(&names).await.unwrap();
+        assert_eq!(link.counted(), 2);
+        link.count("DELETE /");
+        bench.store.delete_all(&names).await.unwrap();
+        assert_eq!((link.counted(), bench.list("").await.len()), (0, 0));
+        bench.clean().await;
+    }
+
     /// Told as another one's, it would be removed by who wrote it.
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]

@@ -2,20 +2,22 @@
 //! fails change a byte.
 
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::support::chain::{
     Chain, MIB, Trouble, lies_as_cinder_has_it, restarts_cost_nothing_but_time, settings, volume,
 };
-use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup, restore};
+use crate::support::engine::{Bench, Kind, MEMORY_BYTES, backup, backup_job, restore};
 use crate::support::link::Link;
 use crate::support::stack::Stack;
 use crate::support::swift::{self, Own};
-use crate::support::volume::{Fill, Volume};
-use backhaul::engine::chunked::Compression;
+use crate::support::volume::{Deadly, Fill, Volume};
+use backhaul::engine::chunked::{Budget, Chunked, Compression};
+use backhaul::engine::{Cpu, Error};
 use backhaul::error::{Causes, Class};
-use backhaul::job::{Parent, VolumeId};
+use backhaul::job::{Context, Method, Mode, Parent, Strategy, VolumeId, Work};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
 use bytes::Bytes;
 use rstest::rstest;
@@ -135,6 +137,40 @@ async fn thousands_of_objects_are_deleted_with_a_few_requests() {
     link.count("DELETE /v1");
     store.delete_all(&names).await.unwrap();
     assert_eq!(link.counted(), 0);
+}
+
+/// All of it was read and stored before it was told.
+#[rstest]
+#[case::that_fits((5 << 30) / 72 * 32_768, false)]
+#[case::that_does_not((5 << 30) / 72 * 32_768 + 1, true)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_with_too_long_a_list_of_digests_is_refused_before_it_is_read(
+    #[case] bytes: u64,
+    #[case] refused: bool,
+) {
+    let store = Swift::new(swift::settings(&swift::url(), &swift::new_container())).unwrap();
+    let settings = settings(Compression::None);
+    let chunked = Chunked::new(Arc::new(store), settings, Cpu::start(1).unwrap(), Budget::new(MEMORY_BYTES));
+    let job = backup_job(VolumeId::random(), Path::new("/nowhere"), Parent::None);
+    let Work::Backup(work) = &job.work else { unreachable!() };
+    let method = Method { strategy: Strategy::Chunked, mode: Some(Mode::Full) };
+    let mut record = chunked.begin(job.id, work, None, bytes, method).unwrap();
+    chunked.name(&mut record);
+
+    // Whoever reads it dies.
+    let source = Arc::new(Deadly { bytes, at: 0 });
+    let error = chunked.backup(&Context::default(), &mut record, None, None, source).await.err().unwrap();
+
+    assert_eq!(matches!(error, Error::Store(_)), refused, "{}", Causes(&error));
+    assert_eq!(
+        Causes(&error).to_string().contains("a larger sha_block_bytes"),
+        refused,
+        "{}",
+        Causes(&error)
+    );
+    if refused {
+        assert_eq!(error.class(), Class::Permanent);
+    }
 }
 
 #[rstest]

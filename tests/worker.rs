@@ -1185,6 +1185,67 @@ fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
     assert_eq!(stack.submit(&["verify", "--backup-id", BACKUP]).0, 0);
 }
 
+#[test]
+fn a_sample_of_a_backup_is_verified_and_shown_as_one() {
+    const OBJECT_COUNT: u64 = 24;
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    fs::write(stack.volume("a.img"), noise(22, (OBJECT_COUNT as usize) << 20)).unwrap();
+    let _worker = stack.worker();
+    let (code, full) = stack.submit(&strs(&backup(&stack, &["--backup-id", BACKUP])));
+    assert_eq!((code, &full["object_count"]), (0, &json!(OBJECT_COUNT)), "{full}");
+
+    let (code, ended) = stack.submit(&["verify", "--backup-id", BACKUP, "--sample", "10%"]);
+    let read = ended["object_count"].as_u64().unwrap();
+    assert!(code == 0 && (1..OBJECT_COUNT).contains(&read), "{ended}");
+    assert!(stack.ok(&["show", BACKUP]).contains("a sample of 10%"));
+    let (code, ended) = stack.submit(&["verify", "--backup-id", BACKUP]);
+    assert_eq!((code, &ended["object_count"]), (0, &json!(OBJECT_COUNT)), "{ended}");
+    // A sample proves less than that.
+    stack.ok(&["run", "verify", "--backup-id", BACKUP, "--sample", "1"]);
+    assert!(!stack.ok(&["show", BACKUP]).contains("a sample"));
+    let refused = stack.run(&["run", "verify", "--backup-id", BACKUP, "--sample", "101"]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
+
+#[test]
+fn what_a_verification_finds_damaged_is_named_with_who_shares_it() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", SMALL);
+    let mut volume = noise(23, 3 << 20);
+    fs::write(stack.volume("a.img"), &volume).unwrap();
+    let _worker = stack.worker();
+    assert_eq!(stack.submit(&strs(&backup(&stack, &["--backup-id", BACKUP]))).0, 0);
+    volume[1_500_000] ^= 1;
+    fs::write(stack.volume("a.img"), &volume).unwrap();
+    let (code, child) = stack.submit(&strs(&backup(&stack, &["--incremental"])));
+    assert_eq!((code, &child["mode"]), (0, &json!("incremental")), "{child}");
+    let objects = stack.objects();
+    let is_first = |object: &&String| object.contains(BACKUP) && object.ends_with("-00001");
+    let object = objects.iter().find(is_first).unwrap();
+    let path = stack.path("backups").join(object);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[1000] ^= 1;
+    fs::write(&path, bytes).unwrap();
+
+    // The first object is a part of every sample.
+    for sample in [&[][..], &["--sample", "5%"]] {
+        let arguments = [&["verify", "--backup-id", BACKUP], sample].concat();
+        let (code, ended) = stack.submit(&arguments);
+        let error = ended["error"].to_string();
+        assert_eq!((code, &ended["error"]["class"]), (1, &json!("permanent")), "{error}");
+        let told = stack.run(&[&["run"], &arguments[..]].concat());
+        assert_eq!(told.status.code(), Some(1), "{told:?}");
+        let told = String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
+        for text in [&error, &told] {
+            assert!(text.contains(object.as_str()), "{object} is not in: {text}");
+            assert!(text.contains(child["backup_id"].as_str().unwrap()), "{text}");
+        }
+    }
+    assert!(!stack.ok(&["show", BACKUP]).contains("a sample"));
+    assert_eq!(stack.submit(&["verify", "--backup-id", child["backup_id"].as_str().unwrap()]).0, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_became_of_a_message_is_told_to_the_reply_queue_with_the_correlation_id() {
     let rabbit = Rabbit::shared();

@@ -26,7 +26,7 @@ use value::{
 };
 
 use crate::broker::AmqpUrl;
-use crate::engine::chunked::{Compression, USUAL_ZONE};
+use crate::engine::chunked::{Compression, USUAL_ZONE, ZSTD_LEVEL};
 use crate::job::{Container, StoreName};
 use crate::store::{
     Credentials, Endpoint, GcsSettings, HttpSettings, S3Settings, Secret, SecretFrom, Share, SwiftSettings,
@@ -72,6 +72,7 @@ pub const SETTINGS: &[&str] = &[
     "store.NAME.default",
     "store.NAME.path",
     "store.NAME.compression",
+    "store.NAME.compression_level",
     "store.NAME.object_bytes",
     "store.NAME.sha_block_bytes",
     "store.NAME.unchanged_check_per_mille",
@@ -122,8 +123,14 @@ pub const SETTINGS: &[&str] = &[
 /// What all stores have.
 const OF_ALL: [&str; 2] = ["kind", "default"];
 /// What stores have besides that whose objects are in the form of Cinder's chunked drivers.
-const OF_CHUNKED: [&str; 5] =
-    ["compression", "object_bytes", "sha_block_bytes", "unchanged_check_per_mille", "source_snapshots_max"];
+const OF_CHUNKED: [&str; 6] = [
+    "compression",
+    "compression_level",
+    "object_bytes",
+    "sha_block_bytes",
+    "unchanged_check_per_mille",
+    "source_snapshots_max",
+];
 /// What only stores that are folders have.
 const OF_POSIX: [&str; 1] = ["path"];
 /// What only stores on shares of NFS servers have.
@@ -378,6 +385,8 @@ pub enum StoreKind {
 pub struct Chunking {
     /// How objects are compressed.
     pub compression: Compression,
+    /// The level of zstd.
+    pub compression_level: i32,
     /// How much of a volume an object holds, before compression. A multiple of `sha_block_bytes`.
     pub object_bytes: u64,
     /// How much of a volume has one digest; an incremental backup stores multiples of it.
@@ -486,6 +495,8 @@ struct StoreSection {
     path: Option<PathBuf>,
     #[serde(default, deserialize_with = "compression")]
     compression: Compression,
+    #[serde(default = "compression_level", deserialize_with = "whole::<_, _, 1, 9>")]
+    compression_level: i32,
     #[serde(default = "object_bytes", deserialize_with = "whole::<_, _, 512, 2_147_483_647>")]
     object_bytes: u64,
     #[serde(default = "sha_block_bytes", deserialize_with = "whole::<_, _, 512, 67_108_864>")]
@@ -587,6 +598,7 @@ impl StoreSection {
         let missing = |key: &str| layers.missing(&format!("store.{name}.{key}"));
         let chunking = Chunking {
             compression: self.compression,
+            compression_level: self.compression_level,
             object_bytes: self.object_bytes,
             sha_block_bytes: self.sha_block_bytes,
             unchanged_check_per_mille: self.unchanged_check_per_mille,
@@ -929,6 +941,10 @@ fn message_bytes_max() -> usize {
 
 fn memory_bytes_max() -> u64 {
     512 << 20
+}
+
+fn compression_level() -> i32 {
+    ZSTD_LEVEL
 }
 
 fn object_bytes() -> u64 {

@@ -262,6 +262,20 @@ pub enum Error {
         volume_bytes: u64,
     },
 
+    /// What is to be kept with a backup is more than what is read back.
+    #[error(
+        "name, description and volume_meta of backup {backup_id} take {bytes} bytes as they are kept with it, and no more than \
+         {bytes_max} are read back: give less"
+    )]
+    TextsTooLong {
+        /// The backup.
+        backup_id: BackupId,
+        /// What they take.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
+
     /// Other backups build on this one.
     #[error("backup {backup_id} has backups that build on it: delete {children} first")]
     HasChildren {

@@ -88,7 +88,12 @@ impl ObjectStore for Memory {
         self.put(to, bytes).await.map(|()| true)
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let objects = self.objects();
         let found = objects.iter().filter(|(o, _)| o.folder == *folder && o.name.starts_with(prefix));
         let listed = found.map(|(o, Object { bytes, modified })| Listed {
@@ -96,7 +101,8 @@ impl ObjectStore for Memory {
             bytes: bytes.len() as u64,
             modified: Some(*modified),
         });
-        Ok(listed.collect())
+        listed.for_each(take);
+        Ok(())
     }
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {

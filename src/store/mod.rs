@@ -68,6 +68,11 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// instead leaves nothing visible.
     async fn create(&self, object: &ObjectName) -> Result<Box<dyn ObjectWriter>>;
 
+    /// Fails if an object of so many bytes can never be written, for whoever knows that before there is one.
+    fn check_size(&self, _object: &ObjectName, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Reads an object from its beginning. Fails with [`Reason::Missing`] when it is not there.
     async fn get(&self, object: &ObjectName) -> Result<Pieces>;
 
@@ -78,9 +83,23 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
         Ok(false)
     }
 
-    /// Lists the finished objects of `folder` whose names begin with `prefix`, by name. A folder that is not there
-    /// has none.
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>>;
+    /// Hands over the finished objects of `folder` whose names begin with `prefix`, in any order, as the store tells of
+    /// them: nobody has to hold the names of millions of objects. A folder that is not there has none. After an error some
+    /// have been handed over.
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()>;
+
+    /// Lists them, by name.
+    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+        let mut listed = Vec::new();
+        self.list_each(folder, prefix, &mut |object| listed.push(object)).await?;
+        listed.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        Ok(listed)
+    }
 
     /// Deletes the object. Deleting what is not there succeeds, so a repeated delete is harmless.
     /// After `Class::Transient` it is unknown whether the object is gone.

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
@@ -26,6 +27,8 @@ const FOLDER_MODE: u32 = 0o770;
 const FILE_MODE: u32 = 0o660;
 /// What is read of an object at once at least.
 const SMALL_PIECE_BYTES: u64 = 4 << 10;
+/// Objects that are listed ahead of whoever takes them.
+const LISTED_AHEAD_MAX: usize = 256;
 /// How long whoever changes an object waits for others who do. Each has it for as long as a small file takes to write.
 const LOCK_MAX: Duration = Duration::from_secs(10);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
@@ -144,28 +147,43 @@ impl ObjectStore for Posix {
         blocking("copy", to, move || link(&root, &from, &path)).await
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let (path, prefix) = (self.folder_path(folder), prefix.to_owned());
-        blocking("list", folder.as_str(), move || {
-            let mut listed = Vec::new();
+        let (sender, mut listed) = mpsc::channel(LISTED_AHEAD_MAX);
+        let listing = blocking("list", folder.as_str(), move || {
             for name in names(&path)? {
+                let name = name?;
                 if !name.starts_with(&prefix) || name.starts_with('.') {
                     continue;
                 }
                 // It may have been deleted since its name was read.
-                match fs::symlink_metadata(path.join(&name)) {
+                let object = match fs::symlink_metadata(path.join(&name)) {
                     Ok(metadata) if metadata.is_file() => {
-                        listed.push(Listed { name, bytes: metadata.len(), modified: modified(&metadata) });
+                        Listed { name, bytes: metadata.len(), modified: modified(&metadata) }
                     }
-                    Ok(_) => {}
-                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Ok(_) => continue,
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     Err(error) => return Err(error),
+                };
+                if sender.blocking_send(object).is_err() {
+                    // Nobody wants to know any more.
+                    break;
                 }
             }
-            listed.sort_by(|a, b| a.name.cmp(&b.name));
-            Ok(listed)
-        })
-        .await
+            Ok(())
+        });
+        let taking = async {
+            while let Some(object) = listed.recv().await {
+                take(object);
+            }
+        };
+        let (listing, ()) = tokio::join!(listing, taking);
+        listing
     }
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {
@@ -180,7 +198,8 @@ impl ObjectStore for Posix {
     async fn tidy(&self, folder: &Folder, prefix: &str) -> Result<()> {
         let (root, path, prefix) = (self.root.clone(), self.folder_path(folder), unfinished_prefix(prefix));
         blocking("tidy", folder.as_str(), move || {
-            for name in names(&path)? {
+            // All of them first: not every file system tells of all where some are removed meanwhile.
+            for name in names(&path)?.collect::<io::Result<Vec<_>>>()? {
                 if name.starts_with(&prefix) {
                     remove(&path.join(name))?;
                 }
@@ -202,6 +221,7 @@ impl ObjectStore for Posix {
         blocking("list", listed.as_str(), move || {
             let mut found = Vec::new();
             for id in names(&path)? {
+                let id = id?;
                 // What is not named as ours are is none of ours.
                 let Some(object) = finished_name(&id).filter(|name| name.starts_with(&prefix)) else {
                     continue;
@@ -238,21 +258,16 @@ async fn blocking<T: Send + 'static>(
     result.map_err(|error| Error::io(action, object.to_string(), error))
 }
 
-/// The names in a folder; none when it is not there.
-fn names(folder: &Path) -> io::Result<Vec<String>> {
+/// The names in a folder, as they are read; none when it is not there.
+fn names(folder: &Path) -> io::Result<impl Iterator<Item = io::Result<String>>> {
     let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Ok(entries) => Some(entries),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
-    let mut names = Vec::new();
-    for entry in entries {
-        // A name that is no text is none of ours.
-        if let Ok(name) = entry?.file_name().into_string() {
-            names.push(name);
-        }
-    }
-    Ok(names)
+    // A name that is no text is none of ours.
+    let name = |entry: io::Result<fs::DirEntry>| entry.map(|entry| entry.file_name().into_string().ok());
+    Ok(entries.into_iter().flatten().filter_map(move |entry| name(entry).transpose()))
 }
 
 fn unfinished_prefix(name: &str) -> String {

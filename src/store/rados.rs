@@ -130,9 +130,14 @@ impl ObjectStore for Rados {
         Ok(pieces)
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let (pool, index, prefix) = (self.pool.clone(), index(folder), prefix.to_owned());
-        blocking("list", folder.as_str(), move || {
+        let listed: Vec<_> = blocking("list", folder.as_str(), move || {
             let entries = pool.map_entries(&index, &prefix)?;
             let objects = entries.into_iter().filter(|(key, _)| !key.starts_with('.'));
             objects
@@ -142,7 +147,9 @@ impl ObjectStore for Rados {
                 })
                 .collect()
         })
-        .await
+        .await?;
+        listed.into_iter().for_each(take);
+        Ok(())
     }
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {

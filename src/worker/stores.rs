@@ -272,6 +272,7 @@ pub fn store_folders(config: &Config) -> Vec<PathBuf> {
 fn chunked_settings(chunking: &Chunking) -> chunked::Settings {
     chunked::Settings {
         compression: chunking.compression,
+        compression_level: chunking.compression_level,
         object_bytes: chunking.object_bytes as usize,
         sha_block_bytes: chunking.sha_block_bytes as usize,
         unchanged_check_per_mille: chunking.unchanged_check_per_mille,

@@ -21,6 +21,7 @@ pub(crate) const MIB: usize = 1 << 20;
 pub(crate) fn settings(compression: Compression) -> Settings {
     Settings {
         compression,
+        compression_level: 3,
         object_bytes: MIB,
         sha_block_bytes: 32 << 10,
         unchanged_check_per_mille: 1,

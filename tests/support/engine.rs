@@ -28,6 +28,7 @@ pub(crate) const MEMORY_BYTES: usize = 256 << 20;
 /// So small that a few kilobytes make several objects of several blocks.
 pub(crate) const SETTINGS: Settings = Settings {
     compression: Compression::Zstd,
+    compression_level: 3,
     object_bytes: 2048,
     sha_block_bytes: 512,
     unchanged_check_per_mille: 1,

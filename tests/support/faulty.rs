@@ -239,10 +239,17 @@ impl ObjectStore for Faulty {
         self.state.pass("copy", to.to_string(), async move { inner.copy(&from, &to).await }).await
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
         let path = folder.as_str().to_owned();
-        self.state.pass("list", path, async move { inner.list(&folder, &prefix).await }).await
+        let listed = self.state.pass("list", path, async move { inner.list(&folder, &prefix).await }).await?;
+        listed.into_iter().for_each(take);
+        Ok(())
     }
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {

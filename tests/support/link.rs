@@ -29,6 +29,8 @@ struct State {
     lost_answers: usize,
     /// What the next requests are answered instead of being passed on.
     answers: VecDeque<String>,
+    /// Behind how many bytes that clients say one is to turn into another one.
+    spoilt_after: Option<usize>,
     stalled: bool,
     bytes_per_second: Option<u64>,
     fault_count: usize,
@@ -93,6 +95,11 @@ impl Link {
         self.faults.state.lock().unwrap().lost_answers = count;
     }
 
+    /// Turns the byte into another one that clients say behind so many.
+    pub(crate) fn spoil_after(&self, bytes: usize) {
+        self.faults.state.lock().unwrap().spoilt_after = Some(bytes);
+    }
+
     /// Answers the next HTTP requests with these instead of asking the server.
     pub(crate) fn answer(&self, answers: impl IntoIterator<Item = String>) {
         self.faults.state.lock().unwrap().answers.extend(answers);
@@ -105,7 +112,7 @@ impl Link {
         self.faults.state.lock().unwrap().answers.len()
     }
 
-    /// How many answers were lost or replaced, and connections cut after some bytes, so far.
+    /// How many answers were lost or replaced, bytes spoilt, and connections cut after some bytes, so far.
     pub(crate) fn fault_count(&self) -> usize {
         self.faults.state.lock().unwrap().fault_count
     }
@@ -161,6 +168,7 @@ impl Faults {
             while let Ok(read @ 1..) = from.read(&mut buffer) {
                 if side == From::Client {
                     faults.count(&buffer[..read]);
+                    faults.spoil(&mut buffer[..read]);
                 }
                 if faults.breaks_at(read, side) {
                     let _ = from.shutdown(Shutdown::Both);
@@ -178,6 +186,18 @@ impl Faults {
     fn count(&self, said: &[u8]) {
         if let Some((text, count)) = &mut self.state.lock().unwrap().counted {
             *count += said.windows(text.len()).filter(|part| *part == text.as_bytes()).count();
+        }
+    }
+
+    fn spoil(&self, said: &mut [u8]) {
+        let mut state = self.state.lock().unwrap();
+        let Some(before) = state.spoilt_after.take() else { return };
+        match said.get_mut(before) {
+            Some(byte) => {
+                *byte ^= 0x10;
+                state.fault_count += 1;
+            }
+            None => state.spoilt_after = Some(before - said.len()),
         }
     }
 

@@ -1,10 +1,12 @@
 //! Volumes whose bytes are known, and what Cinder's driver would make of them.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use backhaul::volume::VolumeSource;
 use rustix::fs::FallocateFlags;
 use sha2::{Digest, Sha256};
 
@@ -52,6 +54,28 @@ impl Volume {
         } else {
             self.file.write_all_at(&self.bytes[range.clone()], range.start as u64).unwrap();
         }
+    }
+}
+
+/// A volume of so many bytes whose reader dies at one of them.
+pub(crate) struct Deadly {
+    pub(crate) bytes: u64,
+    pub(crate) at: u64,
+}
+
+impl VolumeSource for Deadly {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(Some(offset..end))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        assert!(!(offset..offset + buffer.len() as u64).contains(&self.at), "as the test wants it");
+        buffer.fill(7);
+        Ok(())
     }
 }
 

@@ -32,7 +32,7 @@ use super::lists::DigestList;
 use super::memory::Reserved;
 use super::metadata::{self, ObjectEntry};
 use super::stored::Checksum;
-use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, check_size, checksums, sha256_file};
+use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, Settings, check_size, checksums, sha256_file};
 use crate::error::{Causes, Class};
 use crate::job::{Context, Counts, RbdImage, Record};
 use crate::store::{self, ObjectName, ObjectStore, ObjectWriter};
@@ -85,11 +85,16 @@ impl Chunked {
         source: Arc<dyn VolumeSource>,
     ) -> Result<Unfinished, Error> {
         ctx.progress.begin(record.volume_bytes);
+        metadata::check_texts(record, volume_meta)?;
+        let names = Names::of(record)?;
+        // The one object that may be too large for a store, which is to be told before the volume is read.
+        let block_count = record.volume_bytes.div_ceil(self.settings.sha_block_bytes as u64);
+        let digests_bytes = block_count.saturating_mul(sha256_file::DIGEST_LINE_BYTES as u64);
+        self.store.check_size(&names.sha256_file, digests_bytes)?;
         let parent_list = match parent {
             Some(parent) => Some((parent, self.parent_list(parent, record.volume_bytes).await?)),
             None => None,
         };
-        let names = Names::of(record)?;
         let puts = TaskTracker::new();
         let result = self.copy(ctx, record, &names, volume_meta, parent_list, source, &puts).await;
         // A put that is under way when another one fails must not bring its object in after the clean-up.
@@ -172,7 +177,7 @@ impl Chunked {
         metadata.append(metadata::head(record).as_bytes()).await?;
         let mut notes = Notes::new(&*self.store, names, self.checkpoint_bytes);
         let mut digest = ListDigest::default();
-        let (mut first_digest, mut first_object) = (true, true);
+        let (mut first_digest, mut first_object, mut bytes_done) = (true, true, 0);
         while let Some(chunk) = stored.try_next().await? {
             ctx.check()?;
             digest.update(&chunk.digests);
@@ -186,6 +191,11 @@ impl Chunked {
             notes.add(&chunk.objects).await?;
             ctx.progress.add(&chunk.counts);
             ctx.progress.done(chunk.length as u64);
+            bytes_done += chunk.length as u64;
+        }
+        // Without an error there are fewer only if the thread that reads has panicked.
+        if bytes_done != record.volume_bytes {
+            return Err(super::Lost.into());
         }
         sha256_list.append(sha256_file::tail(record, !first_digest).as_bytes()).await?;
         metadata.append(metadata::tail(record, volume_meta, !first_object).as_bytes()).await?;
@@ -317,7 +327,7 @@ impl Chunked {
         puts: &TaskTracker,
     ) -> Result<StoredChunk, Error> {
         let Digested { chunk, digests, segments, mut counts } = digested;
-        let (length, compression, zeros) = (chunk.length, self.settings.compression, zeros.clone());
+        let (length, settings, zeros) = (chunk.length, self.settings, zeros.clone());
         let tried = stream::iter(segments)
             .map(|segment| self.take_over(names, segment, refused, puts).boxed())
             .buffered(REQUESTS_MAX)
@@ -334,7 +344,7 @@ impl Chunked {
         let packed = if segments.is_empty() {
             Vec::new()
         } else {
-            self.cpu.run(move || pack(chunk, segments, compression, &zeros)).await??
+            self.cpu.run(move || pack(chunk, segments, &settings, &zeros)).await??
         };
         let put = stream::iter(packed)
             .map(|Packed { entry, blocks, body }| {
@@ -568,20 +578,21 @@ struct Packed {
 fn pack(
     chunk: Chunk,
     segments: Vec<Segment>,
-    compression: Compression,
+    settings: &Settings,
     zeros: &ZeroObjects,
 ) -> Result<Vec<Packed>, Error> {
     let Chunk { offset, content: Content { bytes, pieces, packed: mut room, .. }, .. } = chunk;
+    let Settings { compression, compression_level, .. } = *settings;
     let mut objects = Vec::with_capacity(segments.len());
     for segment in segments {
         let length = segment.range.len();
         let (body, word, md5) = if segment.zero {
-            let zero = zeros.get(length, compression)?;
+            let zero = zeros.get(length, settings)?;
             (zero.body, zero.compression, zero.md5)
         } else {
             // It is there: the blocks of a segment were digested from one piece.
             let raw = bytes.slice(place(&pieces, &segment.range).ok_or(super::Lost)?);
-            match compression.compress(&raw).map_err(Error::Compress)? {
+            match compression.compress(&raw, compression_level).map_err(Error::Compress)? {
                 Some(packed) => {
                     let md5 = md5(&raw);
                     let body = match &mut room {
@@ -622,17 +633,16 @@ impl ZeroObjects {
     /// Different lengths that are kept; a full backup has two.
     const KEPT_MAX: usize = 64;
 
-    fn get(&self, length: usize, compression: Compression) -> Result<ZeroObject, Error> {
+    fn get(&self, length: usize, settings: &Settings) -> Result<ZeroObject, Error> {
         // Held while the object is made, so that only one thread makes it.
         let mut by_length = self.by_length.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(zero) = by_length.get(&length) {
             return Ok(zero.clone());
         }
         let zeros = vec![0; length];
-        let zero = match compression.of_zeros().compress(&zeros).map_err(Error::Compress)? {
-            Some(packed) => {
-                ZeroObject { body: packed.into(), compression: compression.of_zeros(), md5: md5(&zeros) }
-            }
+        let compression = settings.compression.of_zeros();
+        let zero = match compression.compress(&zeros, settings.compression_level).map_err(Error::Compress)? {
+            Some(packed) => ZeroObject { body: packed.into(), compression, md5: md5(&zeros) },
             // A last block of a few bytes does not get smaller.
             None => ZeroObject { md5: md5(&zeros), body: zeros.into(), compression: Compression::None },
         };
@@ -682,6 +692,30 @@ impl List {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn objects_are_packed_at_the_level_that_is_set() {
+        let text: &[u8] = include_bytes!("backup.rs");
+        let packed_bytes = |compression_level| {
+            let settings = Settings {
+                compression: Compression::Zstd,
+                compression_level,
+                object_bytes: 1 << 20,
+                sha_block_bytes: 512,
+                unchanged_check_per_mille: 1,
+                source_snapshots_max: 1,
+            };
+            let pieces = vec![Piece { range: 0..text.len(), at: 0 }];
+            let content =
+                Content { bytes: Bytes::from_static(text), pieces, ranges: Vec::new(), packed: None };
+            let chunk = Chunk { offset: 0, length: text.len(), known: Vec::new(), content };
+            let segment = Segment { range: 0..text.len(), zero: false, blocks: None, number: 1, found: None };
+            let objects = pack(chunk, vec![segment], &settings, &ZeroObjects::default()).unwrap();
+            objects[0].body.len()
+        };
+        let sizes = [1, 3, 9].map(packed_bytes);
+        assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
+    }
 
     #[test]
     fn no_byte_is_counted_in_two_ways_of_not_being_read() {

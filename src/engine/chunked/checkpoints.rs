@@ -187,9 +187,9 @@ impl Chunked {
             // Prefixes differ in the time only.
             for (prefix, notes) in notes.into_iter().rev() {
                 let names = Names::new(&record.container, &prefix)?;
-                let listed = self.store.list(&names.folder, names.prefix()).await?;
-                let sizes = listed.iter().filter_map(|o| Some((object_number(&prefix, &o.name)?, o.bytes)));
-                let (sizes, notes) = (sizes.collect(), notes.into_values().collect::<Vec<_>>().into_iter());
+                let objects = self.data_objects(&names, |_| {}).await?;
+                let sizes = objects.into_iter().map(|object| (object.number, object.bytes)).collect();
+                let notes = notes.into_values().collect::<Vec<_>>().into_iter();
                 attempts.push(EarlierAttempt { names, sizes, notes, ahead: VecDeque::new() });
             }
         }

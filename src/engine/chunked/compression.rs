@@ -7,8 +7,8 @@ use std::fmt;
 use std::io::{self, BufReader, Read, Write};
 use std::str::FromStr;
 
-/// Cinder's writer has python-zstd's default level.
-const ZSTD_LEVEL: i32 = 3;
+/// The level of Cinder's writer, which has python-zstd's default.
+pub const ZSTD_LEVEL: i32 = 3;
 /// Cinder's writer has zlib's default level.
 const ZLIB_LEVEL: i32 = 6;
 
@@ -46,8 +46,8 @@ impl Compression {
         }
     }
 
-    /// Packs `bytes`; none when that does not make them fewer, in which case they are stored as they are.
-    pub fn compress(self, bytes: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    /// Packs `bytes`, with zstd at this level; none when that does not make them fewer, in which case they are stored as they are.
+    pub fn compress(self, bytes: &[u8], level: i32) -> io::Result<Option<Vec<u8>>> {
         let packed = match self {
             Self::None => return Ok(None),
             Self::Zlib => {
@@ -64,7 +64,7 @@ impl Compression {
                 encoder.write_all(bytes)?;
                 encoder.finish()?
             }
-            Self::Zstd => zstd::bulk::compress(bytes, ZSTD_LEVEL)?,
+            Self::Zstd => zstd::bulk::compress(bytes, level)?,
         };
         Ok(Some(packed).filter(|packed| packed.len() < bytes.len()))
     }
@@ -119,7 +119,7 @@ mod tests {
     fn what_is_packed_is_unpacked() {
         let text: Vec<u8> = (0..200_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
         for compression in ALL {
-            let packed = compression.compress(&text).unwrap().unwrap_or_else(|| text.clone());
+            let packed = compression.compress(&text, ZSTD_LEVEL).unwrap().unwrap_or_else(|| text.clone());
             let mut unpacked = Vec::new();
             compression.decompress(&packed[..]).unwrap().read_to_end(&mut unpacked).unwrap();
             assert!(unpacked == text, "{compression}");
@@ -130,20 +130,22 @@ mod tests {
     #[test]
     fn what_does_not_get_smaller_is_not_packed() {
         for compression in ALL {
-            assert_eq!(compression.compress(b"abc").unwrap(), None, "{compression}");
+            assert_eq!(compression.compress(b"abc", ZSTD_LEVEL).unwrap(), None, "{compression}");
         }
     }
 
     #[test]
     fn a_zstd_frame_says_its_size_or_cinder_could_not_read_it() {
-        let packed = Compression::Zstd.compress(&[0; 100_000]).unwrap().unwrap();
-        assert_eq!(zstd::zstd_safe::get_frame_content_size(&packed).unwrap(), Some(100_000));
+        for level in 1..=9 {
+            let packed = Compression::Zstd.compress(&[0; 100_000], level).unwrap().unwrap();
+            assert_eq!(zstd::zstd_safe::get_frame_content_size(&packed).unwrap(), Some(100_000), "{level}");
+        }
     }
 
     #[test]
     fn an_empty_chunk_is_tiny_in_every_store() {
         for compression in ALL {
-            let packed = compression.of_zeros().compress(&vec![0; 52_428_800]).unwrap().unwrap();
+            let packed = compression.of_zeros().compress(&vec![0; 52_428_800], ZSTD_LEVEL).unwrap().unwrap();
             assert!(packed.len() < 8192, "{compression}: {}", packed.len());
         }
     }

@@ -12,7 +12,7 @@ use jiff::tz::TimeZone;
 use super::metadata::object_number;
 use super::{Chunked, Error, Names, Naming, checkpoints};
 use crate::job::{BackupId, Container, Context, Record, VolumeId};
-use crate::store::Folder;
+use crate::store::{Folder, Listed, Partial};
 
 /// What the name of the object ends with that makes a backup visible.
 const METADATA: &str = "_metadata";
@@ -100,7 +100,9 @@ impl Chunked {
             own.map(|record| (record.container.clone(), record.volume_id)).collect();
         let mut found = BTreeMap::new();
         for folder in ["checksums", checkpoints::FOLDER].map(Folder::own) {
-            for name in self.names(&folder, "").await? {
+            let mut names = Vec::new();
+            self.each_name(&folder, "", &mut |name| names.push(name)).await?;
+            for name in names {
                 let text = self.naming.prefix_in(&name.name);
                 let Some(prefix) = self.naming.parse(text) else { continue };
                 let container = match records.get(&prefix.backup_id) {
@@ -114,13 +116,15 @@ impl Chunked {
             }
         }
         for (container, volume_id) in places {
-            for name in self.names(&Folder::from(&container), &self.naming.volume_prefix(volume_id)).await? {
-                let Some(text) = prefix_of(&name.name) else { continue };
-                let Some(prefix) = self.naming.parse(text) else { continue };
+            let mut take = |name: Name| {
+                let Some(text) = prefix_of(&name.name) else { return };
+                let Some(prefix) = self.naming.parse(text) else { return };
                 let attempt = attempt_of(&mut found, &container, text, &prefix);
                 attempt.add(&name);
                 attempt.visible |= name.finished && name.name.ends_with(METADATA);
-            }
+            };
+            self.each_name(&Folder::from(&container), &self.naming.volume_prefix(volume_id), &mut take)
+                .await?;
         }
         Ok(found.into_values().collect())
     }
@@ -132,9 +136,13 @@ impl Chunked {
         let mut prefixes = BTreeSet::new();
         let own = ["checksums", checkpoints::FOLDER].map(Folder::own);
         for folder in own.into_iter().chain([Folder::from(&record.container)]) {
-            let names = self.names(&folder, &start).await?;
-            let texts = names.iter().map(|name| self.naming.prefix_in(&name.name));
-            prefixes.extend(texts.filter(|text| self.is_earlier(text, record)).map(ToOwned::to_owned));
+            let mut take = |name: Name| {
+                let text = self.naming.prefix_in(&name.name);
+                if self.is_earlier(text, record) && !prefixes.contains(text) {
+                    prefixes.insert(text.to_owned());
+                }
+            };
+            self.each_name(&folder, &start, &mut take).await?;
         }
         for prefix in prefixes {
             self.remove_objects(&Names::new(&record.container, &prefix)?, ctx).await?;
@@ -161,21 +169,21 @@ impl Chunked {
         self.remove_objects(&Names::new(&attempt.container, &attempt.prefix)?, &Context::default()).await
     }
 
-    /// All names of a folder that begin with `prefix`.
-    async fn names(&self, folder: &Folder, prefix: &str) -> Result<Vec<Name>, Error> {
-        let listed = self.store.list(folder, prefix).await?.into_iter().map(|listed| Name {
-            name: listed.name,
-            finished: true,
-            bytes: listed.bytes,
-            modified: listed.modified,
-        });
-        let partials = self.store.partials(folder, prefix).await?.into_iter().map(|partial| Name {
-            name: partial.object.name,
-            finished: false,
-            bytes: partial.bytes,
-            modified: partial.modified,
-        });
-        Ok(listed.chain(partials).collect())
+    /// Hands over all names of a folder that begin with `prefix`.
+    async fn each_name(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Name) + Send),
+    ) -> Result<(), Error> {
+        let mut take_listed = |Listed { name, bytes, modified }: Listed| {
+            take(Name { name, finished: true, bytes, modified });
+        };
+        self.store.list_each(folder, prefix, &mut take_listed).await?;
+        for Partial { object, bytes, modified, .. } in self.store.partials(folder, prefix).await? {
+            take(Name { name: object.name, finished: false, bytes, modified });
+        }
+        Ok(())
     }
 }
 

@@ -17,7 +17,7 @@ use super::{
 use crate::job::Record;
 use crate::store::{ObjectName, Pieces};
 
-/// JSON is read byte by byte out of a buffer of this size.
+/// Lines are read out of a buffer of this size.
 const BUFFER_BYTES: usize = 128 << 10;
 /// Batches of digests that are read ahead.
 const BATCHES_AHEAD_MAX: usize = 4;
@@ -80,8 +80,7 @@ impl Chunked {
         let (object, record) = (names.sha256_file.clone(), record.clone());
         let reader = tokio::task::spawn_blocking(move || {
             let mut stored = HashedReader::new(pieces);
-            let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut stored);
-            let head = sha256_file::read(buffered, |block_bytes, digests| {
+            let head = sha256_file::read(&mut stored, |block_bytes, digests| {
                 sender.blocking_send((block_bytes, digests)).map_err(|_| "nobody wants the digests any more")
             });
             let head = head.map_err(|error| unreadable(&object, &mut stored, error))?;
@@ -102,8 +101,7 @@ impl ObjectLists {
             checksums.map(|pieces| BufReader::with_capacity(BUFFER_BYTES, HashedReader::new(pieces)));
         let mut stored = HashedReader::new(metadata);
         let mut failed = None;
-        let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut stored);
-        let head = metadata::read(buffered, names.prefix(), |entry| {
+        let head = metadata::read(&mut stored, names.prefix(), |entry| {
             let taken = next_checksum(checksums.as_mut(), &names.checksums, &entry)
                 .and_then(|checksum| take(LayerEntry { entry, checksum }));
             taken.map_err(|error| {

@@ -3,19 +3,69 @@
 //! JSON with sorted keys, indented by two, of version 1.0.0. It is written and read as a stream, because a backup may
 //! have millions of objects. The object that makes a backup visible.
 
+use std::cell::Cell;
 use std::fmt;
-use std::io::Read;
+use std::io::{self, BufReader, Read};
 
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use super::Error;
 use super::compression::Compression;
 use super::digest::Md5;
 use crate::job::Record;
 
 /// The only version of the format there is.
 pub const VERSION: &str = "1.0.0";
+
+/// What stands in a list before, between and behind its entries, at most. It is held in memory, and whoever may write to the
+/// store may have written it.
+pub const TEXTS_BYTES_MAX: usize = 16 << 20;
+/// JSON is read byte by byte out of a buffer of this size.
+const BUFFER_BYTES: usize = 128 << 10;
+
+/// How much of a list may be read yet until the next one of its entries has come.
+pub struct Allowance(Cell<usize>);
+
+impl Allowance {
+    /// Begins at the start of a list.
+    pub fn new() -> Self {
+        let allowance = Self(Cell::default());
+        allowance.renew();
+        allowance
+    }
+
+    /// Says that an entry has come.
+    pub fn renew(&self) {
+        // What is read ahead counts as well.
+        self.0.set(TEXTS_BYTES_MAX + BUFFER_BYTES);
+    }
+
+    /// Reads a list, and fails where what stands between its entries is too long.
+    pub fn bound(&self, reader: impl Read) -> BufReader<impl Read> {
+        BufReader::with_capacity(BUFFER_BYTES, Bounded { reader, allowance: self })
+    }
+}
+
+struct Bounded<'a, R> {
+    reader: R,
+    allowance: &'a Allowance,
+}
+
+impl<R: Read> Read for Bounded<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        let left = self.allowance.0.get().checked_sub(read).ok_or_else(|| {
+            let text = format!(
+                "it has a text of more than {TEXTS_BYTES_MAX} bytes, which it never has: it is not ours"
+            );
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        })?;
+        self.allowance.0.set(left);
+        Ok(read)
+    }
+}
 
 /// One data object of a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,6 +162,15 @@ pub fn tail(record: &Record, volume_meta: Option<&str>, any_objects: bool) -> St
     )
 }
 
+/// Makes sure that what is kept with a backup is not more than what is read back.
+pub fn check_texts(record: &Record, volume_meta: Option<&str>) -> Result<(), Error> {
+    let bytes = head(record).len() + tail(record, volume_meta, true).len();
+    if bytes <= TEXTS_BYTES_MAX {
+        return Ok(());
+    }
+    Err(Error::TextsTooLong { backup_id: record.backup_id, bytes, bytes_max: TEXTS_BYTES_MAX })
+}
+
 /// What a metadata object says besides its objects.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Head {
@@ -134,8 +193,10 @@ pub fn read<E: fmt::Display>(
     prefix: &str,
     take: impl FnMut(ObjectEntry) -> Result<(), E>,
 ) -> Result<Head, serde_json::Error> {
-    let mut json = serde_json::Deserializer::from_reader(reader);
-    let head = json.deserialize_map(HeadVisitor { objects: Objects { prefix, take } })?;
+    let allowance = Allowance::new();
+    let mut json = serde_json::Deserializer::from_reader(allowance.bound(reader));
+    let head =
+        json.deserialize_map(HeadVisitor { objects: Objects { prefix, take, allowance: &allowance } })?;
     json.end()?;
     Ok(head)
 }
@@ -180,6 +241,7 @@ impl<'de, E: fmt::Display, F: FnMut(ObjectEntry) -> Result<(), E>> Visitor<'de> 
 struct Objects<'a, F> {
     prefix: &'a str,
     take: F,
+    allowance: &'a Allowance,
 }
 
 impl<'de, E: fmt::Display, F: FnMut(ObjectEntry) -> Result<(), E>> DeserializeSeed<'de>
@@ -201,6 +263,7 @@ impl<'de, E: fmt::Display, F: FnMut(ObjectEntry) -> Result<(), E>> Visitor<'de> 
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
         while let Some(NamedObject { name, object }) = list.next_element()? {
+            self.allowance.renew();
             let entry = object.entry(self.prefix, &name).map_err(serde::de::Error::custom)?;
             (self.take)(entry).map_err(serde::de::Error::custom)?;
         }
@@ -292,6 +355,70 @@ mod tests {
             r#""a\"\n\u001f\u007f\u00f6\ud83d\ude00""#
         );
         assert_eq!(json_text(None), "null");
+    }
+
+    /// Endless, and counts what is taken of it.
+    struct Endless<'a> {
+        begins: &'a [u8],
+        goes_on: u8,
+        taken: usize,
+    }
+
+    impl Read for Endless<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            assert!(self.taken < 4 * TEXTS_BYTES_MAX, "all of it is taken");
+            let read = match self.begins.read(buffer)? {
+                0 => {
+                    buffer.fill(self.goes_on);
+                    buffer.len()
+                }
+                read => read,
+            };
+            self.taken += read;
+            Ok(read)
+        }
+    }
+
+    #[test]
+    fn a_text_without_an_end_does_not_fill_the_memory() {
+        let entry = r#"{"p-00001":{"offset":0,"length":5,"compression":"zlib","md5":"7e7fe5b4627115d762777a18981d0cf9"}}"#;
+        for (begins, goes_on) in [
+            ("", b' '),
+            (r#"{""#, b'a'),
+            (r#"{"backup_id":""#, b'a'),
+            (r#"{"objects":[{""#, b'a'),
+            (&format!(r#"{{"objects":[{entry},{{"p-00002":{{"md5":""#), b'a'),
+            (&format!(r#"{{"objects":[{entry}],"volume_meta":""#), b'a'),
+        ] {
+            let list = Endless { begins: begins.as_bytes(), goes_on, taken: 0 };
+            let error = read(list, "p", |_| Ok::<_, String>(())).unwrap_err();
+            assert!(error.is_io(), "{begins}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_list_may_be_longer_than_its_texts() {
+        let digits = "7e7fe5b4627115d762777a18981d0cf9";
+        let count = 2 * TEXTS_BYTES_MAX as u64 / 90;
+        let entries = (1..=count).map(|number| {
+            let name = object_name("p", number);
+            let comma = if number == 1 { "" } else { "," };
+            format!(r#"{comma}{{"{name}":{{"offset":0,"length":5,"compression":"zlib","md5":"{digits}"}}}}"#)
+        });
+        let meta = "m".repeat(TEXTS_BYTES_MAX - 1000);
+        let text = format!(
+            r#"{{"backup_name":"{meta}","objects":[{}],"volume_meta":"{meta}"}}"#,
+            entries.collect::<String>()
+        );
+        let mut taken = 0;
+
+        let head = read(text.as_bytes(), "p", |_| {
+            taken += 1;
+            Ok::<_, String>(())
+        });
+
+        assert_eq!(taken, count);
+        assert!(head.unwrap().volume_meta == Some(meta));
     }
 
     #[test]

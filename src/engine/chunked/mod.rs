@@ -22,7 +22,7 @@ pub(crate) mod sha256_file;
 pub(super) mod stored;
 
 pub use backup::Unfinished;
-pub use compression::{Compression, UnknownCompression};
+pub use compression::{Compression, UnknownCompression, ZSTD_LEVEL};
 pub use gc::Attempt;
 pub use layers::Broken;
 pub use memory::Budget;
@@ -50,6 +50,8 @@ const REQUESTS_MAX: usize = 16;
 const DELETES_AT_ONCE: usize = 250;
 /// How many times as many objects are being deleted at once, at most.
 const DELETES_MAX: usize = 8;
+/// Characters that are shown of what an object says.
+const SHOWN_CHARS_MAX: usize = 1000;
 
 /// The availability zone of Cinder's that nobody has given another name.
 pub const USUAL_ZONE: &str = "nova";
@@ -118,6 +120,8 @@ impl Naming {
 pub struct Settings {
     /// How objects are packed.
     pub compression: Compression,
+    /// The level at which zstd packs them.
+    pub compression_level: i32,
     /// How much of a volume one object holds; a multiple of `sha_block_bytes`.
     pub object_bytes: usize,
     /// The size of the blocks that are digested and compared.
@@ -245,25 +249,19 @@ impl Chunked {
     async fn remove_objects(&self, names: &Names, ctx: &Context) -> Result<(), Error> {
         self.store.delete(&names.metadata).await?;
         self.store.delete(&names.sha256_file).await?;
-        let listed = self.store.list(&names.folder, names.prefix()).await?;
-        // Something else may have a name that begins alike; it is not ours to remove.
-        let own = |object: &&Listed| object_number(names.prefix(), &object.name).is_some();
-        let listed: Vec<&Listed> = listed.iter().filter(own).collect();
-        stream::iter(listed.chunks(DELETES_AT_ONCE).map(Ok::<_, Error>))
-            .try_for_each_concurrent(DELETES_MAX, |objects| {
-                let folder = &names.folder;
-                async move {
-                    ctx.check()?;
-                    let names: Result<Vec<_>, _> =
-                        objects.iter().map(|object| folder.object(&object.name)).collect();
-                    self.store.delete_all(&names?).await?;
-                    ctx.progress.add(&Counts {
-                        bytes_stored: objects.iter().map(|object| object.bytes).sum(),
-                        object_count: objects.len() as u64,
-                        ..Counts::default()
-                    });
-                    Ok(())
-                }
+        let objects = self.data_objects(names, |_| {}).await?;
+        stream::iter(objects.chunks(DELETES_AT_ONCE).map(Ok::<_, Error>))
+            .try_for_each_concurrent(DELETES_MAX, |objects| async move {
+                ctx.check()?;
+                let some: Result<Vec<_>, _> =
+                    objects.iter().map(|object| names.data(object.number)).collect();
+                self.store.delete_all(&some?).await?;
+                ctx.progress.add(&Counts {
+                    bytes_stored: objects.iter().map(|object| object.bytes).sum(),
+                    object_count: objects.len() as u64,
+                    ..Counts::default()
+                });
+                Ok(())
             })
             .await?;
         self.store.tidy(&names.folder, names.prefix()).await?;
@@ -271,6 +269,25 @@ impl Chunked {
         self.remove_notes(names).await?;
         self.store.delete(&names.checksums).await?;
         Ok(self.store.tidy(&names.checksums.folder, names.prefix()).await?)
+    }
+
+    /// The data objects that the store has of an attempt, by number. What has a name that begins alike is not one of them, and
+    /// goes to `other`.
+    async fn data_objects(
+        &self,
+        names: &Names,
+        mut other: impl FnMut(Listed) + Send,
+    ) -> Result<Vec<DataObject>, Error> {
+        let mut objects = Vec::new();
+        let mut take = |listed: Listed| match object_number(names.prefix(), &listed.name) {
+            Some(number) => objects.push(DataObject { number, bytes: listed.bytes }),
+            None => other(listed),
+        };
+        self.store.list_each(&names.folder, names.prefix(), &mut take).await?;
+        objects.sort_unstable_by_key(|object| object.number);
+        // A store that is written to while it is listed may tell of one twice.
+        objects.dedup_by_key(|object| object.number);
+        Ok(objects)
     }
 
     /// The metadata of the volume that was kept with a backup.
@@ -285,7 +302,7 @@ impl Chunked {
     /// last object of the full backup ends.
     pub async fn inspect(&self, record: &mut Record, parent: Option<&Record>) -> Result<(), Error> {
         let backup_id = record.backup_id;
-        let refused = |why: String| Error::NotImportable { backup_id, why };
+        let refused = |why: String| Error::NotImportable { backup_id, why: beginning(&why) };
         let lists = self.object_lists(record).await?;
         let (head, end) = blocking(move || {
             let mut end = 0;
@@ -344,6 +361,14 @@ impl Chunked {
     }
 }
 
+/// A data object as the store has it. There may be millions of them.
+struct DataObject {
+    /// The number at the end of its name.
+    number: u64,
+    /// Its size.
+    bytes: u64,
+}
+
 /// The names of a backup's objects.
 #[derive(Debug, Clone)]
 struct Names {
@@ -386,7 +411,12 @@ impl Names {
 }
 
 fn damaged(object: &ObjectName, why: impl ToString) -> Error {
-    Error::Damaged { object: object.to_string(), why: why.to_string() }
+    Error::Damaged { object: object.to_string(), why: beginning(&why.to_string()) }
+}
+
+/// As much of a text as is shown. What is damaged may say anything, and at any length.
+fn beginning(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).collect()
 }
 
 /// Makes sure that the volume has the size that it had at the time of the parent.
@@ -402,5 +432,5 @@ fn check_version(object: &ObjectName, version: &str) -> Result<(), Error> {
     if version == metadata::VERSION {
         return Ok(());
     }
-    Err(Error::UnknownVersion { object: object.to_string(), version: version.into() })
+    Err(Error::UnknownVersion { object: object.to_string(), version: beginning(version) })
 }

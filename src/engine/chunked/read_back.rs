@@ -24,15 +24,16 @@ use super::layers::{Broken, Item, LayerEntry, Layers};
 use super::lists::{DigestList, nobody_listens, read_full};
 use super::restored::Restored;
 use super::stored::StoredReader;
-use super::{Chunked, Error, Lost, Names, blocking, damaged, object_number};
+use super::{Chunked, Error, Lost, Names, blocking, damaged};
 use crate::engine::Faults;
 use crate::job::{Context, Counts, Record, Sample};
-use crate::store::{ObjectName, Pieces};
+use crate::store::{Listed, ObjectName, Pieces};
 use crate::volume::{Before, VolumeTarget};
 
 /// Unpacked bytes that are looked at together; a block where that is larger.
 const PIECE_BYTES: usize = 1 << 20;
-/// What reading one object may take: pieces read ahead, the unpacker's window, and the piece that it fills.
+/// What reading one object may take: pieces read ahead, the unpacker's window, and the piece that it fills, unless its blocks
+/// are larger than that one.
 const OBJECT_MEMORY_BYTES: usize = 24 << 20;
 /// An object that is packed into no more than this may be nothing but zeros, and is looked up among those.
 const ZERO_OBJECT_BYTES_MAX: usize = 128 << 10;
@@ -152,7 +153,8 @@ impl Chunked {
                 if let (Some(restored), Some(target)) = (&mut restored, &target) {
                     restored.keep(target, self.checkpoint_bytes).await?;
                 }
-                let memory = self.memory.reserve(OBJECT_MEMORY_BYTES).await;
+                let beyond_a_piece = (block_bytes as usize).saturating_sub(PIECE_BYTES);
+                let memory = self.memory.reserve(OBJECT_MEMORY_BYTES + beyond_a_piece).await;
                 let pieces = match self.get(&chain[layer], &object).await {
                     Ok(pieces) => pieces,
                     Err(error) => {
@@ -194,41 +196,44 @@ impl Chunked {
         record: &Record,
         names: &Names,
     ) -> Result<Vec<(Option<u64>, Error)>, Error> {
-        let mut sizes = HashMap::new();
         let mut wrong = Vec::new();
-        for object in self.store.list(&names.folder, names.prefix()).await? {
-            if object.name == names.metadata.name || object.name == names.sha256_file.name {
-                continue;
+        let other = |object: Listed| {
+            if object.name != names.metadata.name && object.name != names.sha256_file.name {
+                wrong.push((None, extra_object(record, names, &object.name)));
             }
-            match object_number(names.prefix(), &object.name) {
-                Some(number) => sizes.insert(number, object.bytes),
-                None => {
-                    wrong.push((None, extra_object(record, names, &object.name)));
-                    continue;
-                }
-            };
-        }
+        };
+        let objects = self.data_objects(names, other).await?;
         let lists = self.object_lists(record).await?;
         let (owned_names, backup_id) = (names.clone(), record.backup_id);
         let (listed_wrong, unlisted) = blocking(move || {
-            let (mut listed, mut wrong) = (HashSet::new(), Vec::new());
+            let (mut listed, mut missing) = (vec![false; objects.len()], HashSet::new());
+            let mut wrong = Vec::new();
             lists.read(|LayerEntry { entry, checksum }| {
                 let object = owned_names.data(entry.number)?;
-                let fault = match sizes.get(&entry.number) {
-                    None => Some(Error::MissingObject { object: object.to_string(), backup_id }),
-                    Some(bytes) => checksum.filter(|checksum| checksum.bytes != *bytes).map(|checksum| {
-                        let why =
-                            format!("it has {bytes} bytes now, and was written with {}", checksum.bytes);
-                        damaged(&object, why)
-                    }),
+                let (fault, is_new) = match objects.binary_search_by_key(&entry.number, |there| there.number)
+                {
+                    Err(_) => {
+                        let error = Error::MissingObject { object: object.to_string(), backup_id };
+                        (Some(error), missing.insert(entry.number))
+                    }
+                    Ok(at) => {
+                        let bytes = objects[at].bytes;
+                        let fault = checksum.filter(|checksum| checksum.bytes != bytes).map(|checksum| {
+                            let why =
+                                format!("it has {bytes} bytes now, and was written with {}", checksum.bytes);
+                            damaged(&object, why)
+                        });
+                        (fault, !std::mem::replace(&mut listed[at], true))
+                    }
                 };
                 wrong.extend(fault.map(|error| (Some(entry.number), error)));
-                if !listed.insert(entry.number) {
+                if !is_new {
                     return Err(damaged(&owned_names.metadata, format!("it lists {object} twice")));
                 }
                 Ok(())
             })?;
-            Ok::<_, Error>((wrong, sizes.into_keys().filter(|number| !listed.contains(number)).min()))
+            let unlisted = objects.iter().zip(listed).find(|(_, is_listed)| !is_listed);
+            Ok::<_, Error>((wrong, unlisted.map(|(object, _)| object.number)))
         })
         .await??;
         wrong.extend(listed_wrong);

@@ -9,11 +9,13 @@ use std::io::Read;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::digest::Digest;
-use super::metadata::{VERSION, json_text, python_time};
+use super::metadata::{Allowance, VERSION, json_text, python_time};
 use crate::job::Record;
 
 /// Digests that are handed over at a time, at most.
 pub const BATCH_DIGESTS: usize = 4096;
+/// Text that a digest takes, with what separates it from the next one.
+pub const DIGEST_LINE_BYTES: usize = 72;
 
 /// What stands before the digests.
 pub fn head(record: &Record, block_bytes: usize) -> String {
@@ -29,8 +31,7 @@ pub fn head(record: &Record, block_bytes: usize) -> String {
 
 /// Some digests, with the comma before them where they are not the first ones.
 pub fn digests(digests: &[Digest], first: bool) -> Vec<u8> {
-    const LINE_BYTES: usize = 72;
-    let mut text = Vec::with_capacity(digests.len() * LINE_BYTES);
+    let mut text = Vec::with_capacity(digests.len() * DIGEST_LINE_BYTES);
     for (index, digest) in digests.iter().enumerate() {
         text.extend_from_slice(if first && index == 0 { b"\n    \"" } else { b",\n    \"" });
         let mut line = [0; 64];
@@ -66,17 +67,19 @@ pub fn read<E: fmt::Display>(
     reader: impl Read,
     take: impl FnMut(u64, Vec<Digest>) -> Result<(), E>,
 ) -> Result<Head, serde_json::Error> {
-    let mut json = serde_json::Deserializer::from_reader(reader);
-    let head = json.deserialize_map(HeadVisitor { take })?;
+    let allowance = Allowance::new();
+    let mut json = serde_json::Deserializer::from_reader(allowance.bound(reader));
+    let head = json.deserialize_map(HeadVisitor { take, allowance: &allowance })?;
     json.end()?;
     Ok(head)
 }
 
-struct HeadVisitor<F> {
+struct HeadVisitor<'a, F> {
     take: F,
+    allowance: &'a Allowance,
 }
 
-impl<'de, E: fmt::Display, F: FnMut(u64, Vec<Digest>) -> Result<(), E>> Visitor<'de> for HeadVisitor<F> {
+impl<'de, E: fmt::Display, F: FnMut(u64, Vec<Digest>) -> Result<(), E>> Visitor<'de> for HeadVisitor<'_, F> {
     type Value = Head;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -96,7 +99,8 @@ impl<'de, E: fmt::Display, F: FnMut(u64, Vec<Digest>) -> Result<(), E>> Visitor<
                     // Keys are sorted wherever this is written, so the size comes first.
                     let block_bytes =
                         block_bytes.ok_or_else(|| serde::de::Error::missing_field("chunk_size"))?;
-                    map.next_value_seed(Digests { block_bytes, take: &mut self.take })?;
+                    let (take, allowance) = (&mut self.take, self.allowance);
+                    map.next_value_seed(Digests { block_bytes, take, allowance })?;
                     has_digests = true;
                 }
                 _ => {
@@ -114,6 +118,7 @@ impl<'de, E: fmt::Display, F: FnMut(u64, Vec<Digest>) -> Result<(), E>> Visitor<
 struct Digests<'a, F> {
     block_bytes: u64,
     take: &'a mut F,
+    allowance: &'a Allowance,
 }
 
 impl<'de, E: fmt::Display, F: FnMut(u64, Vec<Digest>) -> Result<(), E>> DeserializeSeed<'de>
@@ -137,6 +142,7 @@ impl<'de, E: fmt::Display, F: FnMut(u64, Vec<Digest>) -> Result<(), E>> Visitor<
         let mut batch = Vec::with_capacity(BATCH_DIGESTS);
         while let Some(HexDigest(digest)) = list.next_element()? {
             batch.push(digest);
+            self.allowance.renew();
             if batch.len() == BATCH_DIGESTS {
                 let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH_DIGESTS));
                 (self.take)(self.block_bytes, full).map_err(serde::de::Error::custom)?;

@@ -12,7 +12,7 @@ use url::Url;
 use crate::cinder::conf::{self, Conf};
 use crate::cinder::export_record::Form;
 use crate::config::{Ceph, Chunking, Config, GOOGLE, Store, StoreKind, Worker};
-use crate::engine::chunked::Compression;
+use crate::engine::chunked::{Compression, ZSTD_LEVEL};
 use crate::job::{Container, InvalidName, StoreName};
 use crate::message::oslo::Context;
 use crate::store::{GcsSettings, HttpSettings, S3Settings, Secret, SecretFrom, Share, is_bucket_name};
@@ -465,6 +465,7 @@ fn chunking(
     };
     Ok(Chunking {
         compression,
+        compression_level: ZSTD_LEVEL,
         object_bytes: object_bytes.min(OBJECT_BYTES_MAX / block_bytes * block_bytes),
         sha_block_bytes: block_bytes,
         unchanged_check_per_mille: 1,
@@ -537,6 +538,7 @@ mod tests {
     /// What Cinder does with volumes where nothing is said.
     const USUAL: Chunking = Chunking {
         compression: Compression::Zlib,
+        compression_level: 3,
         object_bytes: 52_428_800,
         sha_block_bytes: 32_768,
         unchanged_check_per_mille: 1,

@@ -353,11 +353,15 @@ impl ObjectStore for Gcs {
         }
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let place = self.place("list", folder, "")?;
         let failed = |failure| explain("list", &place, &place.bucket, failure);
         let key_prefix = format!("{}{prefix}", place.key);
-        let mut listed = Vec::new();
         let mut token: Option<String> = None;
         loop {
             let mut request = Request::objects(Method::GET, &place.bucket)
@@ -367,7 +371,7 @@ impl ObjectStore for Gcs {
                 request = request.query("pageToken", token);
             }
             let page = match self.api.call(&request).await {
-                Err(failure) if is_missing(&failure) => return Ok(Vec::new()),
+                Err(failure) if is_missing(&failure) => return Ok(()),
                 page => page.map_err(failed)?,
             };
             let page: Page = parse(&page).map_err(failed)?;
@@ -379,14 +383,14 @@ impl ObjectStore for Gcs {
                         let bytes =
                             entry.size.as_deref().unwrap_or("0").parse().map_err(unusable).map_err(failed)?;
                         let modified = entry.updated.as_deref().and_then(|at| at.parse().ok());
-                        listed.push(Listed { name: name.to_owned(), bytes, modified });
+                        take(Listed { name: name.to_owned(), bytes, modified });
                     }
                     _ => {}
                 }
             }
             token = page.next_page_token.filter(|token| !token.is_empty());
             if token.is_none() {
-                return Ok(listed);
+                return Ok(());
             }
         }
     }

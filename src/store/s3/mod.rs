@@ -310,10 +310,14 @@ impl ObjectStore for S3 {
         }
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let place = self.place("list", folder, "")?;
         let key_prefix = format!("{}{prefix}", place.key);
-        let mut listed = Vec::new();
         let mut token = None;
         loop {
             let mut query = vec![("list-type", "2"), ("prefix", key_prefix.as_str())];
@@ -321,7 +325,7 @@ impl ObjectStore for S3 {
             let request = Request::new(Method::Get, &place.bucket, "").query(&query);
             let failed = |failure| explain("list", &place, &place.bucket, failure);
             let (_, page) = match self.api.call(&request).await {
-                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(Vec::new()),
+                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => return Ok(()),
                 page => page.map_err(failed)?,
             };
             let page: ObjectsPage = parse(&page).map_err(failed)?;
@@ -331,7 +335,7 @@ impl ObjectStore for S3 {
                     Some(name) if !name.starts_with('.') => {
                         let (name, modified) =
                             (name.to_owned(), entry.last_modified.and_then(|at| at.parse().ok()));
-                        listed.push(Listed { name, bytes: entry.size, modified });
+                        take(Listed { name, bytes: entry.size, modified });
                     }
                     _ => {}
                 }
@@ -339,7 +343,7 @@ impl ObjectStore for S3 {
             token = page.next_continuation_token;
             if token.is_none() {
                 return match page.is_truncated {
-                    false => Ok(listed),
+                    false => Ok(()),
                     true => Err(failed(endless("NextContinuationToken"))),
                 };
             }

@@ -29,7 +29,7 @@ use reqwest::{Method, StatusCode};
 use url::Url;
 use uuid::Uuid;
 
-use self::api::{Api, BulkAnswer, Entry, Request, explain, parse};
+use self::api::{Api, BulkAnswer, Entry, Request, explain, parse, too_large};
 use self::spool::Writer;
 use super::http::{Failure, HttpSettings, Payload, Refusal};
 use super::reading::{Reader, Rest};
@@ -341,6 +341,10 @@ impl ObjectStore for Swift {
         Ok(Box::new(Writer::new(self.clone(), object.clone())))
     }
 
+    fn check_size(&self, object: &ObjectName, bytes: u64) -> Result<()> {
+        if bytes > OBJECT_BYTES_MAX { Err(too_large(object)) } else { Ok(()) }
+    }
+
     async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
         let (from, to) = (self.object("copy", from)?, self.object("copy", to)?);
         // Whoever knows no copies refuses the method; the header of a PUT would be passed over.
@@ -376,13 +380,17 @@ impl ObjectStore for Swift {
         reader.start().await
     }
 
-    async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
+    async fn list_each(
+        &self,
+        folder: &Folder,
+        prefix: &str,
+        take: &mut (dyn FnMut(Listed) + Send),
+    ) -> Result<()> {
         let place = self.place("list", folder, "")?;
         let failed = |failure| explain("list", &place, &place.container, failure);
         let key_prefix = format!("{}{prefix}", place.key);
         let limit =
             self.api.abilities().await.map_err(failed)?.page_names_max().min(PAGE_NAMES_MAX).to_string();
-        let mut listed = Vec::new();
         let mut marker = String::new();
         // A page that is short need not be the last one.
         loop {
@@ -395,19 +403,19 @@ impl ObjectStore for Swift {
                 request = request.query(&[("marker", &marker)]);
             }
             let page = match self.api.call(&request).await {
-                Err(failure) if is_missing(&failure) => return Ok(Vec::new()),
+                Err(failure) if is_missing(&failure) => return Ok(()),
                 page => page.map_err(failed)?.1,
             };
             // An answer without a body says the same as an empty list.
             let page: Vec<Entry> = if page.is_empty() { Vec::new() } else { parse(&page).map_err(failed)? };
-            let Some(last) = page.last() else { return Ok(listed) };
+            let Some(last) = page.last() else { return Ok(()) };
             marker.clone_from(&last.name);
             for entry in page {
                 match entry.name.strip_prefix(&place.key) {
                     // Our own folders are in no container of Cinder's.
                     Some(name) if !name.starts_with('.') => {
                         let modified = entry.modified();
-                        listed.push(Listed { name: name.to_owned(), bytes: entry.bytes, modified });
+                        take(Listed { name: name.to_owned(), bytes: entry.bytes, modified });
                     }
                     _ => {}
                 }

@@ -10,8 +10,7 @@ use bytes::{Bytes, BytesMut};
 use md5::{Digest, Md5};
 use tokio::task::spawn_blocking;
 
-use super::api::too_large;
-use super::{OBJECT_BYTES_MAX, Swift};
+use super::Swift;
 use crate::store::http::Payload;
 use crate::store::{Error, ObjectName, ObjectStore, ObjectWriter, Reason, Result};
 
@@ -70,9 +69,7 @@ impl Writer {
             };
             Error::new("write", &self.object, Reason::Other(Arc::new(io::Error::new(kind, text))))
         })?;
-        if spool.bytes > OBJECT_BYTES_MAX {
-            return Err(too_large(&self.object));
-        }
+        self.store.check_size(&self.object, spool.bytes)?;
         self.spool = Some(spool);
         self.failed = false;
         Ok(())
