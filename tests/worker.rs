@@ -442,7 +442,7 @@ fn a_job_that_is_cancelled_while_it_runs_ends_as_cancelled_and_leaves_nothing() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_runs_ends_within_two_seconds_of_its_cancel() {
+async fn a_job_that_runs_hears_of_its_cancel_at_once() {
     let rabbit = Rabbit::shared();
     // It takes a minute.
     let stack = Stack::new(rabbit.url(), "job_bytes_per_second_max = 1048576", SMALL);
@@ -458,7 +458,8 @@ async fn a_job_that_runs_ends_within_two_seconds_of_its_cancel() {
     let since = Instant::now();
     let ended = event(&mut events, &["succeeded", "failed", "cancelled"]).await;
     assert_eq!(ended["type"], "backhaul.job.cancelled.v1", "{ended}");
-    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    // It looks into the store after 5 seconds.
+    assert!(since.elapsed() < Duration::from_secs(4), "{:?}", since.elapsed());
 }
 
 /// The worker that had heard of it was killed.

@@ -69,7 +69,7 @@ impl VolumeSource for Deadly {
     }
 
     fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<Range<u64>>> {
-        Ok(Some(offset..end))
+        Ok((offset < end).then_some(offset..end))
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {

@@ -46,7 +46,8 @@ impl Compression {
         }
     }
 
-    /// Packs `bytes`, with zstd at this level; none when that does not make them fewer, in which case they are stored as they are.
+    /// Packs `bytes`, with zstd at this level; none when that does not make them fewer, in which case they are stored as
+    /// they are.
     pub fn compress(self, bytes: &[u8], level: i32) -> io::Result<Option<Vec<u8>>> {
         let packed = match self {
             Self::None => return Ok(None),

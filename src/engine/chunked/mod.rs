@@ -271,8 +271,8 @@ impl Chunked {
         Ok(self.store.tidy(&names.checksums.folder, names.prefix()).await?)
     }
 
-    /// The data objects that the store has of an attempt, by number. What has a name that begins alike is not one of them, and
-    /// goes to `other`.
+    /// The data objects that the store has of an attempt, by number. What has a name that begins alike is not one of them,
+    /// and goes to `other`.
     async fn data_objects(
         &self,
         names: &Names,
