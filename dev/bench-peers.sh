@@ -165,7 +165,7 @@ row() {
     of_limit=$(awk -v us="$us" -v best="$(median ${seconds[limit]})" 'BEGIN { printf "%.0f %%", best / us * 100 }')
   fi
   printf '| %-44s | %8s | %8s | %8s | %8s | %8s | %8s | %8s | %8s | %10s | %10s |\n' "$1" "$us" "${medians[@]}" "${ratios[@]}" \
-    "${of_limit:--}" "$((${memory[backhaul]:-0} / 1024)) MiB" "$((${memory[cinder]:-0} / 1024)) MiB"
+    "${of_limit:--}" "$((memory[backhaul] / 1024)) MiB" "${memory[cinder]:+$((memory[cinder] / 1024)) MiB}"
   printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$us" "${medians[@]}" >>figures.tsv
   seconds=() memory=()
 }
@@ -333,6 +333,8 @@ object_bytes = $1"
 # The same over S3, to a gateway on a private cluster, and the deletion of many objects.
 over_s3() {
   local url run access secret
+  # Else the cluster has the other end of its pipe, too, and it never ends.
+  stop_cinder
   "$repository/dev/ceph.sh" up "$work/ceph" "bluestore block size = $((8 * gib * 1024 * mib + 8192 * mib))" >ceph.log 2>&1 ||
     die "no Ceph: $(<ceph.log)"
   url=$("$repository/dev/ceph.sh" gateway "$work/ceph")
@@ -345,9 +347,9 @@ over_s3() {
     our_backup --store s3
     cinder_backup "$work/volume.img"
   done
-  row 'full backup, zstd'
+  row 'full backup over S3, zstd'
   for ((run = 0; run < runs; run++)); do both_restore --store s3; done
-  row 'restore of a full, zstd'
+  row 'restore of a full over S3, zstd'
 
   dd if=/dev/urandom of=volume.img bs=1M count=625 status=none
   s3_stores 65536
@@ -356,7 +358,7 @@ over_s3() {
   seconds=() memory=()
   ours delete --backup-id "$our_id" --store s3
   cinder_timed "{\"do\": \"delete\", \"backup_id\": \"$cinder_id\"}"
-  row 'delete of 10,000 objects (one run)'
+  row 'delete of 10,000 objects on S3 (one run)'
 }
 
 make_volume
