@@ -9,6 +9,7 @@ use jiff::Timestamp;
 
 use super::{
     Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Pieces, Reason, Result,
+    TakeListed,
 };
 
 /// Objects in memory. Clones share them.
@@ -88,12 +89,7 @@ impl ObjectStore for Memory {
         self.put(to, bytes).await.map(|()| true)
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let objects = self.objects();
         let found = objects.iter().filter(|(o, _)| o.folder == *folder && o.name.starts_with(prefix));
         let listed = found.map(|(o, Object { bytes, modified })| Listed {

@@ -86,12 +86,7 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Hands over the finished objects of `folder` whose names begin with `prefix`, in any order, as the store tells of
     /// them: nobody has to hold the names of millions of objects. A folder that is not there has none. After an error some
     /// have been handed over.
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()>;
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()>;
 
     /// Lists them, by name.
     async fn list(&self, folder: &Folder, prefix: &str) -> Result<Vec<Listed>> {
@@ -138,6 +133,9 @@ pub trait ObjectWriter: Send {
     /// Makes the object durable and visible, or fails with [`Reason::Exists`].
     async fn finish(self: Box<Self>) -> Result<()>;
 }
+
+/// Who is handed the objects of a listing, one after the other.
+pub type TakeListed<'a> = dyn FnMut(Listed) + Send + 'a;
 
 /// One object of a listing.
 #[derive(Debug, Clone, PartialEq, Eq)]

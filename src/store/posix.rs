@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::{
     Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Partial, Pieces, Result,
+    TakeListed,
 };
 
 const FOLDER_MODE: u32 = 0o770;
@@ -147,12 +148,7 @@ impl ObjectStore for Posix {
         blocking("copy", to, move || link(&root, &from, &path)).await
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let (path, prefix) = (self.folder_path(folder), prefix.to_owned());
         let (sender, mut listed) = mpsc::channel(LISTED_AHEAD_MAX);
         let listing = blocking("list", folder.as_str(), move || {

@@ -29,6 +29,7 @@ use uuid::Uuid;
 
 use super::{
     Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, PIECE_BYTES, Partial, Pieces, Result,
+    TakeListed,
 };
 use crate::ceph::{MapChange, Pool};
 
@@ -130,12 +131,7 @@ impl ObjectStore for Rados {
         Ok(pieces)
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let (pool, index, prefix) = (self.pool.clone(), index(folder), prefix.to_owned());
         let listed: Vec<_> = blocking("list", folder.as_str(), move || {
             let entries = pool.map_entries(&index, &prefix)?;

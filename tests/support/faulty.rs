@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use backhaul::store::{
-    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Result,
+    Error, Folder, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Result, TakeListed,
 };
 use bytes::Bytes;
 use rustix::io::Errno;
@@ -239,12 +239,7 @@ impl ObjectStore for Faulty {
         self.state.pass("copy", to.to_string(), async move { inner.copy(&from, &to).await }).await
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
         let path = folder.as_str().to_owned();
         let listed = self.state.pass("list", path, async move { inner.list(&folder, &prefix).await }).await?;

@@ -34,7 +34,7 @@ use super::http::{Failure, HttpSettings, Payload, server_of};
 use super::reading::{Reader, Rest};
 use super::{
     DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result,
-    is_bucket_name,
+    TakeListed, is_bucket_name,
 };
 
 /// Writes only over an object of this generation.
@@ -353,12 +353,7 @@ impl ObjectStore for Gcs {
         }
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let place = self.place("list", folder, "")?;
         let failed = |failure| explain("list", &place, &place.bucket, failure);
         let key_prefix = format!("{}{prefix}", place.key);

@@ -33,7 +33,7 @@ use super::http::{Failure, HttpSettings, Refusal, server_of};
 use super::reading::{Reader, Rest};
 use super::{
     Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Reason, Result, Secret,
-    SecretFrom,
+    SecretFrom, TakeListed,
 };
 
 /// Says which write an object is of.
@@ -310,12 +310,7 @@ impl ObjectStore for S3 {
         }
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let place = self.place("list", folder, "")?;
         let key_prefix = format!("{}{prefix}", place.key);
         let mut token = None;

@@ -35,7 +35,7 @@ use super::http::{Failure, HttpSettings, Payload, Refusal};
 use super::reading::{Reader, Rest};
 use super::{
     DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason, Result,
-    Secret, SecretFrom,
+    Secret, SecretFrom, TakeListed,
 };
 
 /// Says which write an object is of.
@@ -380,12 +380,7 @@ impl ObjectStore for Swift {
         reader.start().await
     }
 
-    async fn list_each(
-        &self,
-        folder: &Folder,
-        prefix: &str,
-        take: &mut (dyn FnMut(Listed) + Send),
-    ) -> Result<()> {
+    async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let place = self.place("list", folder, "")?;
         let failed = |failure| explain("list", &place, &place.container, failure);
         let key_prefix = format!("{}{prefix}", place.key);
