@@ -21,7 +21,7 @@ demo: ## Back up and restore a 1 GiB volume through a broker of its own, and com
 demo-ceph: ## The same with an RBD volume and a pool of backups, on a Ceph of its own
 	@dev/demo-ceph.sh
 
-bench: ## Measure the figures that the documentation gives; needs 25 GB of disk and some minutes
+bench: ## Measure the figures that the documentation gives; beside its peers too; needs 25 GB of disk and half an hour
 	@dev/bench.sh
 
 test: ## Run every test, with and without Ceph, on clusters of its own; ARGS='-E test(name)' picks some

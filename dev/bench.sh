@@ -50,17 +50,21 @@ header() {
 
 # Runs one job in a process of its own, and prints its row.
 measure() {
-  local name=$1 wall user system kib
+  local name=$1
   shift
   sync
-  command time --format '%e %U %S %M' --output=usage.txt backhaul run "$@" --json >event.json ||
-    die "$name failed: $(jq --compact-output .data.error event.json)"
-  read -r wall user system kib <usage.txt
-  row "$name" "$wall" \
-    "$(jq ".data.volume_bytes / 1048576 / $wall * 10 | round / 10" event.json)" \
-    "$(jq --null-input "($user + $system) / $wall * 100 | round / 100")" \
-    "$(jq --null-input "$kib / 1024 | round")" \
+  timed backhaul run "$@" --json >event.json || die "$name failed: $(jq --compact-output .data.error event.json)"
+  row "$name" "$wall" "$(jq ".data.volume_bytes / 1048576 / $wall * 10 | round / 10" event.json)" "$cores" "$mib" \
     "$(jq '.data.bytes_stored / 1048576 | round' event.json)"
+}
+
+# Runs a command, and leaves its seconds, how many cores it had, and the peak of its memory in MiB.
+timed() {
+  local user system kib
+  command time --format '%e %U %S %M' --output=usage.txt "$@" || return
+  read -r wall user system kib <usage.txt
+  cores=$(jq --null-input "if $wall > 0 then ($user + $system) / $wall * 100 | round / 100 else 0 end")
+  mib=$(jq --null-input "$kib / 1024 | round")
 }
 
 backup() {
@@ -81,13 +85,15 @@ sparse() {
   done
   header "A volume of 1 TiB that holds 64 MiB, zstd"
   backup 'full backup'
+  timed backhaul list >list.txt || die 'backhaul list failed'
+  row 'list' "$wall" '' "$cores" "$mib" ''
   measure 'verify' verify --backup-id "$backup_id"
   restore 'restore into a new file'
   printf '\nThe volume takes %s on disk, the restored one %s, the store %s.\n' \
     "$(du --human-readable volumes/volume.img | cut -f1)" \
     "$(du --human-readable volumes/restored.img | cut -f1)" \
     "$(du --summarize --human-readable backups | cut -f1)"
-  backhaul list
+  cat list.txt
   # Only where there is data can they differ: all else of both is holes, as the sizes on disk show.
   for piece in {0..63}; do
     cmp <(dd if=volumes/volume.img bs=1M count=1 skip=$((piece * 16384 + piece * 7)) status=none) \

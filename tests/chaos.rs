@@ -1,7 +1,7 @@
 //! Jobs at random, while workers are killed, the broker is restarted, connections are cut and stores fail: each job ends
 //! once, and the stores hold what was told.
 //!
-//! `make test` plays one round with a folder as the store, `make chaos SEEDS=200` as many rounds with stores of all kinds.
+//! `make test` plays one round with a folder as the store, `make chaos SEEDS=200` as many rounds with posix, S3 and RBD stores.
 //! The seed of a round decides what is done and what goes wrong, though not how far the jobs have come by then. Of many rounds
 //! two are played side by side: most of a round is waiting. They have one broker and one cluster, so that a restart of these
 //! is trouble for both; queues, stores, volumes and workers are each round's own.
