@@ -110,6 +110,8 @@ write_proxy() {
     write_server "$name" "catch_errors gatekeeper healthcheck cache bulk $* copy slo dlo proxy-server"
     for filter in catch_errors gatekeeper healthcheck bulk copy slo dlo; do
         printf '[filter:%s]\nuse = egg:swift#%s\n' "$filter" "$filter"
+        # A test dates its own writes.
+        if [[ $filter == gatekeeper ]]; then echo 'shunt_inbound_x_timestamp = false'; fi
     done
     printf '[filter:cache]\nuse = egg:swift#memcache\nmemcache_servers = 127.0.0.1:%s\n' "${port[memcached]}"
     printf '[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\nnode_timeout = 60\nconn_timeout = 10\n'

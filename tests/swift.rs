@@ -20,7 +20,9 @@ use backhaul::error::{Causes, Class};
 use backhaul::job::{Context, Method, Mode, Parent, Strategy, VolumeId, Work};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
 use bytes::Bytes;
+use jiff::Timestamp;
 use rstest::rstest;
+use uuid::Uuid;
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
@@ -46,6 +48,42 @@ async fn a_server_that_fails_in_the_middle_costs_nothing_but_time(
     let engine = bench.engine_on(Arc::new(store), settings(Compression::None), MEMORY_BYTES);
 
     trouble.costs_nothing_but_time(&bench, &engine, &link).await;
+}
+
+/// Two writers side by side, or two servers whose clocks differ: the server has then kept what is dated later, and answers the
+/// other with 202.
+#[rstest]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_the_server_dates_before_another_one_is_made_again(
+    #[values(false, true)] deleted: bool,
+) {
+    let mut settings = swift::settings(&swift::url(), swift::CONTAINER);
+    settings.http.retries_max = 30;
+    let store = Swift::new(settings).unwrap();
+    store.reach().await.unwrap();
+    let object = Folder::own("stores").object(&format!("later-{}", Uuid::new_v4())).unwrap();
+    let (token, account) = swift::token(&swift::url()).await;
+    let url = format!("{account}/{}/{object}", swift::CONTAINER);
+    let (client, later) = (reqwest::Client::new(), Timestamp::now() + Duration::from_secs(3));
+    for (method, moment) in [("PUT", later), ("DELETE", later + Duration::from_millis(1))] {
+        if method == "PUT" || deleted {
+            let seconds = moment.as_millisecond() as f64 / 1e3;
+            let request = client.request(method.parse().unwrap(), &url).header("x-auth-token", &token);
+            let answer =
+                request.header("x-timestamp", format!("{seconds:.5}")).body("later").send().await.unwrap();
+            assert!(answer.status().is_success(), "{answer:?}");
+        }
+    }
+
+    match deleted {
+        true => store.put(&object, Bytes::from_static(b"ours")).await.unwrap(),
+        false => store.replace(&object, Bytes::from_static(b"ours")).await.unwrap(),
+    }
+
+    assert!(Timestamp::now() > later, "the server has kept nothing that is later");
+    let pieces = store.get(&object).await.unwrap();
+    assert_eq!(pieces.collect(&object, MIB).await.unwrap(), "ours");
+    store.delete(&object).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -208,6 +208,11 @@ impl Swift {
                 Ok((headers, _)) if headers.get(ETAG).is_some_and(|etag| is_md5(etag.as_bytes(), md5)) => {
                     return Ok(());
                 }
+                // The object has a write or a delete that the server dates later than ours, which it has not kept: it answers
+                // 202 then, without an ETag.
+                Ok((headers, _)) if !headers.contains_key(ETAG) => {
+                    Failure::passing(io::Error::other("the server has a write or a delete of a later moment"))
+                }
                 Ok((headers, _)) => {
                     // The server has looked at what we say it is; so it must be something else that it keeps.
                     let text = format!("the server keeps {:?} for an MD5 of {md5}", headers.get(ETAG));
