@@ -7,7 +7,8 @@
 #                            that an earlier `up` has left there. SWIFT is the folder of dev/swift.sh, else the one that is
 #                            called swift beside DIR. Prints where it is, http://127.0.0.1:PORT, which DIR/url has as well.
 #                            DIR/member has what logs in to Keystone, http://USER:PASSWORD@127.0.0.1:PORT/v3, for the project
-#                            `backups` with the role `member`, DIR/stranger the same for the project `strangers`
+#                            `backups` with the role `member`, DIR/stranger the same for the project `strangers`, and
+#                            DIR/service for `backups` with the role `service`
 #   dev/barbican.sh down DIR stop it; port and files stay
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
@@ -49,7 +50,7 @@ runs() {
 }
 
 server='
-import sys
+import io, sys, threading
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIServer, make_server
 from paste import deploy
@@ -61,7 +62,19 @@ class Server(ThreadingMixIn, WSGIServer):
 
 port, paste = sys.argv[1:]
 del sys.argv[1:]
-make_server("127.0.0.1", int(port), deploy.loadapp("config:" + paste), Server).serve_forever()
+barbican = deploy.loadapp("config:" + paste)
+turn = threading.Lock()
+
+
+def one_by_one(environ, start_response):
+    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    environ["wsgi.input"] = io.BytesIO(body)
+    # Of two transactions at once that read and then write, SQLite ends one.
+    with turn:
+        return [b"".join(barbican(environ, start_response))]
+
+
+make_server("127.0.0.1", int(port), one_by_one, Server).serve_forever()
 '
 
 # Enters Barbican into the catalog, and makes users.
@@ -82,11 +95,11 @@ for interface, region, at in (("public", "elsewhere", "http://127.0.0.1:1"), ("i
     keystone.endpoints.create(barbican, at, interface, region)
 projects = {project.name: project for project in keystone.projects.list()}
 users = {user.name: user for user in keystone.users.list()}
-role, = keystone.roles.list(name="member")
-for name, project in (("member", "backups"), ("stranger", "strangers")):
+roles = {role.name: role for role in keystone.roles.list()}
+for name, project, role in (("member", "backups", "member"), ("stranger", "strangers", "member"), ("service", "backups", "service")):
     of = projects.get(project) or keystone.projects.create(project, "default")
     user = users.get(name) or keystone.users.create(name, domain="default", password=key)
-    keystone.roles.grant(role, user=user, project=of)
+    keystone.roles.grant(roles[role], user=user, project=of)
 '
 
 write_configuration() {
@@ -134,7 +147,7 @@ END
 }
 
 up() {
-    local keystone auth_url key port
+    local keystone auth_url key port user
     if runs && [[ -e $dir/url ]]; then
         cat "$dir/url"
         return
@@ -163,8 +176,7 @@ up() {
     if [[ ! -e $dir/url ]]; then
         "$python" -W ignore -c "$accounts" "$auth_url" "$key" "http://127.0.0.1:$port" >>"$dir/log" 2>&1 ||
             die "Keystone did not take it, see $dir/log"
-        echo "http://member:$key@${auth_url#http://}" >"$dir/member"
-        echo "http://stranger:$key@${auth_url#http://}" >"$dir/stranger"
+        for user in member stranger service; do echo "http://$user:$key@${auth_url#http://}" >"$dir/$user"; done
         # Last, as it says that all was made.
         echo "http://127.0.0.1:$port" >"$dir/url"
     fi
@@ -187,7 +199,7 @@ case "${1-} $#" in
 "up 2" | "up 3") up ;;
 "down 2") down ;;
 *)
-    sed -n '5,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '5,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -284,6 +284,25 @@ async fn what_a_backup_keeps_of_its_volume_is_what_cinder_keeps(
 
 #[rstest]
 #[tokio::test]
+async fn a_key_is_in_use_while_anything_has_it(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let key = Uuid::new_v4().to_string();
+    let volume = stage.volume();
+    let backup = stage.backup(&volume, None);
+    let snapshot =
+        stage.create("snapshots", json!({ "volume_id": volume, "status": "available", "volume_size": 2 }));
+    assert!(!stage.database.is_key_in_use(&key, "").await.unwrap());
+    for (table, id) in [("volumes", &volume), ("snapshots", &snapshot), ("backups", &backup)] {
+        stage.ask("set", json!({ "table": table, "id": id, "encryption_key_id": key }));
+        assert!(stage.database.is_key_in_use(&key, "").await.unwrap(), "{table}");
+        assert!(!stage.database.is_key_in_use(&key, id).await.unwrap(), "{table}");
+        stage.ask("set", json!({ "table": table, "id": id, "deleted": true }));
+        assert!(!stage.database.is_key_in_use(&key, "").await.unwrap(), "{table}");
+    }
+}
+
+#[rstest]
+#[tokio::test]
 async fn a_backup_ends_once_and_gives_its_volume_back(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
     let mut stage = Stage::on(server).await;
     let volume = stage.volume();

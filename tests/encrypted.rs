@@ -182,9 +182,9 @@ async fn the_catalog_of_a_request_says_where_barbican_is(
     }
 }
 
-/// A section with how the user `member` logs in.
-fn login_in(section: &str) -> String {
-    let (url, user, password) = barbican::login("member");
+/// A section with how a user logs in.
+fn login_in(section: &str, user: &str) -> String {
+    let (url, user, password) = barbican::login_of(user);
     format!(
         "[{section}]\nauth_url = {url}\nusername = {user}\npassword = {password}\nproject_name = backups\n\
          user_domain_name = Default\nproject_domain_name = Default\n"
@@ -201,7 +201,7 @@ async fn a_key_that_its_user_may_not_delete_the_service_deletes_itself(#[case] b
         true => format!("barbican_endpoint = {}", barbican::url()),
         false => "barbican_region_name = here".into(),
     };
-    let login = login_in("keystone_authtoken");
+    let login = login_in("keystone_authtoken", "member");
     let keys = Keys::new(&conf(&format!("[barbican]\n{endpoint}\n{login}"))).unwrap();
     for asks in [stranger.context(), context("expired", json!([])), Context::default()] {
         let original = member.new_key(KEY).await;
@@ -224,7 +224,8 @@ async fn the_token_of_the_service_goes_with_that_of_the_user_where_that_is_asked
     keys("").unwrap().copy(&member.context(), &original, &new_name()).await.unwrap();
     assert_eq!(link.counted(), 0);
     let with =
-        keys(&format!("send_service_user_token = true\n{}", login_in("barbican_service_user"))).unwrap();
+        keys(&format!("send_service_user_token = true\n{}", login_in("barbican_service_user", "service")))
+            .unwrap();
     with.copy(&member.context(), &original, &new_name()).await.unwrap();
     // It is looked for, described, read and stored.
     assert_eq!(link.counted(), 4);
@@ -326,11 +327,11 @@ async fn our_copy_of_a_key_is_what_cinder_would_make_of_it() {
     assert_eq!(member.describe(&theirs).await, None);
 }
 
-/// The control plane, where all that is asked comes with the token of `member`; none where `make test` says that there is
-/// none.
+/// The control plane, where all that is asked comes with the token of a user in a project of Barbican's that nobody else has;
+/// none where `make test` says that there is none.
 fn openstack() -> Option<(Ceph, Openstack, Barbican)> {
     let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared()?);
-    let member = run(Barbican::as_member());
+    let member = run(Barbican::in_a_new_project());
     openstack.ok(&["keys", member.token(), &barbican::url()]);
     openstack.configure(&format!("[barbican]\nbarbican_endpoint = {}\n", barbican::url()));
     Some((ceph, openstack, member))
@@ -355,6 +356,8 @@ fn each_backup_and_each_restored_volume_of_an_encrypted_volume_has_a_key_of_its_
     let _worker = openstack.backhaul(driver, ceph.conf());
     let (volume, key) = encrypted_volume(&mut openstack, &member);
     let (other, others_key) = encrypted_volume(&mut openstack, &member);
+    let (with_snapshot, snapshots_key) = encrypted_volume(&mut openstack, &member);
+    openstack.ok(&["snapshot", &with_snapshot]);
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 2 * MIB))]);
     let first = ceph.content(image.spec());
@@ -376,13 +379,23 @@ fn each_backup_and_each_restored_volume_of_an_encrypted_volume_has_a_key_of_its_
     assert_holds(&ceph, &restored, &first);
     let onto_other = openstack.restore(&[&incremental_id, &other]);
     assert_holds(&ceph, &onto_other, &second);
+    let onto_snapshots_own = openstack.restore(&[&full_id, &with_snapshot]);
+    assert_holds(&ceph, &onto_snapshots_own, &first);
     let onto_itself = openstack.restore(&[&incremental_id, &volume]);
     assert_holds(&ceph, &onto_itself, &second);
 
     assert_eq!(key_of(&onto_itself), key);
-    let all =
-        [key.clone(), full_key.clone(), incremental_key.clone(), key_of(&restored), key_of(&onto_other)];
-    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 5, "{all:?}");
+    let all = [
+        key.clone(),
+        full_key.clone(),
+        incremental_key.clone(),
+        key_of(&restored),
+        key_of(&onto_other),
+        key_of(&onto_snapshots_own),
+        // Of the snapshot.
+        snapshots_key,
+    ];
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 7, "{all:?}");
     for id in &all {
         assert!(run(member.key(id)) == KEY, "{id}");
     }

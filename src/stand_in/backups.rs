@@ -380,7 +380,7 @@ impl StandIn {
                 Err(error) => ran = Ran::Failed(Problem::new(error.class(), &error)),
             }
         }
-        self.drop_key(context, rekeyed, matches!(ran, Ran::Succeeded)).await;
+        self.drop_key(context, rekeyed, matches!(ran, Ran::Succeeded)).await?;
         Ok(ran)
     }
 

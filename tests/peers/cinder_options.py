@@ -26,6 +26,9 @@ from cinder import opts as cinder_opts                          # noqa: E402
 
 KNOWN = {}
 LOGIN = loading.get_auth_plugin_conf_options('password')
+for option in LOGIN:
+    # Cinder registers them when it logs in, which needs some of them.
+    option.required = False
 LISTS = [cinder_opts.list_opts(), messaging_opts.list_opts(), db_options.list_opts(), castellan_opts.list_opts(),
          [('keystone_authtoken', LOGIN), ('barbican_service_user', LOGIN)]]
 for group, options in itertools.chain(*LISTS):

@@ -10,8 +10,10 @@ use base64::prelude::BASE64_STANDARD;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use url::Url;
+use uuid::Uuid;
 
-use super::swift::user_and_key;
+use super::openstack::text;
+use super::swift::{keystone_url, user_and_key};
 
 /// Somebody who asks Barbican for something.
 pub(crate) struct Barbican {
@@ -30,21 +32,28 @@ impl Barbican {
         Self::of("stranger", "strangers").await
     }
 
+    /// The user of [`as_member`](Self::as_member) in a project that nobody else has.
+    pub(crate) async fn in_a_new_project() -> Self {
+        let (client, auth_url) = (client(), login(&said("member")).0);
+        let token = log_in(&client, &keystone_url(), "backups").await;
+        let ask = async |method: Method, path: &str, body: Value| {
+            let request = client.request(method, format!("{auth_url}/{path}")).header("x-auth-token", &token);
+            let request = request.header("content-type", "application/json").body(body.to_string());
+            of_success(request.send().await.unwrap()).await
+        };
+        let name = format!("project-{}", Uuid::new_v4());
+        let project = json!({ "project": { "name": name, "domain_id": "default" } });
+        let project = text(&ask(Method::POST, "projects", project).await["project"]["id"]);
+        let user = text(&ask(Method::GET, "users?name=member", Value::Null).await["users"][0]["id"]);
+        let role = text(&ask(Method::GET, "roles?name=member", Value::Null).await["roles"][0]["id"]);
+        let path = format!("projects/{project}/users/{user}/roles/{role}");
+        ask(Method::PUT, &path, Value::Null).await;
+        Self::of("member", &name).await
+    }
+
     async fn of(user: &str, project: &str) -> Self {
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        let (auth_url, user, password) = login(user);
-        let domain = json!({ "name": "Default" });
-        let user = json!({ "name": user, "domain": domain, "password": password });
-        let body = json!({ "auth": {
-            "identity": { "methods": ["password"], "password": { "user": user } },
-            "scope": { "project": { "name": project, "domain": domain } },
-        }});
-        let request =
-            client.post(format!("{auth_url}/auth/tokens")).header("content-type", "application/json");
-        let answer = request.body(body.to_string()).send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::CREATED);
-        let token = answer.headers()["x-subject-token"].to_str().unwrap().to_owned();
+        let client = client();
+        let token = log_in(&client, &said(user), project).await;
         Self { client, token }
     }
 
@@ -143,11 +152,35 @@ pub(crate) fn url() -> String {
     said("url")
 }
 
-/// Where and how `member` or `stranger` logs in: the URL of Keystone, the user and the password.
-pub(crate) fn login(user: &str) -> (String, String, String) {
-    let said = said(user);
-    let (user, password) = user_and_key(&said);
-    let mut url = Url::parse(&said).unwrap();
+fn client() -> reqwest::Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().build().unwrap()
+}
+
+/// A token of the user in a URL, for a project.
+async fn log_in(client: &reqwest::Client, url: &str, project: &str) -> String {
+    let (auth_url, user, password) = login(url);
+    let domain = json!({ "name": "Default" });
+    let user = json!({ "name": user, "domain": domain, "password": password });
+    let body = json!({ "auth": {
+        "identity": { "methods": ["password"], "password": { "user": user } },
+        "scope": { "project": { "name": project, "domain": domain } },
+    }});
+    let request = client.post(format!("{auth_url}/auth/tokens")).header("content-type", "application/json");
+    let answer = request.body(body.to_string()).send().await.unwrap();
+    assert_eq!(answer.status(), StatusCode::CREATED);
+    answer.headers()["x-subject-token"].to_str().unwrap().into()
+}
+
+/// Where and how `member`, `stranger` or `service` logs in: the URL of Keystone, the user and the password.
+pub(crate) fn login_of(user: &str) -> (String, String, String) {
+    login(&said(user))
+}
+
+/// The URL without the user and the password in it, and those.
+fn login(said: &str) -> (String, String, String) {
+    let (user, password) = user_and_key(said);
+    let mut url = Url::parse(said).unwrap();
     url.set_username("").unwrap();
     url.set_password(None).unwrap();
     (url.into(), user, password)

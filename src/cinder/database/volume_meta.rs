@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use sqlx::AnyConnection;
 
 use super::sql::{now, table};
-use super::{Changes, Database, Error, Result, VolumeRow};
+use super::{BackupRow, Changes, Database, Error, Result, SnapshotRow, VolumeRow};
 
 /// Cinder's mark of a volume that was made to be restored to; such a name may be replaced.
 const RESTORED_NAME: &str = "restore_backup_";
@@ -86,6 +86,17 @@ impl Database {
             whole["volume-glance-metadata"] = json!(glance);
         }
         Ok(whole.to_string())
+    }
+
+    /// Whether a volume, a snapshot or a backup that is not deleted has this key, but for the one with the id `but`.
+    pub async fn is_key_in_use(&self, key_id: &str, but: &str) -> Result<bool> {
+        let doing = format!("look for who has key {key_id}");
+        let condition = "encryption_key_id = ? AND id <> ? AND deleted = false";
+        let values = [key_id.into(), but.into()];
+        let volumes: Vec<VolumeRow> = self.read(&doing, condition, &values).await?;
+        let snapshots: Vec<SnapshotRow> = self.read(&doing, condition, &values).await?;
+        let backups: Vec<BackupRow> = self.read(&doing, condition, &values).await?;
+        Ok(!volumes.is_empty() || !snapshots.is_empty() || !backups.is_empty())
     }
 
     /// Whether there is such a type of volumes, and it is not deleted.

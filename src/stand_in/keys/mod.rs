@@ -10,7 +10,7 @@ mod barbican;
 use std::io;
 use std::sync::Arc;
 
-use tracing::warn;
+use tracing::{info, warn};
 
 use self::barbican::Barbican;
 use super::{StandIn, Trouble};
@@ -199,11 +199,29 @@ impl StandIn {
     }
 
     /// Removes the key that a volume had before a backup was restored to it, or, if it was not, the copy that was made for that.
-    pub(super) async fn drop_key(&self, context: &Context, rekeyed: Rekeyed, is_restored: bool) {
+    pub(super) async fn drop_key(
+        &self,
+        context: &Context,
+        rekeyed: Rekeyed,
+        is_restored: bool,
+    ) -> Result<(), Trouble> {
         let key = if is_restored { rekeyed.old } else { rekeyed.copy };
-        if let Some(key) = key {
+        if let Some(key) = key
+            && !self.is_needed(&key, "").await?
+        {
             self.drop_copy(context, &key).await;
         }
+        Ok(())
+    }
+
+    /// Whether a key stays because somebody else has it than whoever has this id: snapshots have that of their volume, which
+    /// Cinder deletes all the same.
+    async fn is_needed(&self, key: &str, but: &str) -> Result<bool, Trouble> {
+        let is_needed = self.database.is_key_in_use(key, but).await?;
+        if is_needed {
+            info!(key, "a key stays, since a volume, a snapshot or another backup has it");
+        }
+        Ok(is_needed)
     }
 
     /// Removes a key that nobody needs. That it stays is no reason for anything to fail.
@@ -226,7 +244,9 @@ impl StandIn {
         backup: &BackupRow,
     ) -> Result<Result<(), Problem>, Trouble> {
         let Some(key) = &backup.encryption_key_id else { return Ok(Ok(())) };
-        if let Err(problem) = settled(self.keys.delete(context, key).await)? {
+        if !self.is_needed(key, &backup.id).await?
+            && let Err(problem) = settled(self.keys.delete(context, key).await)?
+        {
             return Ok(Err(problem));
         }
         let gone = Changes::new().text_or_null("encryption_key_id", None);

@@ -358,7 +358,11 @@ fn gcs(default: &conf::Default) -> Result<StoreKind, Error> {
 }
 
 /// An option that must be set.
-pub(super) fn needed<'a>(option: &'static str, value: Option<&'a str>, needs: &'static str) -> Result<&'a str, Error> {
+pub(super) fn needed<'a>(
+    option: &'static str,
+    value: Option<&'a str>,
+    needs: &'static str,
+) -> Result<&'a str, Error> {
     value.filter(|value| !value.is_empty()).ok_or(Error::Missing { option, needs })
 }
 
