@@ -44,10 +44,10 @@ impl Barbican {
         let name = format!("project-{}", Uuid::new_v4());
         let project = json!({ "project": { "name": name, "domain_id": "default" } });
         let project = text(&ask(Method::POST, "projects", project).await["project"]["id"]);
-        let user = text(&ask(Method::GET, "users?name=member", Value::Null).await["users"][0]["id"]);
-        let role = text(&ask(Method::GET, "roles?name=member", Value::Null).await["roles"][0]["id"]);
+        let user = text(&ask(Method::GET, "users?name=member", json!({})).await["users"][0]["id"]);
+        let role = text(&ask(Method::GET, "roles?name=member", json!({})).await["roles"][0]["id"]);
         let path = format!("projects/{project}/users/{user}/roles/{role}");
-        ask(Method::PUT, &path, Value::Null).await;
+        ask(Method::PUT, &path, json!({})).await;
         Self::of("member", &name).await
     }
 
