@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test, and those once more without the feature `ceph` that it may change, against a RabbitMQ, an OpenStack Swift
-# with a Keystone, emulators of Google Cloud Storage, a MariaDB and a PostgreSQL, and two Ceph clusters of its own, one of them
-# with a gateway for S3 and Swift, which it stops at the end, and with OpenStack's Cinder. What is of OpenStack, and the
-# emulators, dev/cinder.sh installs.
+# with a Keystone and a Barbican, emulators of Google Cloud Storage, a MariaDB and a PostgreSQL, and two Ceph clusters of its
+# own, one of them with a gateway for S3 and Swift, which it stops at the end, and with OpenStack's Cinder. What is of
+# OpenStack, and the emulators, dev/cinder.sh installs, but for Barbican.
 # Block devices are tested where losetup makes them; where not, it says so at its end.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
@@ -22,6 +22,7 @@ finish() {
   if [[ -e $work/stack ]]; then dev/cinder-stack.sh down "$work/stack" || true; fi
   dev/ceph.sh down "$work/ceph-1" || true
   dev/ceph.sh down "$work/ceph-2" || true
+  dev/barbican.sh down "$work/barbican" || true
   dev/swift.sh down "$work/swift" || true
   dev/gcs.sh down "$work/gcs" || true
   dev/rabbit.sh down "$work/rabbit" || true
@@ -39,7 +40,10 @@ else
 fi
 
 # The clusters start, and what is of OpenStack is installed and started, while the tests are built.
-{ dev/cinder.sh >"$work/cinder" && dev/swift.sh up "$work/swift" >/dev/null && dev/gcs.sh up "$work/gcs" >/dev/null; } &
+{
+  dev/cinder.sh >"$work/cinder" && dev/swift.sh up "$work/swift" >/dev/null && dev/gcs.sh up "$work/gcs" >/dev/null &&
+    dev/barbican.sh up "$work/barbican" "$work/swift" >/dev/null
+} &
 openstack=$!
 dev/ceph.sh up "$work/ceph-1" >/dev/null &
 first_cluster=$!
@@ -56,6 +60,7 @@ BACKHAUL_TEST_S3=$(<"$work/ceph-1/s3")
 BACKHAUL_TEST_S3_TLS=$(<"$work/ceph-1/s3-tls")
 export BACKHAUL_TEST_AMQP_URL BACKHAUL_TEST_S3 BACKHAUL_TEST_S3_TLS BACKHAUL_TEST_S3_CA=$work/ceph-1/ca.pem
 export BACKHAUL_TEST_GCS=$work/gcs BACKHAUL_TEST_SWIFT=$work/swift BACKHAUL_TEST_SWIFT_GATEWAY=$work/ceph-1/swift
+export BACKHAUL_TEST_BARBICAN=$work/barbican
 
 # Most tests wait for a server for longer than they compute; more at once would only wait for each other.
 threads=$((2 * $(nproc)))

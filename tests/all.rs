@@ -18,6 +18,8 @@ mod cinder_fixtures;
 mod config;
 mod contracts;
 mod damage;
+#[cfg(feature = "ceph")]
+mod encrypted;
 mod export_record;
 mod faults;
 mod gc;

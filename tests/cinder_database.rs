@@ -8,8 +8,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use backhaul::cinder::database::{
-    Changes, Connections, Database, DatabaseUrl, Error, Finished, QuotaRefresh, Registration, Restored,
-    UserMessage,
+    Changes, Connections, Database, DatabaseUrl, Error, Finished, KeptKey, QuotaRefresh, Registration,
+    Restored, UserMessage, kept_key,
 };
 use backhaul::error::Class;
 use rstest::rstest;
@@ -225,7 +225,7 @@ async fn what_a_backup_keeps_of_its_volume_is_what_cinder_keeps(
             stage.ask("set_metadata", json!({ "volume_id": id, "pairs": { "kéy": "old", "gone": "x" } }));
             stage.ask("set_glance_metadata", json!({ "volume_id": id, "pairs": { "image_id": "old" } }));
             if *id == by_us {
-                stage.database.restore_volume_meta(id, &text).await.unwrap();
+                stage.database.restore_volume_meta(id, &text, &Changes::new()).await.unwrap();
             } else {
                 stage.ask("restore_volume_meta", json!({ "volume_id": id, "text": text }));
             }
@@ -244,14 +244,61 @@ async fn what_a_backup_keeps_of_its_volume_is_what_cinder_keeps(
         assert_eq!(after[0].1, json!({ "kéy": "value", "other": "" }));
     }
 
-    let encrypted =
-        json!({ "version": 2, "volume-base-metadata": { "encryption_key_id": "key" } }).to_string();
-    for text in [encrypted.as_str(), "{}", "[]", "no", r#"{"version": 3}"#] {
-        let error = stage.database.restore_volume_meta(&volume, text).await.unwrap_err();
+    for text in ["{}", "[]", "no", r#"{"version": 3}"#] {
+        let error = stage.database.restore_volume_meta(&volume, text, &Changes::new()).await.unwrap_err();
+        assert!(matches!(error, Error::VolumeMeta { .. }) && error.class() == Class::Permanent, "{error}");
+        let error = kept_key(&volume, text).unwrap_err();
         assert!(matches!(error, Error::VolumeMeta { .. }) && error.class() == Class::Permanent, "{error}");
     }
+    let volume_type_id = stage.database.volume(&volume).await.unwrap().unwrap().volume_type_id;
+    let kept = KeptKey { key_id: None, volume_type_id: volume_type_id.clone() };
+    assert_eq!(kept_key(&volume, &text).unwrap(), Some(kept));
+    assert!(stage.database.has_volume_type(volume_type_id.as_deref().unwrap()).await.unwrap());
+    assert!(!stage.database.has_volume_type(&Uuid::new_v4().to_string()).await.unwrap());
+
+    // The key of an encrypted volume is another matter: Cinder puts it back as it was, and then a copy in its place.
+    let mut encrypted = ours(&text);
+    encrypted["volume-base-metadata"]["encryption_key_id"] = json!("key");
+    let kept = KeptKey { key_id: Some("key".into()), volume_type_id };
+    assert_eq!(kept_key(&volume, &encrypted.to_string()).unwrap(), Some(kept));
+    let mut after = Vec::new();
+    for by_us in [true, false] {
+        let id = stage.create("volumes", json!({ "size": 2, "status": "restoring-backup" }));
+        let text = encrypted.to_string();
+        match by_us {
+            true => {
+                let further = Changes::new().text("encryption_key_id", "key");
+                stage.database.restore_volume_meta(&id, &text, &further).await.unwrap();
+            }
+            false => drop(stage.ask("restore_volume_meta", json!({ "volume_id": id, "text": text }))),
+        }
+        after.push(stage.columns("volumes", &id, &["display_name", "encryption_key_id", "volume_type_id"]));
+    }
+    assert_eq!(after[0], after[1]);
+    assert_eq!(after[0][1], "key");
+    encrypted["version"] = json!(1);
+    assert_eq!(kept_key(&volume, &encrypted.to_string()).unwrap(), None);
     let error = stage.database.volume_meta("nowhere").await.unwrap_err();
     assert_eq!(error.to_string(), "Cinder's database has no volume nowhere");
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_key_is_in_use_while_anything_has_it(#[values(Sqlite, MariaDb, Postgres)] server: Server) {
+    let mut stage = Stage::on(server).await;
+    let key = Uuid::new_v4().to_string();
+    let volume = stage.volume();
+    let backup = stage.backup(&volume, None);
+    let snapshot =
+        stage.create("snapshots", json!({ "volume_id": volume, "status": "available", "volume_size": 2 }));
+    assert!(!stage.database.is_key_in_use(&key, "").await.unwrap());
+    for (table, id) in [("volumes", &volume), ("snapshots", &snapshot), ("backups", &backup)] {
+        stage.ask("set", json!({ "table": table, "id": id, "encryption_key_id": key }));
+        assert!(stage.database.is_key_in_use(&key, "").await.unwrap(), "{table}");
+        assert!(!stage.database.is_key_in_use(&key, id).await.unwrap(), "{table}");
+        stage.ask("set", json!({ "table": table, "id": id, "deleted": true }));
+        assert!(!stage.database.is_key_in_use(&key, "").await.unwrap(), "{table}");
+    }
 }
 
 #[rstest]

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::attach::Attached;
-use super::jobs::Ran;
+use super::jobs::{Ran, lasting};
 use super::notices::Progress;
 use super::{Driver, StandIn, TOPIC, Trouble};
 use crate::cinder::database::{self, BackupRow, Changes, QuotaRefresh, Restored, UserMessage, VolumeRow};
@@ -93,10 +93,13 @@ impl StandIn {
                 format!("Create backup aborted, expected {what} status backing-up but got {status}.");
             return fail(Detail::Create, &reason).await;
         }
-        if volume.encryption_key_id.is_some() {
-            let reason = "Backhaul makes no backups of encrypted volumes yet.";
-            return fail(Detail::Create, reason).await;
-        }
+        let copied = match &row.encryption_key_id {
+            Some(_) => None,
+            None => match self.key_for_backup(&request.context, id, &volume).await? {
+                Ok(copied) => copied,
+                Err(problem) => return fail(Detail::Create, &problem.to_string()).await,
+            },
+        };
         let (service, zone) = (self.driver.class(), &self.capabilities.availability_zone);
         let mut changes = Changes::new().text("service", service);
         backup.object.set("service", json!(service));
@@ -104,7 +107,14 @@ impl StandIn {
             changes = changes.text("availability_zone", zone);
             backup.object.set("availability_zone", json!(zone));
         }
+        if let Some(key) = copied.as_ref().or(row.encryption_key_id.as_ref()) {
+            changes = changes.text("encryption_key_id", key);
+            backup.object.set("encryption_key_id", json!(key));
+        }
         if !self.database.change_backup(&row.id, &["creating"], &changes).await? {
+            if let Some(key) = copied {
+                self.drop_copy(&request.context, &key).await;
+            }
             return Ok(Value::Null);
         }
         let context = context_of(request, id, CREATE);
@@ -306,7 +316,9 @@ impl StandIn {
         let columns = self.database.volume_columns(&volume.id).await?.unwrap_or_default();
         let attached = self.attach(&volumes, object_of(columns).to_json()).await;
         let ran = match &attached {
-            Ok(attached) => self.put_back(request, id, volume_id, attached, &used.cancel).await,
+            Ok(attached) => {
+                self.put_back(request, (id, &row), (volume_id, &volume), attached, &used.cancel).await
+            }
             Err(problem) => Ok(Ran::Failed(problem.clone())),
         };
         self.detach(&volumes).await;
@@ -333,8 +345,8 @@ impl StandIn {
     async fn put_back(
         &self,
         request: &Request,
-        id: BackupId,
-        volume_id: VolumeId,
+        (id, row): (BackupId, &BackupRow),
+        (volume_id, volume): (VolumeId, &VolumeRow),
         attached: &Attached,
         cancel: &CancellationToken,
     ) -> Result<Ran, Trouble> {
@@ -345,25 +357,30 @@ impl StandIn {
         if let Err(problem) = self.take_in(&engine, id).await? {
             return Ok(Ran::Failed(problem));
         }
+        let meta = match engine.volume_meta(id).await {
+            Ok(meta) => meta,
+            Err(error) => return Ok(Ran::Failed(lasting(error)?)),
+        };
+        let job_id = job_id(request);
+        let context = &request.context;
+        // Before anything is written: the token of the user may not be good for as long as that takes.
+        let rekeyed = match self.rekey(context, job_id, row, volume, meta.as_deref()).await? {
+            Ok(rekeyed) => rekeyed,
+            Err(problem) => return Ok(Ran::Failed(problem)),
+        };
         let work =
             RestoreWork { backup_id: id, target: attached.location.clone(), volume_id: Some(volume_id) };
-        let job = Job { id: job_id(request), store: None, deadline: None, work: Work::Restore(work) };
+        let job = Job { id: job_id, store: None, deadline: None, work: Work::Restore(work) };
         let progress = Progress { worker: self, request, id, action: RESTORE };
-        let ran = self.run(&engine, &job, cancel, Some("restoring"), &progress).await?;
-        if let Ran::Succeeded = ran {
-            let meta = match engine.volume_meta(id).await {
-                Ok(meta) => meta,
-                Err(error) => return Ok(error.into()),
-            };
-            if let Some(meta) = meta
-                && let Err(error) = self.database.restore_volume_meta(&volume_id.to_string(), &meta).await
-            {
-                return match error.class() {
-                    Class::Transient => Err(error.into()),
-                    class => Ok(Ran::Failed(Problem::new(class, &error))),
-                };
+        let mut ran = self.run(&engine, &job, cancel, Some("restoring"), &progress).await?;
+        if let (Ran::Succeeded, Some(meta)) = (&ran, &meta) {
+            match self.database.restore_volume_meta(&volume.id, meta, &rekeyed.changes).await {
+                Ok(()) => {}
+                Err(error) if error.class() == Class::Transient => return Err(error.into()),
+                Err(error) => ran = Ran::Failed(Problem::new(error.class(), &error)),
             }
         }
+        self.drop_key(context, rekeyed, matches!(ran, Ran::Succeeded)).await?;
         Ok(ran)
     }
 
@@ -399,6 +416,9 @@ impl StandIn {
             let reason = format!("Delete backup aborted, {}", self.not_ours(&row));
             return self.fail_delete(request, id, &reason).await;
         }
+        if let Err(problem) = self.check_key(&row) {
+            return self.fail_delete(request, id, &problem.to_string()).await;
+        }
         // Nobody had taken it on where it has no service.
         if row.service.is_some() {
             let removed = match self.engine(request).await? {
@@ -410,6 +430,9 @@ impl StandIn {
                 Ran::Failed(problem) => return self.fail_delete(request, id, &problem.to_string()).await,
                 Ran::Cancelled => return Err(Trouble::HandedBack),
             }
+        }
+        if let Err(problem) = self.delete_key(&request.context, &row).await? {
+            return self.fail_delete(request, id, &problem.to_string()).await;
         }
         let default = &self.conf.default;
         let refresh = QuotaRefresh {

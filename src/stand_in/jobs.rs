@@ -248,7 +248,7 @@ impl StandIn {
 }
 
 /// What is wrong for good; what may pass is tried later.
-fn lasting(error: engine::Error) -> Result<Problem, Trouble> {
+pub(super) fn lasting(error: engine::Error) -> Result<Problem, Trouble> {
     match error.class() {
         Class::Transient => Err(Trouble::Later(Causes(&error).to_string())),
         class => Ok(Problem::new(class, &error)),

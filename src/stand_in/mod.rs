@@ -10,6 +10,7 @@
 mod attach;
 mod backups;
 mod jobs;
+mod keys;
 mod leftovers;
 mod log_levels;
 mod notices;
@@ -39,9 +40,11 @@ use crate::error::{Causes, Class};
 use crate::job::BackupId;
 use crate::message::oslo::{Failure, Malformed};
 use crate::runner::Places;
+use crate::store;
 use crate::volume::FileRoots;
 use crate::worker::{self, Shutdown, Stores};
 
+pub use keys::{Error as KeyError, Keys};
 pub use stores::Driver;
 
 /// The topic that Cinder's services know the backup service by.
@@ -74,6 +77,9 @@ pub enum Error {
     /// The store cannot be what `cinder.conf` says.
     #[error("cinder.conf cannot be used")]
     Conf(#[from] stores::Error),
+    /// The key manager cannot be what `cinder.conf` says.
+    #[error("the key manager of cinder.conf cannot be used")]
+    KeyManager(#[from] store::Error),
     /// The rooms could not be put together.
     #[error(transparent)]
     Worker(#[from] worker::Error),
@@ -103,6 +109,7 @@ struct StandIn {
     stores: Stores,
     attachments: attach::Attachments,
     own_clusters: BTreeMap<String, Access>,
+    keys: Keys,
     database: Database,
     rpc: Rpc,
     /// None where nobody wants to hear of anything.
@@ -130,6 +137,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
         true => Stores::none(&config)?,
         false => Stores::open(&config)?,
     };
+    let keys = Keys::new(&conf)?;
     let (url, connections) = (database_url(&conf)?, connections(&conf));
     let database = tokio::select! {
         database = Database::connect(&url, &connections) => database?,
@@ -148,6 +156,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
         stores,
         attachments: attach::Attachments::default(),
         own_clusters: worker::access(&config),
+        keys,
         database,
         capabilities: Capabilities {
             host: conf.default.host.clone(),

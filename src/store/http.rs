@@ -72,7 +72,7 @@ impl Default for HttpSettings {
 
 /// Connections to one server.
 #[derive(Debug, Clone)]
-pub(super) struct Http {
+pub(crate) struct Http {
     client: Client,
     /// Says in errors whether there is a proxy, and not which one: its URL may have a password.
     through: &'static str,
@@ -83,7 +83,7 @@ pub(super) struct Http {
 
 /// What goes with a request; it may be sent more than once.
 #[derive(Debug, Clone)]
-pub(super) enum Payload {
+pub(crate) enum Payload {
     Bytes(Bytes),
     /// One behind the other.
     Parts(Arc<[Bytes]>),
@@ -93,7 +93,7 @@ pub(super) enum Payload {
 
 /// Why there is no answer that is of use.
 #[derive(Debug, Clone)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// It may pass. The server may have said for how long to wait.
     Passing { error: Arc<io::Error>, pause: Option<Duration> },
     /// The server has answered, and the answer is no.
@@ -104,19 +104,19 @@ pub(super) enum Failure {
 
 /// An answer that is no success.
 #[derive(Debug, Clone, thiserror::Error)]
-pub(super) struct Refusal {
+pub(crate) struct Refusal {
     /// Who says it, as [`server_of`] names it.
-    pub(super) server: String,
-    pub(super) status: StatusCode,
+    pub(crate) server: String,
+    pub(crate) status: StatusCode,
     /// The word of the protocol for what is wrong, if it has any.
-    pub(super) code: String,
+    pub(crate) code: String,
     /// What is wrong, for people.
-    pub(super) message: String,
+    pub(crate) message: String,
 }
 
 impl Http {
     /// Prepares to connect, which the first request does.
-    pub(super) fn new(settings: &HttpSettings) -> Result<Self> {
+    pub(crate) fn new(settings: &HttpSettings) -> Result<Self> {
         let unusable =
             |error: reqwest::Error| Error::io("prepare to connect through", "HTTP", io::Error::other(error));
         // Whoever was first has installed the same.
@@ -147,7 +147,7 @@ impl Http {
     }
 
     /// What requests are made with.
-    pub(super) fn client(&self) -> &Client {
+    pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 
@@ -162,7 +162,7 @@ impl Http {
     }
 
     /// Makes a request until it is answered, as often as its failures pass.
-    pub(super) async fn until_answered<T, F>(
+    pub(crate) async fn until_answered<T, F>(
         &self,
         request: impl Fn() -> F,
     ) -> std::result::Result<T, Failure>
@@ -192,7 +192,7 @@ impl Http {
     }
 
     /// Sends a request once and waits for the head of its answer, whatever that says.
-    pub(super) async fn send(
+    pub(crate) async fn send(
         &self,
         request: RequestBuilder,
         body: Payload,
@@ -244,7 +244,7 @@ impl Http {
     }
 
     /// All bytes of an answer that is no object.
-    pub(super) async fn whole(&self, mut answer: Response) -> std::result::Result<Bytes, Failure> {
+    pub(crate) async fn whole(&self, mut answer: Response) -> std::result::Result<Bytes, Failure> {
         let mut whole = BytesMut::new();
         while let Some(chunk) = self.chunk(&mut answer).await? {
             if whole.len() + chunk.len() > ANSWER_BYTES_MAX {
@@ -302,7 +302,7 @@ impl Http {
 }
 
 /// Whom a URL is of: scheme, host and port. What else is in it may be secret.
-pub(super) fn server_of(url: &Url) -> String {
+pub(crate) fn server_of(url: &Url) -> String {
     url.origin().ascii_serialization()
 }
 
@@ -357,7 +357,7 @@ impl Failure {
         Self::Passing { error: Arc::new(error), pause: None }
     }
 
-    pub(super) fn unusable(
+    pub(crate) fn unusable(
         kind: ErrorKind,
         error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
@@ -365,7 +365,7 @@ impl Failure {
     }
 
     /// An answer that is no success: some of them pass.
-    pub(super) fn answer(refusal: Refusal, headers: &HeaderMap) -> Self {
+    pub(crate) fn answer(refusal: Refusal, headers: &HeaderMap) -> Self {
         if !refusal.may_pass() {
             return Self::Refused(refusal);
         }

@@ -11,8 +11,8 @@ use super::http::Failure;
 /// A login that is under way, or over.
 type Login<T> = Shared<BoxFuture<'static, std::result::Result<Arc<T>, Failure>>>;
 
-/// The logins of one store, each of which gives a `T`.
-pub(super) struct Logins<T> {
+/// The logins at one server, each of which gives a `T`.
+pub(crate) struct Logins<T> {
     log_in: Box<dyn Fn() -> BoxFuture<'static, std::result::Result<T, Failure>> + Send + Sync>,
     last: Mutex<Option<Login<T>>>,
 }
@@ -27,7 +27,7 @@ impl<T: Send + Sync + 'static> Logins<T> {
 
     /// What to use now, after a login if there is nothing, or only what has `expired`. Whoever asks while a login is under
     /// way waits for its end.
-    pub(super) async fn current(&self, expired: Option<&Arc<T>>) -> std::result::Result<Arc<T>, Failure> {
+    pub(crate) async fn current(&self, expired: Option<&Arc<T>>) -> std::result::Result<Arc<T>, Failure> {
         let login = {
             let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
             let of_use = last.take().filter(|login| match login.peek() {

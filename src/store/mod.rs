@@ -3,8 +3,8 @@
 //! A store knows bytes and names. It must not know jobs, volumes, or what the objects mean.
 
 mod gcs;
-mod http;
-mod logins;
+pub(crate) mod http;
+pub(crate) mod logins;
 mod memory;
 mod name;
 mod nfs;
@@ -14,7 +14,7 @@ mod rados;
 mod reading;
 mod s3;
 mod secret;
-mod swift;
+pub(crate) mod swift;
 
 pub use gcs::{Gcs, GcsSettings};
 pub use http::HttpSettings;

@@ -7,6 +7,7 @@ Needs the Python that `dev/cinder.sh` prints. A command is a line of JSON, {"arg
 with arguments such as --config-file; the answer is a line with a list of what each option is, [VALUE] or, where it is not
 valid, null. It is null as a whole where the files are not valid.
 """
+import itertools
 import json
 import logging
 import sys
@@ -15,6 +16,8 @@ import warnings
 warnings.filterwarnings('ignore')
 logging.disable(logging.CRITICAL)
 
+from castellan import options as castellan_opts                  # noqa: E402
+from keystoneauth1 import loading                               # noqa: E402
 from oslo_config import cfg                                     # noqa: E402
 from oslo_db import options as db_options                       # noqa: E402
 from oslo_messaging import opts as messaging_opts               # noqa: E402
@@ -22,7 +25,13 @@ from oslo_messaging import opts as messaging_opts               # noqa: E402
 from cinder import opts as cinder_opts                          # noqa: E402
 
 KNOWN = {}
-for group, options in cinder_opts.list_opts() + messaging_opts.list_opts() + db_options.list_opts():
+LOGIN = loading.get_auth_plugin_conf_options('password')
+for option in LOGIN:
+    # Cinder registers them when it logs in, which needs some of them.
+    option.required = False
+LISTS = [cinder_opts.list_opts(), messaging_opts.list_opts(), db_options.list_opts(), castellan_opts.list_opts(),
+         [('keystone_authtoken', LOGIN), ('barbican_service_user', LOGIN)]]
+for group, options in itertools.chain(*LISTS):
     for option in options:
         KNOWN.setdefault((str(group or 'DEFAULT'), option.dest), option)
 KNOWN.setdefault(('DEFAULT', 'debug'), cfg.BoolOpt('debug', default=False))

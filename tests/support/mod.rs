@@ -1,6 +1,8 @@
 #![cfg_attr(not(feature = "ceph"), allow(dead_code))] // Some of it only tests with Ceph use.
 
 #[cfg(feature = "ceph")]
+pub(crate) mod barbican;
+#[cfg(feature = "ceph")]
 pub(crate) mod ceph;
 pub(crate) mod chain;
 pub(crate) mod cinder;

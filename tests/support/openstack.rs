@@ -45,6 +45,8 @@ pub(crate) struct Openstack {
     folder: PathBuf,
     work: TempDir,
     name: String,
+    /// What its backup services are told besides.
+    further: String,
     api: Child,
     requests: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -69,7 +71,7 @@ impl Openstack {
         let name = format!("node-{}", Uuid::new_v4().simple());
         let work = TempDir::new().unwrap();
         let answers = BufReader::new(answers);
-        Some(Self { folder: folder.into(), work, name, api, requests, answers })
+        Some(Self { folder: folder.into(), work, name, further: String::new(), api, requests, answers })
     }
 
     /// Asks for something, as `dev/cinder-api` lists it.
@@ -170,6 +172,11 @@ impl Openstack {
         self.ok(&["log-in", &token, &account]);
     }
 
+    /// Has the backup services that are started from now on told this, too, which begins with a section.
+    pub(crate) fn configure(&mut self, further: &str) {
+        self.further = further.into();
+    }
+
     /// The names of all objects of a driver that has a bucket or a container, without our own records.
     pub(crate) fn objects(&self, driver: &str) -> Vec<String> {
         let store: Box<dyn ObjectStore> = match driver {
@@ -239,7 +246,8 @@ impl Openstack {
             "[DEFAULT]\nhost = {name}\nstorage_availability_zone = {name}\nbackup_file_size = 33554432\n\
              backup_driver = cinder.backup.drivers.{class}\nbackup_timer_interval = 1\n{options}\n\
              [oslo_messaging_rabbit]\nheartbeat_timeout_threshold = 2\n\
-             [oslo_messaging_notifications]\ntopics = {name}\n",
+             [oslo_messaging_notifications]\ntopics = {name}\n{}",
+            self.further,
         );
         let path = self.work.path().join("backup.conf");
         fs::write(&path, conf).unwrap();

@@ -167,6 +167,7 @@ const COMPRESSIONS: Kind =
 const FAILOVERS: Kind = Kind::Choice(&["round-robin", "shuffle"]);
 const LOGINS: Kind = Kind::Choice(&["PLAIN", "AMQPLAIN", "EXTERNAL", "RABBIT-CR-DEMO"]);
 const SWIFT_AUTHS: Kind = Kind::Choice(&["per_user", "single_user"]);
+const ENDPOINT_TYPES: Kind = Kind::Choice(&["public", "internal", "admin"]);
 
 /// Makes of the options of a section a struct with a field for each and the list of them.
 macro_rules! section {
@@ -408,9 +409,65 @@ section! {
     }
 }
 
+section! {
+    /// The section `[key_manager]`.
+    KeyManager "key_manager" {
+        backend: String = TEXT, is("barbican"), was "api_class";
+        fixed_key: Option<Secret> = TEXT, NOTHING;
+    }
+}
+
+section! {
+    /// The section `[barbican]`.
+    Barbican "barbican" {
+        barbican_endpoint: Option<String> = URI, NOTHING;
+        barbican_api_version: Option<String> = TEXT, NOTHING;
+        barbican_endpoint_type: String = ENDPOINT_TYPES, is("public");
+        barbican_region_name: Option<String> = TEXT, NOTHING;
+        auth_endpoint: String = URI, is("http://localhost/identity/v3");
+        verify_ssl: bool = BOOL, is("true");
+        verify_ssl_path: Option<String> = TEXT, NOTHING;
+        send_service_user_token: bool = BOOL, is("false");
+        number_of_retries: i64 = INTEGER, is("60");
+        retry_delay: i64 = INTEGER, is("1");
+    }
+}
+
+section! {
+    /// The section `[barbican_service_user]`.
+    BarbicanServiceUser "barbican_service_user" {
+        auth_url: Option<String> = TEXT, NOTHING;
+        username: Option<String> = TEXT, NOTHING;
+        password: Option<Secret> = TEXT, NOTHING;
+        user_domain_name: Option<String> = TEXT, NOTHING;
+        project_name: Option<String> = TEXT, NOTHING;
+        project_domain_name: Option<String> = TEXT, NOTHING;
+    }
+}
+
+section! {
+    /// The section `[keystone_authtoken]`.
+    KeystoneAuthtoken "keystone_authtoken" {
+        auth_url: Option<String> = TEXT, NOTHING;
+        username: Option<String> = TEXT, NOTHING;
+        password: Option<Secret> = TEXT, NOTHING;
+        user_domain_name: Option<String> = TEXT, NOTHING;
+        project_name: Option<String> = TEXT, NOTHING;
+        project_domain_name: Option<String> = TEXT, NOTHING;
+    }
+}
+
 /// All options that are known here, by section.
-pub const OPTIONS: [&[Opt]; 4] =
-    [Default::OPTIONS, Database::OPTIONS, Rabbit::OPTIONS, Notifications::OPTIONS];
+pub const OPTIONS: [&[Opt]; 8] = [
+    Default::OPTIONS,
+    Database::OPTIONS,
+    Rabbit::OPTIONS,
+    Notifications::OPTIONS,
+    KeyManager::OPTIONS,
+    Barbican::OPTIONS,
+    BarbicanServiceUser::OPTIONS,
+    KeystoneAuthtoken::OPTIONS,
+];
 
 /// Why certificates cannot be left unverified.
 const VERIFIED: &str =
@@ -422,6 +479,8 @@ const ONE_CONNECTION: &str = "all goes over one connection to the broker";
 const ALL_FROM_ONE: &str = "all is read from connection";
 /// How statements are logged.
 const LOGGERS: &str = "the logger sqlalchemy of `cinder service-set-log` has the statements logged";
+/// Why nothing is asked for again and again until it is there.
+const NO_ORDERS: &str = "no key is ordered from Barbican, so none is waited for";
 /// What is done about lost connections.
 const TRIED_AGAIN: &str = "what a lost connection has ended is begun again in any case";
 
@@ -490,6 +549,13 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("backup_gcs_writer_chunk_size", "data objects are sent whole"),
     ("backup_gcs_retry_error_codes", "what may pass is tried again, and docs/stores.md says what that is"),
     ("backup_gcs_user_agent", "requests have none"),
+    (
+        "auth_endpoint",
+        "the token of a request is used as it is, and the service's own login is at auth_url of [keystone_authtoken]",
+    ),
+    ("verify_ssl", "certificates are always verified: name the file of their authority in verify_ssl_path"),
+    ("number_of_retries", NO_ORDERS),
+    ("retry_delay", NO_ORDERS),
 ];
 
 /// All that `cinder.conf` says to a backup worker. The fields are called as the options are.
@@ -505,6 +571,14 @@ pub struct Conf {
     pub notifications: Notifications,
     /// `[oslo_messaging_rabbit]` for the broker of the notifications.
     pub notifications_rabbit: Rabbit,
+    /// `[key_manager]`.
+    pub key_manager: KeyManager,
+    /// `[barbican]`.
+    pub barbican: Barbican,
+    /// `[barbican_service_user]`.
+    pub barbican_service_user: BarbicanServiceUser,
+    /// `[keystone_authtoken]`.
+    pub keystone_authtoken: KeystoneAuthtoken,
 }
 
 impl Conf {
@@ -517,7 +591,17 @@ impl Conf {
             None | Some("") => rabbit.clone(),
             Some(url) => Rabbit::at(settings, url)?,
         };
-        Ok(Self { default, database: Database::read(settings)?, rabbit, notifications, notifications_rabbit })
+        Ok(Self {
+            default,
+            database: Database::read(settings)?,
+            rabbit,
+            notifications,
+            notifications_rabbit,
+            key_manager: KeyManager::read(settings)?,
+            barbican: Barbican::read(settings)?,
+            barbican_service_user: BarbicanServiceUser::read(settings)?,
+            keystone_authtoken: KeystoneAuthtoken::read(settings)?,
+        })
     }
 }
 

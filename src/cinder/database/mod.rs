@@ -32,6 +32,7 @@ pub use restores::Restored;
 pub use services::{Registration, ServiceRow};
 use sql::{Bound, Dialect, Table, now};
 pub use url::DatabaseUrl;
+pub use volume_meta::{KeptKey, kept_key};
 pub use volumes::{SnapshotRow, VolumeRow};
 
 /// How often a transaction is begun that others or a lost connection ended.

@@ -358,12 +358,16 @@ fn gcs(default: &conf::Default) -> Result<StoreKind, Error> {
 }
 
 /// An option that must be set.
-fn needed<'a>(option: &'static str, value: Option<&'a str>, needs: &'static str) -> Result<&'a str, Error> {
+pub(super) fn needed<'a>(
+    option: &'static str,
+    value: Option<&'a str>,
+    needs: &'static str,
+) -> Result<&'a str, Error> {
     value.filter(|value| !value.is_empty()).ok_or(Error::Missing { option, needs })
 }
 
 /// A URL of HTTP with nothing before its host and behind its path.
-fn url(option: &'static str, text: &str) -> Result<Url, Error> {
+pub(super) fn url(option: &'static str, text: &str) -> Result<Url, Error> {
     let problem = "write a URL without a user, such as https://storage.example.org:8080";
     // What stands there may be a password.
     if text.contains('@') {

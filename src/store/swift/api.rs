@@ -73,7 +73,12 @@ impl<'a> Request<'a> {
 impl Api {
     pub(super) fn new(settings: SwiftSettings) -> Result<Self> {
         let http = Http::new(&settings.http)?;
-        let logins = login::logins(http.clone(), &settings)?;
+        let logins = login::logins(
+            http.clone(),
+            settings.auth_url.clone(),
+            &settings.credentials,
+            settings.endpoint.clone(),
+        )?;
         Ok(Self { http, settings, logins, abilities: OnceCell::new() })
     }
 

@@ -14,18 +14,18 @@ use serde_json::{Value, json};
 use url::Url;
 
 use super::api::{parse, refused};
-use super::{Credentials, Endpoint, SwiftSettings};
+use super::{Credentials, Endpoint};
 use crate::store::http::{Failure, Http, server_of};
 use crate::store::logins::Logins;
 use crate::store::{Result, Secret};
 
 /// What a login gives: until the token expires, which the server tells by refusing it.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(crate) struct Session {
     /// Not shown by `Debug`.
-    pub(super) token: HeaderValue,
-    /// The account.
-    pub(super) storage_url: Url,
+    pub(crate) token: HeaderValue,
+    /// The account, or whatever else the [`Endpoint`] stands for.
+    pub(crate) storage_url: Url,
 }
 
 /// Where and how to log in.
@@ -45,11 +45,14 @@ enum Proof {
     V3(Secret),
 }
 
-/// The logins of one store.
-pub(super) fn logins(http: Http, settings: &SwiftSettings) -> Result<Logins<Session>> {
-    let mut auth_url = settings.auth_url.clone();
-    let endpoint = settings.endpoint.clone();
-    let proof = match &settings.credentials {
+/// The logins at one server: `auth_url` is as in [`SwiftSettings`](super::SwiftSettings).
+pub(crate) fn logins(
+    http: Http,
+    mut auth_url: Url,
+    credentials: &Credentials,
+    endpoint: Endpoint,
+) -> Result<Logins<Session>> {
+    let proof = match credentials {
         Credentials::V1 { user, key } => Proof::V1 { user: user.clone(), key: key.read()? },
         Credentials::Password { user, user_domain, project, project_domain, password } => {
             let user = json!({
@@ -230,7 +233,7 @@ fn header(headers: &HeaderMap, name: &str) -> std::result::Result<HeaderValue, F
 }
 
 /// A header that is not shown.
-fn hidden(text: &str) -> std::result::Result<HeaderValue, Failure> {
+pub(crate) fn hidden(text: &str) -> std::result::Result<HeaderValue, Failure> {
     let unusable = |_| {
         Failure::unusable(
             ErrorKind::InvalidInput,

@@ -13,7 +13,7 @@
 //! one name within the same moment the last one may win where the first was told that it did.
 
 mod api;
-mod login;
+pub(crate) mod login;
 mod spool;
 
 use std::fmt;
