@@ -32,9 +32,9 @@ impl Rbd {
         let volume_bytes = record.volume_bytes;
         ctx.progress.begin(volume_bytes);
         for record in chain.iter().filter(|record| !record.object_digests.is_empty()) {
-            digests::check(&*self.store, record).await?;
+            digests::check(&self.store, record).await?;
         }
-        let reader = DigestReader::open(&*self.store, chain).await?;
+        let reader = DigestReader::open(&self.store, chain);
         if !reader.complete {
             warn!(
                 "Cinder made this backup, or one that it builds on, without digests: what is read is checked in part only"
