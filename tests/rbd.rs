@@ -19,7 +19,7 @@ use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::error::{Class, Problem};
 use backhaul::event::{self, EventSink};
 use backhaul::job::{
-    BackupId, Checkpoint, Completion, Context, Event, Happening, Job, JobId, Limit, Location, Method,
+    BackupId, Checkpoint, Completion, Context, Counts, Event, Happening, Job, JobId, Limit, Location, Method,
     Outcome, Pace, Parent, Reading, Record, RecordState, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
@@ -1960,6 +1960,32 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint(#[case] bench:
         let lists = bench.store.list(&Folder::own("digests"), &record.backup_id.to_string()).await.unwrap();
         assert_eq!(lists, []);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_died_at_the_end_of_a_volume_of_no_whole_blocks_is_not_taken_for_damage() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB + 512);
+    volume.write(&[(MIB, &noise(1, 1 << 20)), (8 * MIB, &noise(2, 512))]);
+    let point = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let target = format!("volumes/restored-{}", point.backup_id);
+    let job = restore_job(point.backup_id, &location("main", &target));
+    bench.run(&job).await.unwrap();
+    // As it was after the last checkpoint: all is there but the name.
+    let hidden = format!("{target}.backhaul-partial");
+    bench.main.rbd(&["rename", &target, &hidden]);
+    let restore = format!("{} {} {}", job.id, point.backup_id, point.writer);
+    let checkpoint = Checkpoint { bytes_done: point.volume_bytes, counts: Counts::default() };
+    for (key, value) in [("restore", restore), ("restored", serde_json::to_string(&checkpoint).unwrap())] {
+        bench.main.rbd(&["image-meta", "set", &hidden, &format!("backhaul.{key}"), &value]);
+    }
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.counts.bytes_reused, point.volume_bytes);
+    assert!(bench.export(&target) == volume.read());
+    bench.main.rbd(&["rm", "--no-progress", &target]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

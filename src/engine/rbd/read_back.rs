@@ -71,8 +71,8 @@ impl Rbd {
             sample,
             index: 0,
         };
-        // What is restored already is not checked again.
-        while !state.reader.take_below(block(begin)).await?.is_empty() {}
+        // What is restored already is not checked again, a shorter block at the end included.
+        while !state.reader.take_below(begin.div_ceil(BLOCK_BYTES)).await?.is_empty() {}
         let tasks = stream::try_unfold(state, |mut state| async move {
             Ok::<_, Error>(state.next().await?.map(|task| (task, state)))
         });
