@@ -1963,6 +1963,38 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint(#[case] bench:
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_had_become_a_full_one_is_gone_on_with_as_such() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    bench.main.rbd(&["snap", "purge", "--no-progress", volume.spec()]);
+    let at_first = volume.read();
+    let job = backup_job_of(volume_id, source, Parent::Latest);
+    let [incremental, full, _] = bench.methods(&job)[..] else { panic!("{:?}", bench.methods(&job)) };
+    let error = bench.engine.run(&Context::default(), &job, incremental).await.unwrap_err();
+    let reason = Problem::new(error.class(), &error);
+    let ctx = Context { fallback_reason: Some(reason.clone()), ..Context::default() };
+    let checkpoint = tokio::select! {
+        result = bench.engine.run(&ctx, &job, full) => panic!("{result:?}"),
+        checkpoint = bench.checkpoint_of(job.backup_id()) => checkpoint,
+    };
+    volume.write(&[(0, &noise(2, 64 << 20))]);
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.method, Some(full));
+    let counts = completion.account.counts;
+    assert!((checkpoint.bytes_done..64 * MIB).contains(&counts.bytes_reused), "{checkpoint:?} {counts:?}");
+    assert!(bench.restored(job.backup_id()).await == at_first);
+    assert!(reason.to_string().contains("is gone"), "{reason}");
+    assert_eq!(completion.account.fallback_reason.as_ref(), Some(&reason));
+    assert_eq!(bench.record(job.backup_id()).await.fallback_reason, Some(reason));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_died_at_the_end_of_a_volume_of_no_whole_blocks_is_not_taken_for_damage() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB + 512);

@@ -19,6 +19,7 @@ use crate::engine::cpu::{Lost, blocking};
 use crate::engine::error::Error;
 use crate::engine::source::Source;
 use crate::engine::{Catalog, Updated};
+use crate::error::Problem;
 use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{self, RbdSource, VolumeSource};
@@ -455,6 +456,14 @@ impl Rbd {
             Updated::Not(current) => Err(Error::displaced(record.backup_id, current.as_ref())),
         }
     }
+}
+
+/// Why an attempt that died had given this method up, if it has left a checkpoint of one further down in the plan: by this
+/// one the job would begin anew, and what that attempt has copied would be removed.
+pub fn given_up(earlier: &Record, method: Method) -> Option<Problem> {
+    earlier.checkpoint?;
+    let order = |method: Method| (!is_differential(method), method.mode == Some(Share::Full));
+    earlier.fallback_reason.clone().filter(|_| earlier.method.is_some_and(|made| order(method) < order(made)))
 }
 
 /// Takes the image away from an attempt of the same job that may still live: the cluster is to refuse all that it

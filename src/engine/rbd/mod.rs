@@ -28,7 +28,7 @@ use crate::ceph::{Cluster, Clusters, Image, Mode, Pool, Snapshot};
 use crate::job::{BackupId, BackupWork, Counts, JobId, Method, Mode as Share, Record, RecordState, Strategy};
 use crate::store::ObjectStore;
 
-pub use backup::{Unfinished, trim};
+pub use backup::{Unfinished, given_up, trim};
 pub use gc::{Known, Leftover, List, source_leftovers, why_list_orphaned};
 pub use names::{SERVICE, backup_of, is_of_backups, source_image};
 pub use transfer::To;
