@@ -1995,6 +1995,19 @@ async fn a_backup_that_had_become_a_full_one_is_gone_on_with_as_such() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_very_large_volume_has_no_more_checkpoints_than_its_record_can_name() {
+    let bench = Bench::with(Settings { checkpoint_bytes: MIB, ..settings() });
+    let (volume_id, volume) = bench.volume(32 << 30);
+    volume.write(&[(0, &noise(1, 20 << 20))]);
+
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+
+    // One for each 8 MiB, which is a 4,096th, and the rest.
+    assert_eq!(full.object_digests.len(), 3, "{:?}", full.object_digests);
+    verify(&bench.engine, full.backup_id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_restore_that_died_at_the_end_of_a_volume_of_no_whole_blocks_is_not_taken_for_damage() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(8 * MIB + 512);

@@ -24,6 +24,9 @@ use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, R
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{self, RbdSource, VolumeSource};
 
+/// Checkpoints of a backup, at most. Its record names a list of digests for each, and must not become too large.
+const CHECKPOINTS_MAX: u64 = 4096;
+
 /// The key under which an image says which job writes it.
 pub(super) const JOB_KEY: &str = "backhaul.job";
 /// The key under which it says which attempt of that job does.
@@ -410,6 +413,7 @@ impl Rbd {
             })
             .try_flatten();
         let mut moved = std::pin::pin!(transfer.run(tasks));
+        let checkpoint_bytes = self.settings.checkpoint_bytes.max(plan.volume_bytes / CHECKPOINTS_MAX);
         let (mut at, mut unsaved_bytes) = (begin, 0);
         while let Some(piece) = moved.try_next().await? {
             ctx.check()?;
@@ -431,7 +435,7 @@ impl Rbd {
             ctx.progress.done(end - start);
             unsaved_bytes += piece.counts.bytes_read;
             // Only of a snapshot is the rest later what it is now.
-            if unsaved_bytes >= self.settings.checkpoint_bytes && record.source.is_some() {
+            if unsaved_bytes >= checkpoint_bytes && record.source.is_some() {
                 plan.image.flush().await?;
                 record.object_digests.push(digests.finish().await?);
                 let counts = ctx.progress.read().counts;

@@ -46,7 +46,7 @@ pub struct Settings {
     pub journaling: bool,
     /// The size and the number of stripes; those of whole objects if absent.
     pub stripes: Option<(u64, u64)>,
-    /// How much of a volume is read before it is noted how far the backup is.
+    /// How much of a volume is read before it is noted how far the backup is; more of a very large one.
     pub checkpoint_bytes: u64,
 }
 
