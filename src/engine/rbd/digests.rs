@@ -5,6 +5,7 @@
 //! whose first number is the count of all digests. Numbers are little-endian. A block that is not listed is zeros in
 //! a full backup, and as in the parent in an incremental one.
 
+use std::future::Future;
 use std::io::{self, BufReader, Read};
 use std::iter::Peekable;
 use std::sync::Arc;
@@ -12,9 +13,8 @@ use std::vec;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::pieces::BLOCK_BYTES;
 use crate::engine::chunked::digest::Digest;
@@ -22,7 +22,7 @@ use crate::engine::chunked::stored::HashedReader;
 use crate::engine::cpu::Lost;
 use crate::engine::error::Error;
 use crate::job::{BackupId, Record};
-use crate::store::{Folder, ObjectName, ObjectStore, ObjectWriter, Reason};
+use crate::store::{Folder, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason};
 
 /// What is gathered before it is written.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -103,6 +103,8 @@ impl DigestWriter {
 pub struct DigestReader {
     batches: mpsc::Receiver<Vec<Numbered>>,
     reader: Option<JoinHandle<Result<(), Error>>>,
+    /// Open the lists. They end with the reader.
+    _openers: JoinSet<()>,
     ahead: Vec<Numbered>,
     /// Whether the digests of all blocks are known that are not zero.
     pub complete: bool,
@@ -113,11 +115,16 @@ impl DigestReader {
     pub fn open(store: &Arc<dyn ObjectStore>, chain: &[Record]) -> Self {
         // A backup without digests may hide any block of those that it builds on.
         let known = chain.iter().take_while(|record| !record.object_digests.is_empty());
-        let layers: Vec<Layer> = known.map(|record| Layer::new(store.clone(), record)).collect();
+        let (mut layers, mut openers) = (Vec::new(), JoinSet::new());
+        for record in known {
+            let (layer, opener) = Layer::new(store, record.backup_id, &record.object_digests);
+            openers.spawn(opener);
+            layers.push(layer);
+        }
         let complete = layers.len() == chain.len();
         let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         let reader = tokio::task::spawn_blocking(move || merge(layers, &sender));
-        Self { batches, reader: Some(reader), ahead: Vec::new(), complete }
+        Self { batches, reader: Some(reader), _openers: openers, ahead: Vec::new(), complete }
     }
 
     /// The next digests of blocks below `end`, of which there may be more.
@@ -174,23 +181,37 @@ fn merge(layers: Vec<Layer>, sender: &mpsc::Sender<Vec<Numbered>>) -> Result<(),
     Ok(())
 }
 
-/// The digests of one backup. Of its lists, of which a large backup has one for each checkpoint, only one is open at a
-/// time, so that memory does not grow with the volume.
+/// A list whose bytes can be read, or why they cannot.
+type Opened = Result<(ObjectName, Pieces), Error>;
+
+/// The digests of one backup. A large one has a list for each checkpoint: no more than the one that is read and the next one
+/// are open at a time, so that memory does not grow with the volume.
 struct Layer {
-    store: Arc<dyn ObjectStore>,
-    runtime: Handle,
-    backup_id: BackupId,
-    lists: vec::IntoIter<(String, String)>,
+    /// Of each list that is not read yet.
+    sha256s: vec::IntoIter<String>,
+    opened: mpsc::Receiver<Opened>,
     open: Option<List>,
     ended: bool,
 }
 
 impl Layer {
-    /// Needs a runtime around it.
-    fn new(store: Arc<dyn ObjectStore>, record: &Record) -> Self {
-        let lists = record.object_digests.clone().into_iter();
-        let (runtime, backup_id) = (Handle::current(), record.backup_id);
-        Self { store, runtime, backup_id, lists, open: None, ended: false }
+    /// Makes one, and what opens its lists while it is read.
+    fn new(
+        store: &Arc<dyn ObjectStore>,
+        backup_id: BackupId,
+        lists: &[(String, String)],
+    ) -> (Self, impl Future<Output = ()> + Send + use<>) {
+        let (names, sha256s): (Vec<String>, Vec<String>) = lists.iter().cloned().unzip();
+        let (sender, opened) = mpsc::channel(1);
+        let store = store.clone();
+        let opener = async move {
+            for name in names {
+                // Nobody may want them any more.
+                let Ok(place) = sender.reserve().await else { return };
+                place.send(open(&*store, backup_id, &name).await);
+            }
+        };
+        (Self { sha256s: sha256s.into_iter(), opened, open: None, ended: false }, opener)
     }
 
     fn read(&mut self) -> Result<Option<Numbered>, Error> {
@@ -199,17 +220,20 @@ impl Layer {
                 return Ok(Some(numbered));
             }
             let end = self.open.take().map_or(0, |list| list.end);
-            let Some((name, sha256)) = self.lists.next() else { return Ok(None) };
-            let object = folder().object(&name)?;
-            let pieces = match self.runtime.block_on(self.store.get(&object)) {
-                Err(error) if matches!(error.reason(), Reason::Missing) => {
-                    let backup_id = self.backup_id;
-                    return Err(Error::MissingObject { object: object.to_string(), backup_id });
-                }
-                pieces => pieces?,
-            };
+            let Some(sha256) = self.sha256s.next() else { return Ok(None) };
+            let (object, pieces) = self.opened.blocking_recv().unwrap_or(Err(Lost.into()))?;
             self.open = Some(List::new(object, HashedReader::new(pieces), sha256, end));
         }
+    }
+}
+
+async fn open(store: &dyn ObjectStore, backup_id: BackupId, name: &str) -> Opened {
+    let object = folder().object(name)?;
+    match store.get(&object).await {
+        Err(error) if matches!(error.reason(), Reason::Missing) => {
+            Err(Error::MissingObject { object: object.to_string(), backup_id })
+        }
+        pieces => Ok((object, pieces?)),
     }
 }
 
@@ -341,9 +365,10 @@ mod tests {
         list.finish().await.unwrap()
     }
 
-    fn layer(store: &Arc<dyn ObjectStore>, lists: Vec<(String, String)>) -> Layer {
-        let (store, runtime, backup_id) = (store.clone(), Handle::current(), BackupId::random());
-        Layer { store, runtime, backup_id, lists: lists.into_iter(), open: None, ended: false }
+    fn layer(store: &Arc<dyn ObjectStore>, lists: &[(String, String)]) -> Layer {
+        let (layer, opener) = Layer::new(store, BackupId::random(), lists);
+        tokio::spawn(opener);
+        layer
     }
 
     /// Reads up to `count` blocks, where it may block.
@@ -356,20 +381,22 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn only_one_of_the_lists_of_a_backup_is_open_at_a_time() {
+    async fn of_the_lists_of_a_backup_only_two_are_open_at_a_time() {
         let store: Arc<dyn ObjectStore> = Arc::new(Memory::default());
         let mut lists = Vec::new();
-        for number in 0..3 {
+        for number in 0..4 {
             lists.push(write(&store, &format!("{number}"), 2 * number..2 * number + 2).await);
         }
-        let (blocks, layer) = read(layer(&store, lists.clone()), 3).await;
+        let (blocks, layer) = read(layer(&store, &lists), 3).await;
         let blocks: Vec<u64> = blocks.into_iter().map(Result::unwrap).collect();
         assert_eq!(blocks, [0, 1, 2]);
 
-        store.delete(&folder().object(&lists[2].0).unwrap()).await.unwrap();
+        // The one of the blocks 2 and 3 is read, the next one may be open.
+        store.delete(&folder().object(&lists[3].0).unwrap()).await.unwrap();
 
         let (rest, _) = read(layer, usize::MAX).await;
-        assert!(matches!(&rest[..], [Ok(3), Err(Error::MissingObject { .. })]), "{rest:?}");
+        let [Ok(3), Ok(4), Ok(5), Err(error)] = &rest[..] else { panic!("{rest:?}") };
+        assert!(matches!(error, Error::MissingObject { .. }), "{error}");
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -377,7 +404,7 @@ mod tests {
         let store: Arc<dyn ObjectStore> = Arc::new(Memory::default());
         let lists = vec![write(&store, "0", 0..2).await, write(&store, "1", 1..3).await];
 
-        let (blocks, _) = read(layer(&store, lists), usize::MAX).await;
+        let (blocks, _) = read(layer(&store, &lists), usize::MAX).await;
 
         let [Ok(0), Ok(1), Err(error)] = &blocks[..] else { panic!("{blocks:?}") };
         assert!(error.to_string().contains("not in order"), "{error}");
