@@ -1416,7 +1416,7 @@ async fn each_point_of_a_chain_takes_no_more_room_in_the_pool_or_on_a_target_tha
         match number {
             1 => {
                 volume.discard(0, 4 * MIB);
-                volume.write(&[(36 * MIB, &noise(3, 1 << 20))]);
+                volume.write(&[(36 * MIB, &noise(3, 4 << 20))]);
             }
             2 => volume.discard(36 * MIB, 4 * MIB),
             _ => {}
