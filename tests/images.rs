@@ -124,6 +124,24 @@ async fn a_diff_has_all_that_changed_and_a_snapshot_stays_as_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whole_objects_that_are_given_back_read_as_zeros_and_are_gone() {
+    let pool = pool();
+    let (name, image) = new_image(&pool, 12 * MIB);
+    image.write(0, Bytes::from(vec![1; 12 << 20])).await.unwrap();
+
+    image.discard(4 * MIB, 4 * MIB).await.unwrap();
+
+    let mut expected = vec![1; 12 << 20];
+    expected[4 << 20..8 << 20].fill(0);
+    assert!(all(&image).await == expected);
+    let left = image.diff(None, 0..12 * MIB, Diff::Objects).unwrap();
+    let left: Vec<_> = left.iter().map(|extent| (extent.offset, extent.length)).collect();
+    assert_eq!(left, [(0, 4 * MIB), (8 * MIB, 4 * MIB)]);
+    drop(image);
+    pool.remove_image(&name).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_image_tells_what_it_is() {
     let pool = pool();
     let (name, image) = new_image(&pool, 6 * MIB);

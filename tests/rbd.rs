@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 
 use crate::support::ceph::{Ceph, Image};
 use crate::support::device::BlockDevice;
-use crate::support::engine::{MEMORY_BYTES, backup_job_of, delete, job, overwrite, verify};
+use crate::support::engine::{MEMORY_BYTES, backup_job_of, delete, job, overwrite, run, verify};
 use async_trait::async_trait;
-use backhaul::ceph::{Access, Clusters, Mode as OpenMode};
-use backhaul::engine::chunked::Budget;
+use backhaul::ceph::{Access, Cluster, Clusters, Mode as OpenMode};
+use backhaul::engine::chunked::{self, Budget, Chunked, Compression};
 use backhaul::engine::rbd::{Rbd, Settings};
 use backhaul::engine::{Cpu, Engine, Error, Receipt, Volumes};
 use backhaul::error::{Class, Problem};
 use backhaul::event::{self, EventSink};
 use backhaul::job::{
-    BackupId, Completion, Context, Event, Happening, Job, JobId, Limit, Location, Method, Outcome, Pace,
-    Parent, Reading, Record, RecordState, RestoreWork, VolumeId, Work,
+    BackupId, Checkpoint, Completion, Context, Counts, Event, Happening, Job, JobId, Limit, Location, Method,
+    Outcome, Pace, Parent, Reading, Record, RecordState, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::{self, Attempts, Ended, Report, plan};
-use backhaul::store::{Folder, Memory, ObjectStore};
+use backhaul::store::{Folder, Memory, ObjectStore, Rados};
 use backhaul::volume::FileRoots;
 use rstest::rstest;
 use tempfile::TempDir;
@@ -37,7 +37,8 @@ struct Bench {
     main: Ceph,
     other: Ceph,
     engine: Engine,
-    store: Arc<Memory>,
+    /// Has the records and lists of digests.
+    store: Arc<dyn ObjectStore>,
     clusters: Clusters,
     /// Whoever holds all of it keeps the engine from reading anything.
     memory: Budget,
@@ -92,8 +93,20 @@ impl Bench {
         Self::beside(Arc::new(Memory::default()), main, settings, seconds_max)
     }
 
+    /// The same with the records in the pool beside the images, as workers have them; the pool has those of others, too.
+    fn in_the_pool(settings: Settings) -> Self {
+        let main = Ceph::shared();
+        let cluster = Cluster::connect(main.conf(), "cinder", 60).unwrap();
+        Self::beside(Arc::new(Rados::new(cluster.pool("backups").unwrap())), main, settings, 60)
+    }
+
     /// Another one on the same records, as another worker has it.
-    fn beside(store: Arc<Memory>, main: Ceph, settings: Settings, operation_seconds_max: u32) -> Self {
+    fn beside(
+        store: Arc<dyn ObjectStore>,
+        main: Ceph,
+        settings: Settings,
+        operation_seconds_max: u32,
+    ) -> Self {
         let other = Ceph::other();
         let access =
             |ceph: &Ceph| Access { conf: ceph.conf().into(), user: "cinder".into(), operation_seconds_max };
@@ -168,6 +181,33 @@ impl Bench {
                 }
             } => {}
         }
+    }
+
+    /// Waits until a backup has noted in its record how far it is.
+    async fn checkpoint_of(&self, id: BackupId) -> Checkpoint {
+        loop {
+            let record = self.engine.catalog().record(id).await.unwrap();
+            if let Some(checkpoint) = record.and_then(|record| record.checkpoint) {
+                return checkpoint;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Does the job on an engine, stops the OSD when some of it is done, and gives the error in which that ends.
+    async fn stop_osd_in_the_middle_of(&self, engine: &Engine, job: &Job) -> Error {
+        let ctx = Context::default();
+        let method = plan(job, &engine.strategies(&job.work))[0];
+        let (engine, task_ctx, task_job) = (engine.clone(), ctx.clone(), job.clone());
+        let running = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
+        while ctx.progress.read().counts.bytes_read == 0 {
+            assert!(!running.is_finished());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.main.stop_osd();
+        let error = running.await.unwrap().unwrap_err();
+        self.main.start_osd();
+        error
     }
 
     /// Waits until a restore has noted on the image that it writes how far it is.
@@ -1118,6 +1158,53 @@ async fn each_damage_is_found_by_verify_and_by_restore_and_harms_no_other_point(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn each_damage_of_a_list_of_digests_in_the_pool_is_found_and_all_is_whole_when_it_is_mended() {
+    let bench = Bench::in_the_pool(Settings { checkpoint_bytes: u64::MAX, ..settings() });
+    let (volume_id, volume) = bench.volume(40 * MIB);
+    volume.write(&[(0, &noise(1, 40 << 20))]);
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let [(list, _)] = &full.object_digests[..] else { panic!("{:?}", full.object_digests) };
+    let rados = |arguments: &[&str]| bench.main.rados(&[&["-p", "backups"], arguments].concat());
+    // It has more than fits into the index of its folder.
+    let parts = bench.main.names_with("backups", &[&format!(".backhaul/digests/{list}/.")]);
+    let ([part], index) = (&parts[..], ".backhaul/digests/.index") else { panic!("{parts:?}") };
+    let [whole, entry_file, flipped] =
+        ["whole", "entry", "flipped"].map(|name| bench.folder.path().join(name).display().to_string());
+    rados(&["get", part, &whole]);
+    rados(&["getomapval", index, list, &entry_file]);
+    let (entry, mut bytes) = (fs::read_to_string(&entry_file).unwrap(), fs::read(&whole).unwrap());
+    bytes[10_000] ^= 1;
+    fs::write(&flipped, &bytes).unwrap();
+    let shorter = entry.replacen(&bytes.len().to_string(), "10000", 1);
+
+    for (damage, expected) in [
+        (&["truncate", part, "10000"][..], "is too short"),
+        (&["put", part, &flipped][..], "its SHA-256 is not the one in the record"),
+        (&["rm", part][..], "is missing"),
+        (&["setomapval", index, list, &shorter][..], "it is cut short"),
+        (&["rmomapkey", index, list][..], "is missing"),
+    ] {
+        rados(damage);
+
+        let target = bench.folder.path().join("damaged");
+        for error in [
+            verify(&bench.engine, full.backup_id).await.map(drop).unwrap_err(),
+            bench.restore(full.backup_id, &Location::File(target.clone())).await.map(drop).unwrap_err(),
+        ] {
+            let text = Problem::new(error.class(), &error).to_string();
+            assert!(text.contains(expected) && text.contains(list.as_str()), "{damage:?}: {text}");
+            assert_eq!(error.class(), Class::Permanent, "{text}");
+        }
+        assert!(!target.exists(), "{damage:?}");
+
+        rados(&["put", part, &whole]);
+        rados(&["setomapval", index, list, &entry]);
+        verify(&bench.engine, full.backup_id).await.unwrap();
+    }
+    assert!(bench.restored(full.backup_id).await == volume.read());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_backup_leaves_no_image_no_snapshot_and_no_object() {
     let bench = Bench::new();
     let (volume_id, volume) = bench.volume(128 * MIB);
@@ -1276,6 +1363,85 @@ async fn zeros_that_were_written_are_neither_stored_nor_restored() {
         assert!(fs::read(&file).unwrap() == *bytes);
         let used_bytes = fs::metadata(&file).unwrap().blocks() * 512;
         assert!(used_bytes <= 9 << 20, "{used_bytes}");
+        fs::remove_file(file).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_writes_to_holes_are_stored_as_small_as_they_are() {
+    const PAGE_BYTES: u64 = 4096;
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(128 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 1 << 20))]);
+    bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    // One in each object but the first.
+    let pages: Vec<_> =
+        (1..32).map(|number| (number * 4 * MIB + number * 31 * PAGE_BYTES, noise(number, 4096))).collect();
+    volume.write(&pages.iter().map(|(offset, page)| (*offset, &**page)).collect::<Vec<_>>());
+    let pages_bytes = pages.len() as u64 * PAGE_BYTES;
+
+    let incremental = bench.backup(volume_id, &source, Parent::Latest).await.unwrap();
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+
+    // Ceph tells more than that: all from the beginning of each object.
+    assert!(incremental.counts.bytes_read > 16 * pages_bytes, "{:?}", incremental.counts);
+    assert_eq!(incremental.counts.bytes_stored, pages_bytes, "{:?}", incremental.counts);
+    assert_eq!(full.counts.bytes_stored, MIB + pages_bytes, "{:?}", full.counts);
+    let bytes = volume.read();
+    for record in [&incremental, &full] {
+        verify(&bench.engine, record.backup_id).await.unwrap();
+        let target = format!("volumes/restored-{}", record.backup_id);
+        let receipt = bench.restore(record.backup_id, &location("main", &target)).await.unwrap();
+        assert_eq!(receipt.counts.bytes_written, MIB + pages_bytes, "{:?}", receipt.counts);
+        assert!(bench.export(&target) == bytes);
+        bench.main.rbd(&["rm", "--no-progress", &target]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_point_of_a_chain_takes_no_more_room_in_the_pool_or_on_a_target_than_on_the_volume() {
+    let bench = Bench::new();
+    // What Ceph has objects for.
+    let used = |spec: &str| -> u64 {
+        let extents = bench.main.rbd(&["diff", "--whole-object", "--format", "json", spec]);
+        let extents: serde_json::Value = serde_json::from_str(&extents).unwrap();
+        extents.as_array().unwrap().iter().map(|extent| extent["length"].as_u64().unwrap()).sum()
+    };
+    let (volume_id, volume) = bench.volume(48 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 8 << 20)), (21 * MIB, &noise(2, 1 << 20))]);
+    let mut points = Vec::new();
+    for (number, expected) in [12 * MIB, 12 * MIB, 8 * MIB].into_iter().enumerate() {
+        match number {
+            1 => {
+                volume.discard(0, 4 * MIB);
+                volume.write(&[(36 * MIB, &noise(3, 4 << 20))]);
+            }
+            2 => volume.discard(36 * MIB, 4 * MIB),
+            _ => {}
+        }
+        let parent = if number == 0 { Parent::None } else { Parent::Latest };
+        points.push((bench.backup(volume_id, &source, parent).await.unwrap(), volume.read(), expected));
+    }
+
+    let junk = noise(9, 52 << 20);
+    for (record, bytes, expected) in &points {
+        let snapshot = record.source.as_ref().unwrap().image.snapshot.as_ref().unwrap();
+        assert_eq!(used(&format!("{}@{snapshot}", volume.spec())), *expected);
+        assert_eq!(used(&format!("{}@{snapshot}", base(record))), *expected, "in the pool");
+        let new = format!("volumes/restored-{}", record.backup_id);
+        bench.restore(record.backup_id, &location("main", &new)).await.unwrap();
+        assert_eq!(used(&new), *expected, "a new image");
+        assert!(bench.export(&new) == *bytes);
+        bench.main.rbd(&["rm", "--no-progress", &new]);
+        let full = bench.main.image("volumes", 52 * MIB);
+        full.write(&[(0, &junk)]);
+        bench.restore(record.backup_id, &location("main", full.spec())).await.unwrap();
+        assert_eq!(used(full.spec()), *expected, "an image that was full");
+        let file = bench.folder.path().join("sparse");
+        bench.restore(record.backup_id, &Location::File(file.clone())).await.unwrap();
+        assert!(fs::metadata(&file).unwrap().blocks() * 512 <= *expected, "a file");
         fs::remove_file(file).unwrap();
     }
 }
@@ -1749,9 +1915,11 @@ async fn the_source_of_a_backup_is_found_again_when_there_are_more_clusters() {
     assert_eq!(bench.snapshots(volume.spec()), Vec::<String>::new());
 }
 
+#[rstest]
+#[case::with_records_elsewhere(Bench::new())]
+#[case::with_records_in_the_pool(Bench::in_the_pool(settings()))]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
-    let bench = Bench::new();
+async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint(#[case] bench: Bench) {
     let (volume_id, volume) = bench.volume(64 * MIB);
     let source = location("main", volume.spec());
     volume.write(&[(0, &noise(1, 64 << 20))]);
@@ -1761,18 +1929,9 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
         let Work::Backup(work) = &mut job.work else { unreachable!() };
         work.volume_meta = Some("{}".into());
         let ctx = Context::default();
-        let checkpoint = async {
-            loop {
-                let record = bench.engine.catalog().record(job.backup_id()).await.unwrap();
-                if let Some(checkpoint) = record.and_then(|record| record.checkpoint) {
-                    return checkpoint;
-                }
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
         let checkpoint = tokio::select! {
             result = bench.engine.run(&ctx, &job, bench.methods(&job)[0]) => panic!("{result:?}"),
-            checkpoint = checkpoint => checkpoint,
+            checkpoint = bench.checkpoint_of(job.backup_id()) => checkpoint,
         };
         assert!(checkpoint.bytes_done >= 8 * MIB, "{checkpoint:?}");
         // It may have died after it had written this, and the volume may have been renamed since.
@@ -1783,6 +1942,11 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
         volume.write(&[(7 * MIB, &noise(2, 40 << 20))]);
         let completion = bench.complete(&job).await;
         assert_eq!(completion.outcome, Outcome::Succeeded);
+        let counts = completion.account.counts;
+        assert!(
+            (checkpoint.bytes_done..64 * MIB).contains(&counts.bytes_reused),
+            "{checkpoint:?} {counts:?}"
+        );
         assert!(bench.restored(job.backup_id()).await == at_first);
         assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), "{}");
         let record = bench.record(job.backup_id()).await;
@@ -1790,10 +1954,83 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint() {
         verify(&bench.engine, job.backup_id()).await.unwrap();
     }
     assert_eq!(bench.snapshots(volume.spec()).len(), 2);
-    for record in bench.engine.catalog().records().await.unwrap().records.into_iter().rev() {
+    let records = bench.engine.catalog().records().await.unwrap().records.into_iter().rev();
+    for record in records.filter(|record| record.volume_id == volume_id) {
         delete(&bench.engine, record.backup_id).await.unwrap();
+        let lists = bench.store.list(&Folder::own("digests"), &record.backup_id.to_string()).await.unwrap();
+        assert_eq!(lists, []);
     }
-    assert!(bench.store.list(&Folder::own("digests"), "").await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_had_become_a_full_one_is_gone_on_with_as_such() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    bench.main.rbd(&["snap", "purge", "--no-progress", volume.spec()]);
+    let at_first = volume.read();
+    let job = backup_job_of(volume_id, source, Parent::Latest);
+    let [incremental, full, _] = bench.methods(&job)[..] else { panic!("{:?}", bench.methods(&job)) };
+    let error = bench.engine.run(&Context::default(), &job, incremental).await.unwrap_err();
+    let reason = Problem::new(error.class(), &error);
+    let ctx = Context { fallback_reason: Some(reason.clone()), ..Context::default() };
+    let checkpoint = tokio::select! {
+        result = bench.engine.run(&ctx, &job, full) => panic!("{result:?}"),
+        checkpoint = bench.checkpoint_of(job.backup_id()) => checkpoint,
+    };
+    volume.write(&[(0, &noise(2, 64 << 20))]);
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.method, Some(full));
+    let counts = completion.account.counts;
+    assert!((checkpoint.bytes_done..64 * MIB).contains(&counts.bytes_reused), "{checkpoint:?} {counts:?}");
+    assert!(bench.restored(job.backup_id()).await == at_first);
+    assert!(reason.to_string().contains("is gone"), "{reason}");
+    assert_eq!(completion.account.fallback_reason.as_ref(), Some(&reason));
+    assert_eq!(bench.record(job.backup_id()).await.fallback_reason, Some(reason));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_very_large_volume_has_no_more_checkpoints_than_its_record_can_name() {
+    let bench = Bench::with(Settings { checkpoint_bytes: MIB, ..settings() });
+    let (volume_id, volume) = bench.volume(32 << 30);
+    volume.write(&[(0, &noise(1, 20 << 20))]);
+
+    let full = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+
+    // One for each 8 MiB, which is a 4,096th, and the rest.
+    assert_eq!(full.object_digests.len(), 3, "{:?}", full.object_digests);
+    verify(&bench.engine, full.backup_id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_died_at_the_end_of_a_volume_of_no_whole_blocks_is_not_taken_for_damage() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(8 * MIB + 512);
+    volume.write(&[(MIB, &noise(1, 1 << 20)), (8 * MIB, &noise(2, 512))]);
+    let point = bench.backup(volume_id, &location("main", volume.spec()), Parent::None).await.unwrap();
+    let target = format!("volumes/restored-{}", point.backup_id);
+    let job = restore_job(point.backup_id, &location("main", &target));
+    bench.run(&job).await.unwrap();
+    // As it was after the last checkpoint: all is there but the name.
+    let hidden = format!("{target}.backhaul-partial");
+    bench.main.rbd(&["rename", &target, &hidden]);
+    let restore = format!("{} {} {}", job.id, point.backup_id, point.writer);
+    let checkpoint = Checkpoint { bytes_done: point.volume_bytes, counts: Counts::default() };
+    for (key, value) in [("restore", restore), ("restored", serde_json::to_string(&checkpoint).unwrap())] {
+        bench.main.rbd(&["image-meta", "set", &hidden, &format!("backhaul.{key}"), &value]);
+    }
+
+    let completion = bench.complete(&job).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.counts.bytes_reused, point.volume_bytes);
+    assert!(bench.export(&target) == volume.read());
+    bench.main.rbd(&["rm", "--no-progress", &target]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1929,24 +2166,40 @@ async fn an_osd_that_stops_in_the_middle_puts_the_job_off_and_costs_nothing() {
     let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
     let at_full = volume.read();
     volume.write(&[(0, &noise(2, 64 << 20))]);
-    let job = backup_job_of(volume_id, source.clone(), Parent::Latest);
-    let ctx = Context::default();
-    let (engine, task_ctx, task_job, method) =
-        (bench.engine.clone(), ctx.clone(), job.clone(), bench.methods(&job)[0]);
-    let running = tokio::spawn(async move { engine.run(&task_ctx, &task_job, method).await });
-    while ctx.progress.read().counts.bytes_stored == 0 {
-        assert!(!running.is_finished());
-        tokio::time::sleep(Duration::from_millis(1)).await;
+    let incremental = backup_job_of(volume_id, source.clone(), Parent::Latest);
+    let check = job(Work::Verify(full.backup_id.into()));
+    let of_objects = backup_job_of(volume_id, source, Parent::None);
+    let objects = {
+        let settings = chunked::Settings {
+            compression: Compression::None,
+            compression_level: 3,
+            object_bytes: 4 << 20,
+            sha_block_bytes: 32 << 10,
+            unchanged_check_per_mille: 1,
+            source_snapshots_max: 1,
+        };
+        let (cpu, memory) = (Cpu::start(2).unwrap(), Budget::new(MEMORY_BYTES));
+        let file_roots = FileRoots::new(&[bench.folder.path().to_owned()]);
+        let volumes = Volumes { file_roots, clusters: bench.clusters.clone() };
+        Engine::new(Chunked::new(Arc::new(Memory::default()), settings, cpu, memory), volumes)
+    };
+    for image in [&volume, &bench.main.existing(&base(&full))] {
+        // What is read at once must not be all that there is.
+        image.slow_down(32 * MIB);
     }
-    bench.main.stop_osd();
-    let error = running.await.unwrap().unwrap_err();
-    assert_eq!(error.class(), Class::Transient, "{error:?}");
-    assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
-    bench.main.start_osd();
-    assert_eq!(bench.complete(&job).await.outcome, Outcome::Succeeded);
-    assert!(bench.restored(job.backup_id()).await == volume.read());
+    for (engine, job) in [(&bench.engine, &incremental), (&bench.engine, &check), (&objects, &of_objects)] {
+        let error = bench.stop_osd_in_the_middle_of(engine, job).await;
+        assert_eq!(error.class(), Class::Transient, "{error:?}");
+        assert!(Problem::new(error.class(), &error).to_string().contains("timed out"), "{error:?}");
+        run(engine, job).await.unwrap();
+    }
+    let file = bench.folder.path().join("of-objects");
+    run(&objects, &restore_job(of_objects.backup_id(), &Location::File(file.clone()))).await.unwrap();
+    assert!(fs::read(file).unwrap() == volume.read());
+    assert!(bench.restored(incremental.backup_id()).await == volume.read());
     assert!(bench.restored(full.backup_id).await == at_full);
-    assert_eq!(bench.snapshots(volume.spec()).len(), 2);
+    // Of each backup one, and none of an attempt that was put off.
+    assert_eq!(bench.snapshots(volume.spec()).len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

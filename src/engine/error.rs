@@ -3,6 +3,8 @@
 use std::io;
 
 use crate::error::Class;
+#[cfg(feature = "ceph")]
+use crate::error::Problem;
 use crate::job::{BackupId, Cancelled, InvalidName, Record, RecordState, VolumeId};
 use crate::store::{self, Folder, InvalidObjectName};
 use crate::volume;
@@ -163,6 +165,11 @@ pub enum Error {
         /// Why, for people.
         why: String,
     },
+
+    /// An attempt before this one, which the job is to go on from, could not make the backup by this method.
+    #[cfg(feature = "ceph")]
+    #[error("{0}")]
+    GivenUp(Problem),
 
     /// A block has changed that nobody said had changed.
     #[error(
@@ -461,6 +468,8 @@ impl Error {
             },
             Self::ImageInUse { .. } | Self::RestoredOthers { .. } => Class::Transient,
             Self::ParentUnsuitable { .. } | Self::UnseenChange { .. } => Class::Unsuitable,
+            #[cfg(feature = "ceph")]
+            Self::GivenUp(_) => Class::Unsuitable,
             Self::NoParent(_) | Self::VolumeResized { .. } | Self::BlockSizeChanged { .. } => {
                 Class::Unsuitable
             }

@@ -181,6 +181,14 @@ impl Engine {
         ctx.check()?;
         // After the record was looked at: what another run writes from here on, the record tells.
         self.catalog.check_held(job_id, work.backup_id, &ctx.hold).await?;
+        // Of what has failed for good nothing is left to go on with.
+        let unfinished = earlier.as_ref().filter(|record| matches!(record.state, RecordState::Creating(_)));
+        #[cfg(feature = "ceph")]
+        if let (Format::Rbd(_), Some(earlier)) = (&self.format, unfinished)
+            && let Some(reason) = rbd::given_up(earlier, method)
+        {
+            return Err(Error::GivenUp(reason));
+        }
         let parent = match (method.mode, work.parent) {
             // What a chain lacks, nothing on top of it could be restored without.
             (Some(Mode::Incremental), Parent::Given(id)) => {
@@ -201,8 +209,6 @@ impl Engine {
         #[cfg(feature = "ceph")]
         let origin = source.origin();
 
-        // Of what has failed for good nothing is left to go on with.
-        let unfinished = earlier.as_ref().filter(|record| matches!(record.state, RecordState::Creating(_)));
         let resumed = self.resumed(unfinished, parent.as_ref(), &source, method).await?;
         let mut record = match (resumed, unfinished) {
             (Some(resumed), Some(earlier)) => self.displace(earlier, resumed).await?,

@@ -19,9 +19,13 @@ use crate::engine::cpu::{Lost, blocking};
 use crate::engine::error::Error;
 use crate::engine::source::Source;
 use crate::engine::{Catalog, Updated};
+use crate::error::Problem;
 use crate::job::{BackupId, Checkpoint, Context, Counts, Method, Mode as Share, Record};
 use crate::volume::rbd::{RbdOrigin, WINDOW_BYTES, changed, existing};
 use crate::volume::{self, RbdSource, VolumeSource};
+
+/// Checkpoints of a backup, at most. Its record names a list of digests for each, and must not become too large.
+const CHECKPOINTS_MAX: u64 = 4096;
 
 /// The key under which an image says which job writes it.
 pub(super) const JOB_KEY: &str = "backhaul.job";
@@ -409,6 +413,7 @@ impl Rbd {
             })
             .try_flatten();
         let mut moved = std::pin::pin!(transfer.run(tasks));
+        let checkpoint_bytes = self.settings.checkpoint_bytes.max(plan.volume_bytes / CHECKPOINTS_MAX);
         let (mut at, mut unsaved_bytes) = (begin, 0);
         while let Some(piece) = moved.try_next().await? {
             ctx.check()?;
@@ -430,7 +435,7 @@ impl Rbd {
             ctx.progress.done(end - start);
             unsaved_bytes += piece.counts.bytes_read;
             // Only of a snapshot is the rest later what it is now.
-            if unsaved_bytes >= self.settings.checkpoint_bytes && record.source.is_some() {
+            if unsaved_bytes >= checkpoint_bytes && record.source.is_some() {
                 plan.image.flush().await?;
                 record.object_digests.push(digests.finish().await?);
                 let counts = ctx.progress.read().counts;
@@ -455,6 +460,14 @@ impl Rbd {
             Updated::Not(current) => Err(Error::displaced(record.backup_id, current.as_ref())),
         }
     }
+}
+
+/// Why an attempt that died had given this method up, if it has left a checkpoint of one further down in the plan: by this
+/// one the job would begin anew, and what that attempt has copied would be removed.
+pub fn given_up(earlier: &Record, method: Method) -> Option<Problem> {
+    earlier.checkpoint?;
+    let order = |method: Method| (!is_differential(method), method.mode == Some(Share::Full));
+    earlier.fallback_reason.clone().filter(|_| earlier.method.is_some_and(|made| order(method) < order(made)))
 }
 
 /// Takes the image away from an attempt of the same job that may still live: the cluster is to refuse all that it

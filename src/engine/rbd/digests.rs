@@ -5,13 +5,16 @@
 //! whose first number is the count of all digests. Numbers are little-endian. A block that is not listed is zeros in
 //! a full backup, and as in the parent in an incremental one.
 
+use std::future::Future;
 use std::io::{self, BufReader, Read};
 use std::iter::Peekable;
+use std::sync::Arc;
+use std::vec;
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::pieces::BLOCK_BYTES;
 use crate::engine::chunked::digest::Digest;
@@ -19,7 +22,7 @@ use crate::engine::chunked::stored::HashedReader;
 use crate::engine::cpu::Lost;
 use crate::engine::error::Error;
 use crate::job::{BackupId, Record};
-use crate::store::{Folder, ObjectName, ObjectStore, ObjectWriter};
+use crate::store::{Folder, ObjectName, ObjectStore, ObjectWriter, Pieces, Reason};
 
 /// What is gathered before it is written.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -100,36 +103,28 @@ impl DigestWriter {
 pub struct DigestReader {
     batches: mpsc::Receiver<Vec<Numbered>>,
     reader: Option<JoinHandle<Result<(), Error>>>,
+    /// Open the lists. They end with the reader.
+    _openers: JoinSet<()>,
     ahead: Vec<Numbered>,
     /// Whether the digests of all blocks are known that are not zero.
     pub complete: bool,
 }
 
 impl DigestReader {
-    /// Opens the digests of a chain, the newest backup first. A backup that Cinder made has none.
-    pub async fn open(store: &dyn ObjectStore, chain: &[Record]) -> Result<Self, Error> {
-        let (mut layers, mut complete) = (Vec::new(), true);
-        for record in chain {
-            if record.object_digests.is_empty() {
-                // It may hide any block of those that it builds on.
-                complete = false;
-                break;
-            }
-            for (name, sha256) in &record.object_digests {
-                let object = folder().object(name)?;
-                let pieces = match store.get(&object).await {
-                    Err(error) if matches!(error.reason(), crate::store::Reason::Missing) => {
-                        let backup_id = record.backup_id;
-                        return Err(Error::MissingObject { object: object.to_string(), backup_id });
-                    }
-                    pieces => pieces?,
-                };
-                layers.push(Layer::new(object, HashedReader::new(pieces), sha256.clone()));
-            }
+    /// Begins to read the digests of a chain, the newest backup first. A backup that Cinder made has none.
+    pub fn open(store: &Arc<dyn ObjectStore>, chain: &[Record]) -> Self {
+        // A backup without digests may hide any block of those that it builds on.
+        let known = chain.iter().take_while(|record| !record.object_digests.is_empty());
+        let (mut layers, mut openers) = (Vec::new(), JoinSet::new());
+        for record in known {
+            let (layer, opener) = Layer::new(store, record.backup_id, &record.object_digests);
+            openers.spawn(opener);
+            layers.push(layer);
         }
+        let complete = layers.len() == chain.len();
         let (sender, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         let reader = tokio::task::spawn_blocking(move || merge(layers, &sender));
-        Ok(Self { batches, reader: Some(reader), ahead: Vec::new(), complete })
+        Self { batches, reader: Some(reader), _openers: openers, ahead: Vec::new(), complete }
     }
 
     /// The next digests of blocks below `end`, of which there may be more.
@@ -186,23 +181,92 @@ fn merge(layers: Vec<Layer>, sender: &mpsc::Sender<Vec<Numbered>>) -> Result<(),
     Ok(())
 }
 
-/// The digests of one backup.
+/// A list whose bytes can be read, or why they cannot.
+type Opened = Result<(ObjectName, Pieces), Error>;
+
+/// The digests of one backup. A large one has a list for each checkpoint: no more than the one that is read and the next one
+/// are open at a time, so that memory does not grow with the volume.
 struct Layer {
+    /// Of each list that is not read yet.
+    sha256s: vec::IntoIter<String>,
+    opened: mpsc::Receiver<Opened>,
+    open: Option<List>,
+    ended: bool,
+}
+
+impl Layer {
+    /// Makes one, and what opens its lists while it is read.
+    fn new(
+        store: &Arc<dyn ObjectStore>,
+        backup_id: BackupId,
+        lists: &[(String, String)],
+    ) -> (Self, impl Future<Output = ()> + Send + use<>) {
+        let (names, sha256s): (Vec<String>, Vec<String>) = lists.iter().cloned().unzip();
+        let (sender, opened) = mpsc::channel(1);
+        let store = store.clone();
+        let opener = async move {
+            for name in names {
+                // Nobody may want them any more.
+                let Ok(place) = sender.reserve().await else { return };
+                place.send(open(&*store, backup_id, &name).await);
+            }
+        };
+        (Self { sha256s: sha256s.into_iter(), opened, open: None, ended: false }, opener)
+    }
+
+    fn read(&mut self) -> Result<Option<Numbered>, Error> {
+        loop {
+            if let Some(numbered) = self.open.as_mut().map_or(Ok(None), List::read)? {
+                return Ok(Some(numbered));
+            }
+            let end = self.open.take().map_or(0, |list| list.end);
+            let Some(sha256) = self.sha256s.next() else { return Ok(None) };
+            let (object, pieces) = self.opened.blocking_recv().unwrap_or(Err(Lost.into()))?;
+            self.open = Some(List::new(object, HashedReader::new(pieces), sha256, end));
+        }
+    }
+}
+
+async fn open(store: &dyn ObjectStore, backup_id: BackupId, name: &str) -> Opened {
+    let object = folder().object(name)?;
+    match store.get(&object).await {
+        Err(error) if matches!(error.reason(), Reason::Missing) => {
+            Err(Error::MissingObject { object: object.to_string(), backup_id })
+        }
+        pieces => Ok((object, pieces?)),
+    }
+}
+
+impl Iterator for Layer {
+    type Item = Result<Numbered, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.read().transpose();
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+/// One list of digests.
+struct List {
     object: ObjectName,
     stored: BufReader<HashedReader>,
     sha256: String,
     begun: bool,
-    ended: bool,
     /// The next block of the current run, and how many more it has.
     run: (u64, u32),
     count: u64,
+    /// Behind the last block so far; blocks come in order from one list to the next.
     end: u64,
 }
 
-impl Layer {
-    fn new(object: ObjectName, stored: HashedReader, sha256: String) -> Self {
+impl List {
+    fn new(object: ObjectName, stored: HashedReader, sha256: String, end: u64) -> Self {
         let stored = BufReader::with_capacity(BUFFER_BYTES / 8, stored);
-        Self { object, stored, sha256, begun: false, ended: false, run: (0, 0), count: 0, end: 0 }
+        Self { object, stored, sha256, begun: false, run: (0, 0), count: 0, end }
     }
 
     fn damaged(&self, why: impl ToString) -> Error {
@@ -213,11 +277,16 @@ impl Layer {
         let mut bytes = [0; N];
         match self.stored.read_exact(&mut bytes) {
             Ok(()) => Ok(bytes),
-            Err(error) => Err(match self.stored.get_mut().take_error() {
-                Some(error) => error.into(),
-                None if error.kind() == io::ErrorKind::UnexpectedEof => self.damaged("it is cut short"),
-                None => self.damaged(error),
-            }),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// What a read that failed means: the store may have failed, which is no damage.
+    fn failed(&mut self, error: io::Error) -> Error {
+        match self.stored.get_mut().take_error() {
+            Some(error) => error.into(),
+            None if error.kind() == io::ErrorKind::UnexpectedEof => self.damaged("it is cut short"),
+            None => self.damaged(error),
         }
     }
 
@@ -254,7 +323,7 @@ impl Layer {
             return Err(self.damaged(format!("it has {} digests and says {count}", self.count)));
         }
         // Nothing may follow.
-        if io::copy(&mut self.stored, &mut io::sink()).map_err(|error| self.damaged(error))? != 0 {
+        if io::copy(&mut self.stored, &mut io::sink()).map_err(|error| self.failed(error))? != 0 {
             return Err(self.damaged("something follows its end"));
         }
         if hex::encode(self.stored.get_ref().sha256()) != self.sha256 {
@@ -264,23 +333,10 @@ impl Layer {
     }
 }
 
-impl Iterator for Layer {
-    type Item = Result<Numbered, Error>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let next = self.read().transpose();
-        self.ended = !matches!(next, Some(Ok(_)));
-        next
-    }
-}
-
 /// Reads the digests of a backup to their end, and checks them against the record. What they say is believed only
 /// after this, so that a damaged list is named, and not the blocks that it is wrong about.
-pub async fn check(store: &dyn ObjectStore, record: &Record) -> Result<(), Error> {
-    let mut reader = DigestReader::open(store, std::slice::from_ref(record)).await?;
+pub async fn check(store: &Arc<dyn ObjectStore>, record: &Record) -> Result<(), Error> {
+    let mut reader = DigestReader::open(store, std::slice::from_ref(record));
     while !reader.take_below(u64::MAX).await?.is_empty() {}
     Ok(())
 }
@@ -288,4 +344,69 @@ pub async fn check(store: &dyn ObjectStore, record: &Record) -> Result<(), Error
 /// The number of the block at a byte of the volume.
 pub fn block(offset: u64) -> u64 {
     offset / BLOCK_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::store::Memory;
+
+    /// Writes the digests of some blocks, and gives what a record says of the list.
+    async fn write(store: &Arc<dyn ObjectStore>, name: &str, blocks: Range<u64>) -> (String, String) {
+        let object = folder().object(name).unwrap();
+        let writer = store.create(&object).await.unwrap();
+        let mut list =
+            DigestWriter { object, writer, buffer: HEAD.to_vec(), sha256: Sha256::new(), count: 0 };
+        for block in blocks {
+            list.append(block, &[[7; 32]]).await.unwrap();
+        }
+        list.finish().await.unwrap()
+    }
+
+    fn layer(store: &Arc<dyn ObjectStore>, lists: &[(String, String)]) -> Layer {
+        let (layer, opener) = Layer::new(store, BackupId::random(), lists);
+        tokio::spawn(opener);
+        layer
+    }
+
+    /// Reads up to `count` blocks, where it may block.
+    async fn read(mut layer: Layer, count: usize) -> (Vec<Result<u64, Error>>, Layer) {
+        let read = move || {
+            let blocks = layer.by_ref().take(count).map(|next| next.map(|(block, _)| block)).collect();
+            (blocks, layer)
+        };
+        tokio::task::spawn_blocking(read).await.unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_the_lists_of_a_backup_only_two_are_open_at_a_time() {
+        let store: Arc<dyn ObjectStore> = Arc::new(Memory::default());
+        let mut lists = Vec::new();
+        for number in 0..4 {
+            lists.push(write(&store, &format!("{number}"), 2 * number..2 * number + 2).await);
+        }
+        let (blocks, layer) = read(layer(&store, &lists), 3).await;
+        let blocks: Vec<u64> = blocks.into_iter().map(Result::unwrap).collect();
+        assert_eq!(blocks, [0, 1, 2]);
+
+        // The one of the blocks 2 and 3 is read, the next one may be open.
+        store.delete(&folder().object(&lists[3].0).unwrap()).await.unwrap();
+
+        let (rest, _) = read(layer, usize::MAX).await;
+        let [Ok(3), Ok(4), Ok(5), Err(error)] = &rest[..] else { panic!("{rest:?}") };
+        assert!(matches!(error, Error::MissingObject { .. }), "{error}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn blocks_that_are_in_two_lists_of_a_backup_are_damage() {
+        let store: Arc<dyn ObjectStore> = Arc::new(Memory::default());
+        let lists = vec![write(&store, "0", 0..2).await, write(&store, "1", 1..3).await];
+
+        let (blocks, _) = read(layer(&store, &lists), usize::MAX).await;
+
+        let [Ok(0), Ok(1), Err(error)] = &blocks[..] else { panic!("{blocks:?}") };
+        assert!(error.to_string().contains("not in order"), "{error}");
+    }
 }

@@ -28,7 +28,7 @@ use crate::ceph::{Cluster, Clusters, Image, Mode, Pool, Snapshot};
 use crate::job::{BackupId, BackupWork, Counts, JobId, Method, Mode as Share, Record, RecordState, Strategy};
 use crate::store::ObjectStore;
 
-pub use backup::{Unfinished, trim};
+pub use backup::{Unfinished, given_up, trim};
 pub use gc::{Known, Leftover, List, source_leftovers, why_list_orphaned};
 pub use names::{SERVICE, backup_of, is_of_backups, source_image};
 pub use transfer::To;
@@ -46,7 +46,7 @@ pub struct Settings {
     pub journaling: bool,
     /// The size and the number of stripes; those of whole objects if absent.
     pub stripes: Option<(u64, u64)>,
-    /// How much of a volume is read before it is noted how far the backup is.
+    /// How much of a volume is read before it is noted how far the backup is; more of a very large one.
     pub checkpoint_bytes: u64,
 }
 

@@ -32,9 +32,9 @@ impl Rbd {
         let volume_bytes = record.volume_bytes;
         ctx.progress.begin(volume_bytes);
         for record in chain.iter().filter(|record| !record.object_digests.is_empty()) {
-            digests::check(&*self.store, record).await?;
+            digests::check(&self.store, record).await?;
         }
-        let reader = DigestReader::open(&*self.store, chain).await?;
+        let reader = DigestReader::open(&self.store, chain);
         if !reader.complete {
             warn!(
                 "Cinder made this backup, or one that it builds on, without digests: what is read is checked in part only"
@@ -71,8 +71,8 @@ impl Rbd {
             sample,
             index: 0,
         };
-        // What is restored already is not checked again.
-        while !state.reader.take_below(block(begin)).await?.is_empty() {}
+        // What is restored already is not checked again, a shorter block at the end included.
+        while !state.reader.take_below(begin.div_ceil(BLOCK_BYTES)).await?.is_empty() {}
         let tasks = stream::try_unfold(state, |mut state| async move {
             Ok::<_, Error>(state.next().await?.map(|task| (task, state)))
         });
