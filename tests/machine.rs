@@ -1,14 +1,16 @@
 //! What the program asks of the machine under it: in which order it makes files durable, what it reads and writes of files
-//! with holes.
+//! with holes, how much memory it takes.
 
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Child;
 
 use serde_json::Value;
 
-use crate::support::stack::{Stack, noise};
+use crate::support::rabbit::Rabbit;
+use crate::support::stack::{Stack, memory_bytes_most, noise};
 
 const VOLUME: &str = "3f2b9c1e-7a64-4d0b-9c53-0d1f5a2b6e88";
 const BACKUP: &str = "8c1d7e5a-2f4b-4b7e-9a36-5d0c1e2f3a4b";
@@ -211,5 +213,41 @@ fn holes_are_not_read_and_zeros_are_not_written() {
         // A file system may count what it needs itself to find the data again.
         let used = fs::metadata(stack.volume(name)).unwrap().blocks() as usize * 512;
         assert!((data..data + (64 << 10)).contains(&used), "{name} takes {used} bytes, and has {data}");
+    }
+}
+
+/// With the least that a worker can be given, and a multiple of that in two jobs at a time.
+#[test]
+fn a_worker_takes_no_more_memory_than_it_may() {
+    const MEMORY_BYTES_MAX: u64 = 128 << 20;
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), &format!("memory_bytes_max = {MEMORY_BYTES_MAX}"), "");
+    let volumes = ["a", "b"].map(|name| (name, VOLUME.replace('8', name), BACKUP.replace('8', name)));
+    for (seed, (name, ..)) in (1..).zip(&volumes) {
+        fs::write(stack.volume(name), noise(seed, 16 * MIB).repeat(12)).unwrap();
+    }
+    let worker = stack.worker();
+    let at_first = memory_bytes_most(worker.pid());
+
+    for operation in ["backup", "restore", "verify"] {
+        let jobs: Vec<Child> = volumes
+            .iter()
+            .map(|(name, volume_id, backup_id)| {
+                let (source, target) = (stack.location(name), stack.location(&format!("{name}-restored")));
+                let more = match operation {
+                    "backup" => &["--volume-id", volume_id, "--source", &source][..],
+                    "restore" => &["--target", &target],
+                    _ => &[],
+                };
+                let fixed = ["submit", operation, "--backup-id", backup_id, "--wait"];
+                stack.command(&[&fixed[..], more].concat()).spawn().unwrap()
+            })
+            .collect();
+        for mut job in jobs {
+            assert_eq!(job.wait().unwrap().code(), Some(0), "{operation}");
+        }
+        let most = memory_bytes_most(worker.pid());
+        println!("{operation}: {} MiB, {} at first", most >> 20, at_first >> 20);
+        assert!(most <= MEMORY_BYTES_MAX, "{operation} took {} MiB, {} at first", most >> 20, at_first >> 20);
     }
 }

@@ -192,6 +192,13 @@ pub(crate) fn limit_handles(pid: u32, count: &str) {
     assert!(Command::new("prlimit").args(limit).status().unwrap().success());
 }
 
+/// The most memory that a process has used.
+pub(crate) fn memory_bytes_most(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    most.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
 /// How the broker is reached, with the exchanges and queues of the stack.
 pub(crate) fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
     Settings {
