@@ -1,9 +1,11 @@
 //! The command line program.
 
-use std::process::ExitCode;
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::process::{self, ExitCode};
 use std::time::Duration;
 
-use backhaul::cli::args::{Args, LogFormat};
+use backhaul::cli::args::{Args, Command, LogFormat};
 use backhaul::log;
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -19,6 +21,15 @@ const HANDLES_MIN: u64 = 1024;
 fn main() -> ExitCode {
     let args = Args::parse();
     log::start(args.log_filter(), args.log_format == LogFormat::Json);
+    let moves_volumes = match args.command {
+        Command::Worker | Command::Run(_) => true,
+        #[cfg(feature = "ceph")]
+        Command::Cinder { .. } => true,
+        _ => false,
+    };
+    if moves_volumes {
+        share_one_heap();
+    }
     // The process holds keys and passwords, which are not for a core dump. systemd-coredump heeds this limit, too.
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     if let Err(error) = setrlimit(Resource::Core, none) {
@@ -41,6 +52,25 @@ fn main() -> ExitCode {
     // A thread that waits for a disk or a server which does not answer must not keep a process that was told to stop.
     runtime.shutdown_timeout(BLOCKED_TIME_MAX);
     code
+}
+
+/// Begins the program anew with one heap for all threads, unless somebody has said how many there shall be. glibc has several for
+/// each core, each of which keeps tens of MiB of what is freed: more than what `memory_bytes_max` allows, the longer the more.
+fn share_one_heap() {
+    const HEAPS: &str = "MALLOC_ARENA_MAX";
+    // Linux takes the other variable from a program that gets more rights than who begins it.
+    const BEGUN_ANEW: &str = "BACKHAUL_BEGUN_ANEW";
+    if env::var_os(HEAPS).is_some() || env::var_os(BEGUN_ANEW).is_some() {
+        return;
+    }
+    let mut args = env::args_os();
+    let began = env::current_exe().map(|program| {
+        let mut program = process::Command::new(program);
+        program.arg0(args.next().unwrap_or_default()).args(args).env(HEAPS, "1").env(BEGUN_ANEW, "1");
+        program.exec()
+    });
+    let (Ok(error) | Err(error)) = began;
+    tracing::warn!(%error, "more memory than memory_bytes_max may be taken: set MALLOC_ARENA_MAX=1 in the environment");
 }
 
 /// Lets the process have as many file handles as it may: what most systems give unasked is little for connections to many OSDs.

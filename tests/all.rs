@@ -7,6 +7,7 @@
 
 mod support;
 
+mod bad_input;
 mod broker;
 #[cfg(feature = "ceph")]
 mod ceph;
@@ -33,6 +34,7 @@ mod interop_objects;
 mod interop_posix;
 mod interrupted;
 mod life_model;
+mod machine;
 mod model;
 #[cfg(feature = "ceph")]
 mod openstack;

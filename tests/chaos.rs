@@ -350,9 +350,7 @@ impl Worker {
 
     /// The most memory that it has used.
     fn memory_bytes(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid().unwrap())).unwrap();
-        let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-        most.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+        crate::support::stack::memory_bytes_most(self.pid().unwrap())
     }
 }
 

@@ -21,6 +21,8 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+use crate::support::stack::Stack;
+
 const BLOCK_BYTES: usize = 32768;
 
 /// One backup of a chain that Cinder wrote.
@@ -41,9 +43,8 @@ struct CinderChain {
 impl CinderChain {
     /// Takes the chain whose `backup_compression_algorithm` was `word`.
     fn of(word: &str) -> Self {
-        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cinder").join(word);
         let folder = TempDir::new().unwrap();
-        copy(&fixture.join("store"), &folder.path().join("store"));
+        let points = take(word, &folder.path().join("store"));
         let store = Arc::new(Posix::open(&folder.path().join("store")).unwrap());
         let settings = Settings {
             compression: word.parse().unwrap(),
@@ -55,7 +56,6 @@ impl CinderChain {
         };
         let chunked = Chunked::new(store, settings, Cpu::start(2).unwrap(), Budget::new(64 << 20));
         let roots = FileRoots::new(&[folder.path().canonicalize().unwrap()]);
-        let points = serde_json::from_slice(&fs::read(fixture.join("chain.json")).unwrap()).unwrap();
         Self { engine: Engine::new(chunked, Volumes::files(roots)), folder, points }
     }
 
@@ -127,6 +127,13 @@ impl CinderChain {
     }
 }
 
+/// Copies the chain whose `backup_compression_algorithm` was `word` into a new folder.
+fn take(word: &str, store: &Path) -> Vec<Point> {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cinder").join(word);
+    copy(&fixture.join("store"), store);
+    serde_json::from_slice(&fs::read(fixture.join("chain.json")).unwrap()).unwrap()
+}
+
 fn copy(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -179,6 +186,28 @@ async fn a_chain_of_cinder_is_taken_in_verified_restored_built_on_and_deleted(
         chain.delete(record.backup_id).await;
     }
     assert!(chain.files().is_empty(), "{:?}", chain.files());
+}
+
+/// By its commands, with the records in a file and on standard input.
+#[test]
+fn the_program_takes_a_chain_of_cinder_in_and_restores_it() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", "");
+    fs::remove_dir(stack.path("backups")).unwrap();
+    let points = take("zlib", &stack.path("backups"));
+    for (point, path) in points.iter().zip(["record.json", "-", "record.json"]) {
+        fs::write(stack.path("record.json"), point.record.to_string()).unwrap();
+        let mut import = stack.command(&["record", "import", path]);
+        let output = import.stdin(fs::File::open(stack.path("record.json")).unwrap()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+
+    for point in &points {
+        let record = export_record::import(point.record.to_string().as_bytes(), &Form::Files).unwrap();
+        let id = record.backup_id.to_string();
+        stack.ok(&["run", "verify", "--backup-id", &id]);
+        stack.ok(&["run", "restore", "--backup-id", &id, "--target", &stack.location(&id)]);
+        assert_eq!(sha256(&fs::read(stack.volume(&id)).unwrap()), point.sha256, "{id}");
+    }
 }
 
 fn flipped(mut bytes: Vec<u8>) -> Vec<u8> {

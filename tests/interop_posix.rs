@@ -12,6 +12,7 @@ use backhaul::job::{BackupId, Parent, VolumeId, Work};
 use rstest::rstest;
 use serde_json::json;
 
+use crate::support::chain::lies_as_cinder_has_it;
 use crate::support::cinder::{Cinder, Of};
 use crate::support::engine::{Bench, Kind, backup_job, delete, paths_of, restore, run, verify};
 use crate::support::volume::{Fill, Volume, junk};
@@ -188,6 +189,11 @@ async fn either_restores_every_point_of_a_chain(#[case] who: [Who; 4]) {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_lies_in_folders_as_cinder_has_it_and_goes_without_a_trace() {
+    lies_as_cinder_has_it(Kind::Posix, "cinder.backup.drivers.posix.PosixBackupDriver").await;
+}
+
 /// Cinder up to 28 leaves out the zeros of every backup of a chain on a new volume, not only those of the first one.
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
@@ -202,7 +208,17 @@ async fn what_became_zeros_is_zeros_where_cinder_28_leaves_what_was_there(
             1 => stage.volume.fill(MIB / 2..5 * MIB / 2, Fill::Zeros),
             _ => stage.volume.fill(MIB..MIB + 100, Fill::Noise(8)),
         }
-        parent = Some(stage.back_up(who, ("zstd", 4 * MIB), parent).await);
+        // What became zeros is four whole objects, of a store in which nothing else is packed.
+        let packed = if index == 1 { ("none", MIB / 2) } else { ("zstd", 4 * MIB) };
+        let id = stage.back_up(who, packed, parent).await;
+        if index == 1 && who == Backhaul {
+            let record = stage.engine().catalog().record(id).await.unwrap().unwrap();
+            let path = |number| format!("{}/{}-{number:05}", record.container, record.service_metadata);
+            let bytes = |number| fs::metadata(stage.bench.root().join(path(number))).unwrap().len();
+            assert_eq!(record.counts.object_count, 4);
+            assert!((1..=4).all(|number| bytes(number) < 100), "{told}");
+        }
+        parent = Some(id);
         told += &format!("{who:?}, ");
     }
     stage.check_all(&told).await;

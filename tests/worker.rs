@@ -211,7 +211,7 @@ async fn a_message_that_cannot_be_a_job_is_told_and_put_with_the_dead_letters() 
     let stack = Stack::new(rabbit.url(), "", SMALL);
     let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
     let mut events = broker.events("job.rejected.#").await.unwrap();
-    let _worker = stack.worker();
+    let worker = stack.worker();
     let delete = json!({"version": 1, "operation": "delete", "job_id": BACKUP, "backup_id": BACKUP});
     let with = |name: &str, value: Value| {
         let mut message = delete.clone();
@@ -236,6 +236,9 @@ async fn a_message_that_cannot_be_a_job_is_told_and_put_with_the_dead_letters() 
         let rejected = event(&mut events, &["rejected"]).await;
         assert_eq!(rejected["data"]["reason"], reason, "{rejected}");
         assert_eq!(rejected["data"]["message_id"], json!(message_id));
+        let (log, why) = (worker.log(), rejected["data"]["message"].as_str().unwrap());
+        let is_said = |line: &str| [reason, &message_id, why].iter().all(|words| line.contains(words));
+        assert!(log.lines().any(is_said), "{rejected} is not in the log");
         expected.insert(message_id, reason.to_string());
     }
 
@@ -1123,70 +1126,6 @@ fn a_list_that_nobody_reads_to_its_end_is_no_fault() {
 }
 
 #[test]
-fn a_backup_of_a_grown_volume_falls_back_to_a_full_one_and_says_so() {
-    let rabbit = Rabbit::shared();
-    let stack = Stack::new(rabbit.url(), "", SMALL);
-    fs::write(stack.volume("a.img"), noise(5, 100_000)).unwrap();
-    let _worker = stack.worker();
-    assert_eq!(stack.submit(&strs(&backup(&stack, &[]))).0, 0);
-    fs::write(stack.volume("a.img"), noise(5, 200_000)).unwrap();
-
-    let (code, ended) = stack.submit(&strs(&backup(&stack, &["--incremental"])));
-
-    assert_eq!((code, &ended["mode"], &ended["parent_id"]), (0, &json!("full"), &Value::Null), "{ended}");
-    let reason = ended["fallback_reason"]["message"].as_str().unwrap();
-    assert!(reason.contains("200000 bytes now") && reason.contains("100000"), "{reason}");
-}
-
-#[test]
-fn a_job_that_cannot_be_done_fails_with_what_to_do_about_it() {
-    let rabbit = Rabbit::shared();
-    let stack = Stack::new(rabbit.url(), "", SMALL);
-    fs::write(stack.volume("a.img"), noise(6, 10_000)).unwrap();
-    fs::write(stack.volume("empty.img"), b"").unwrap();
-    let _worker = stack.worker();
-    assert_eq!(stack.submit(&strs(&backup(&stack, &["--backup-id", BACKUP]))).0, 0);
-    let source = |name: &str| {
-        vec!["backup".into(), "--volume-id".into(), VOLUME.into(), "--source".into(), stack.location(name)]
-    };
-    let other = "00000000-0000-4000-8000-000000000000";
-    let target = stack.location("a.img");
-    let without_cluster = match cfg!(feature = "ceph") {
-        true => "no cluster is in the configuration",
-        false => "built without Ceph",
-    };
-    let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
-    let cases = [
-        (source("missing.img"), "open"),
-        (source("../backhaul.toml"), "not below one of worker.file_roots"),
-        (source("empty.img"), "is empty"),
-        (backup(&stack, &["--backup-id", BACKUP]), "already"),
-        (backup(&stack, &["--parent", other]), "is not in this store"),
-        (backup(&stack, &["--store", "other"]), "this worker has no store other: it has local"),
-        (owned(&["backup", "--volume-id", VOLUME, "--source", "rbd:pool/image"]), without_cluster),
-        (owned(&["verify", "--backup-id", other]), "`backhaul list` shows what is"),
-        (
-            owned(&["restore", "--backup-id", BACKUP, "--target", "file:/etc/backhaul-test"]),
-            "/etc/backhaul-test is not below one of worker.file_roots",
-        ),
-    ];
-
-    for (arguments, words) in cases {
-        let (code, ended) = stack.submit(&strs(&arguments));
-        let error = ended["error"].to_string();
-        assert_eq!((code, &ended["error"]["class"]), (1, &json!("permanent")), "{arguments:?}: {error}");
-        assert!(error.contains(words), "{arguments:?}: {error}");
-    }
-    // Parents must be of the same volume.
-    let arguments = ["backup", "--volume-id", other, "--source", &target, "--parent", BACKUP];
-    let (code, ended) = stack.submit(&arguments);
-    assert_eq!(code, 1);
-    assert!(ended["error"]["message"].as_str().unwrap().contains("is a backup of volume"), "{ended}");
-    // And what was there is whole.
-    assert_eq!(stack.submit(&["verify", "--backup-id", BACKUP]).0, 0);
-}
-
-#[test]
 fn a_sample_of_a_backup_is_verified_and_shown_as_one() {
     const OBJECT_COUNT: u64 = 24;
     let rabbit = Rabbit::shared();
@@ -1333,6 +1272,11 @@ fn a_broker_that_is_not_there_is_a_clear_error_and_not_a_usage_error() {
     let told = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(told.contains("127.0.0.1:1") && !told.contains("secret"), "{told}");
+
+    let worker = stack.start_worker();
+    let is_told = |line: &str| line.contains("broker not reached") && line.contains("127.0.0.1:1");
+    until("the worker has told so", || worker.log().lines().any(is_told));
+    assert!(!worker.log().contains("secret"), "{}", worker.log());
 
     let output = stack.run(&["check"]);
     let told = String::from_utf8(output.stdout).unwrap();

@@ -78,8 +78,8 @@ impl Chain {
     }
 }
 
-/// Makes a chain in a bucket or container, looks whether it lies there as Cinder's driver, a `service`, has it, and deletes it
-/// without a trace.
+/// Makes a chain in folders, in a bucket or in a container, looks whether it lies there as Cinder's driver, a `service`, has it,
+/// and deletes it without a trace.
 pub(crate) async fn lies_as_cinder_has_it(kind: Kind, service: &str) -> Bench {
     let bench = Bench::new(kind);
     let engine = bench.engine(settings(Compression::Zstd));
@@ -88,13 +88,17 @@ pub(crate) async fn lies_as_cinder_has_it(kind: Kind, service: &str) -> Bench {
     let mut expected = BTreeSet::new();
     for (record, _) in &chain.0 {
         let time = record.created_at.strftime("%Y%m%d%H%M%S");
-        let (volume_id, backup_id) = (record.volume_id, record.backup_id);
-        assert_eq!(record.service_metadata, format!("volume_{volume_id}/{time}/az_nova_backup_{backup_id}"));
+        let (volume_id, id) = (record.volume_id, record.backup_id.to_string());
+        let (container, prefix) = if bench.is_files() {
+            (format!("{}/{}/{id}", &id[..2], &id[2..4]), format!("volume_{volume_id}_{time}_backup_{id}"))
+        } else {
+            (bench.bucket().to_owned(), format!("volume_{volume_id}/{time}/az_nova_backup_{id}"))
+        };
+        assert_eq!((record.container.as_str(), &record.service_metadata), (&*container, &prefix));
         assert_eq!(record.service, service);
         expected.extend(paths_of(record, record.counts.object_count));
     }
     let container: Container = chain.0[0].0.container.clone();
-    assert_eq!(container.as_str(), bench.bucket());
     assert_eq!(bench.everything([&container]).await, expected);
     chain.check(&bench, &engine).await;
 

@@ -63,8 +63,14 @@ impl Stack {
 
     /// The program, about to be run in the folder.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_backhaul"));
-        command.current_dir(self.folder.path()).args(arguments).stdin(Stdio::null());
+        self.command_by(&[], arguments)
+    }
+
+    /// The same, begun by another program, such as `["strace", "-f"]`.
+    pub(crate) fn command_by(&self, launcher: &[&str], arguments: &[&str]) -> Command {
+        let words = [launcher, &[env!("CARGO_BIN_EXE_backhaul")], arguments].concat();
+        let mut command = Command::new(words[0]);
+        command.current_dir(self.folder.path()).args(&words[1..]).stdin(Stdio::null());
         command.env_remove("BACKHAUL_CONFIG").env_remove("BACKHAUL_LOG");
         command
     }
@@ -93,7 +99,12 @@ impl Stack {
 
     /// Starts a worker and waits until it takes jobs.
     pub(crate) fn worker(&self) -> Worker {
-        let worker = self.start_worker();
+        self.worker_by(&[])
+    }
+
+    /// The same, begun by another program, which must become the worker.
+    pub(crate) fn worker_by(&self, launcher: &[&str]) -> Worker {
+        let worker = self.start(self.command_by(launcher, &["worker"]));
         let takes_jobs = |log: String| log.contains("worker started") && log.contains("broker connected");
         until("the worker takes jobs", || takes_jobs(worker.log()));
         worker
@@ -101,8 +112,11 @@ impl Stack {
 
     /// Starts a worker.
     pub(crate) fn start_worker(&self) -> Worker {
+        self.start(self.command(&["worker"]))
+    }
+
+    fn start(&self, mut command: Command) -> Worker {
         let log = self.path(&format!("worker-{}.log", uuid::Uuid::new_v4().simple()));
-        let mut command = self.command(&["worker"]);
         let child = command.stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
         Worker { child, log }
     }
@@ -176,6 +190,13 @@ impl Drop for Worker {
 pub(crate) fn limit_handles(pid: u32, count: &str) {
     let limit = [format!("--pid={pid}"), format!("--nofile={count}:")];
     assert!(Command::new("prlimit").args(limit).status().unwrap().success());
+}
+
+/// The most memory that a process has used.
+pub(crate) fn memory_bytes_most(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    most.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
 }
 
 /// How the broker is reached, with the exchanges and queues of the stack.
