@@ -32,6 +32,7 @@ mod interop_posix;
 mod interrupted;
 mod life_model;
 mod model;
+mod nfs;
 #[cfg(feature = "ceph")]
 mod openstack;
 #[cfg(feature = "ceph")]
