@@ -6,7 +6,8 @@
 #                            left there. Prints where to log in, as http://USER:KEY@127.0.0.1:PORT/auth/v1.0, which DIR/url
 #                            has as well. DIR/hasty has the same, with tokens that are good for 2 seconds, DIR/keystone what
 #                            logs in to Keystone, http://USER:PASSWORD@127.0.0.1:PORT/v3, for the project `backups` in
-#                            region `here`, and DIR/application the same with an application credential
+#                            region `here`, and DIR/application the same with an application credential. New containers have
+#                            the storage policy `usual`, or `other` if that is asked for
 #   dev/swift.sh down DIR [SERVER…]
 #                            stop them, or only these, such as proxy; ports and files stay
 set -euo pipefail
@@ -134,6 +135,11 @@ write_configuration() {
     cat >"$dir/swift.conf" <<END
 [swift-hash]
 swift_hash_path_suffix = $(uuid)
+[storage-policy:0]
+name = usual
+default = yes
+[storage-policy:1]
+name = other
 END
     for server in account container object; do write_storage "$server" >"$dir/$server.conf"; done
     write_tempauth usual "$key" 3600 | write_proxy proxy tempauth >"$dir/proxy.conf"
@@ -174,8 +180,8 @@ END
 rings='
 import sys
 from swift.common.ring import RingBuilder
-folder, *ports = sys.argv[1:]
-for name, port in zip(("account", "container", "object"), ports):
+folder, account, container, storage = sys.argv[1:]
+for name, port in ("account", account), ("container", container), ("object", storage), ("object-1", storage):
     builder = RingBuilder(4, 1, 1)
     builder.add_dev({"region": 1, "zone": 1, "ip": "127.0.0.1", "port": int(port), "device": "one", "weight": 1})
     builder.rebalance()
@@ -289,7 +295,7 @@ case $1 in
 up) up ;;
 down) if (($# > 2)); then down "${@:3}"; else down "${servers[@]}"; fi ;;
 *)
-    sed -n '4,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -73,7 +73,7 @@ export BACKHAUL_TEST_CINDER
 echo "test.sh: without the feature ceph" >&2
 # What talks to object stores, the broker's details and Cinder's files and database is the same code with the feature, and is
 # tested there.
-same='test(/^(stores|s3|swift|gcs|faults|broker|oslo|cinder_conf|cinder_database|cinder_fixtures|export_record)::/)'
+same='test(/^(stores|s3|swift|gcs|nfs|faults|broker|oslo|cinder_conf|cinder_database|cinder_fixtures|export_record)::/)'
 filter=("$@")
 if (($# == 0)); then filter=(-E "not $same"); fi
 cargo nextest run --locked --no-default-features "${filter[@]}"

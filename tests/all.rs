@@ -36,6 +36,7 @@ mod interrupted;
 mod life_model;
 mod machine;
 mod model;
+mod nfs;
 #[cfg(feature = "ceph")]
 mod openstack;
 #[cfg(feature = "ceph")]

@@ -234,39 +234,3 @@ fn the_program_checks_backs_up_and_restores() {
     let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
     assert!(told.contains("does not accept the service account"), "{told}");
 }
-
-/// A folder is as good as a share for what is written there; that one is mounted cannot be shown without a server.
-#[test]
-fn a_store_on_a_share_has_cinders_word_for_it_and_a_mount_that_fails_is_told() {
-    let share = tempfile::tempdir().unwrap();
-    let mounted = format!("[store.share]\nkind = \"nfs\"\npath = \"{}\"\n", share.path().display());
-    let stack = Stack::new("amqp://127.0.0.1:1", "", &format!("{mounted}default = true\n"));
-    fs::write(stack.volume("a"), crate::support::stack::noise(3, MIB)).unwrap();
-    let source = stack.location("a");
-    let id = "00000000-0000-4000-8000-000000000002";
-    let volume_id = "00000000-0000-4000-8000-000000000001";
-    stack.ok(&["run", "backup", "--source", &source, "--volume-id", volume_id, "--backup-id", id]);
-    let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
-    let (well, not_mounted) =
-        (format!("ok      store share: {path}", path = share.path().display()), "warning store share: ");
-    assert!(told.contains(&well) && told.contains(not_mounted), "{told}");
-    assert!(told.contains("which is no share of an NFS server: mount the share there"), "{told}");
-    let exported = stack.ok(&["record", "export", id]);
-    assert!(exported.contains("cinder.backup.drivers.nfs.NFSBackupDriver"), "{exported}");
-    assert!(share.path().join("00/00").join(id).is_dir());
-
-    // The record is taken in by another store where the same share is.
-    fs::remove_dir_all(share.path().join(".backhaul")).unwrap();
-    let record = stack.path("record");
-    fs::write(&record, exported).unwrap();
-    stack.ok(&["record", "import", record.to_str().unwrap()]);
-    stack.ok(&["run", "verify", "--backup-id", id]);
-
-    let ours = "[store.share]\nkind = \"nfs\"\ndefault = true\nshare = \"127.0.0.1:/no-such-share\"\n\
-                mount_options = \"retry=0\"\nmount_point_base = \"mounts\"\n";
-    let stack = Stack::new("amqp://127.0.0.1:1", "", ours);
-    let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
-    assert!(told.contains("FAILED  store share: mount 127.0.0.1:/no-such-share on /"), "{told}");
-    let told = String::from_utf8(stack.run(&["list"]).stderr).unwrap();
-    assert!(told.contains("mount 127.0.0.1:/no-such-share on /"), "{told}");
-}

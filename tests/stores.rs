@@ -1,10 +1,11 @@
 //! What every kind of store must do, case by case, on each of them.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::support::{gcs, s3, swift};
+use crate::support::{gcs, s3, share, swift};
 use backhaul::error::Causes;
 use backhaul::store::{Folder, Gcs, Listed, Memory, ObjectName, ObjectStore, Posix, Reason, S3, Swift};
 use bytes::Bytes;
@@ -59,7 +60,10 @@ impl Bench {
     fn new(kind: Kind) -> Self {
         let (store, left): (Arc<dyn ObjectStore>, Left) = match kind {
             Kind::Posix => {
-                let root = TempDir::new().unwrap();
+                let root = match share::base() {
+                    Some(base) => TempDir::new_in(share::ours(&base).mount().unwrap()).unwrap(),
+                    None => TempDir::new().unwrap(),
+                };
                 (Arc::new(Posix::open(root.path()).unwrap()), Left::Files(root))
             }
             Kind::Memory => (Arc::new(Memory::default()), Left::Nothing),
@@ -1031,6 +1035,7 @@ mod network {
 
     use super::*;
     use crate::support::link::Link;
+    use crate::support::proxy::Proxy;
 
     /// How a store is reached.
     #[derive(Debug, Clone)]
@@ -1169,6 +1174,7 @@ mod network {
     #[case::user(swift::settings(&swift::url(), swift::CONTAINER), true)]
     #[case::key(swift::settings(&swift::url(), swift::CONTAINER), false)]
     #[case::key_of_gateway(swift::settings(&swift::gateway_url(), swift::CONTAINER), false)]
+    #[case::user_of_gateway(swift::settings(&swift::gateway_url(), swift::CONTAINER), true)]
     #[case::user_of_keystone(swift::keystone_settings(swift::CONTAINER), true)]
     #[case::password(swift::keystone_settings(swift::CONTAINER), false)]
     #[case::application_credential(swift::application_settings(swift::CONTAINER), false)]
@@ -1408,6 +1414,9 @@ mod network {
     #[case::busy(&[Kind::Gcs, Kind::S3, Kind::Swift], "503 Service Unavailable", "", "")]
     #[case::broken(&[Kind::Gcs, Kind::S3, Kind::Swift], "500 Internal Server Error", "", "<html>")]
     #[case::gateway(&[Kind::Gcs, Kind::S3, Kind::Swift], "502 Bad Gateway", "", "")]
+    #[case::gave_up_waiting(&[Kind::S3], "408 Request Timeout", "", "")]
+    #[case::too_early(&[Kind::Gcs], "425 Too Early", "", "")]
+    #[case::gateway_gave_up(&[Kind::Swift], "504 Gateway Timeout", "", "")]
     #[case::rate_limit(&[Kind::Swift], "498 Rate Limited", "", "Slow down")]
     #[case::too_many(&[Kind::Gcs, Kind::S3, Kind::Swift], "429 Too Many Requests", "Retry-After: soon\r\n", "")]
     #[case::mutations(&[Kind::Gcs], "403 Forbidden", "", r#"{"error":{"code":403,"message":"x","errors":[{"reason":"rateLimitExceeded"}]}}"#)]
@@ -1454,6 +1463,20 @@ mod network {
             assert_eq!(link.answers_left(), 0);
             bench.clean().await;
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn each_pause_before_another_try_is_twice_as_long() {
+        let link = Link::to(&url_of(Kind::S3));
+        let mut far = Far::behind(Kind::S3, &link);
+        far.http().retries_max = 4;
+        let bench = far.bench();
+        link.answer(vec![http("503 Service Unavailable", "", ""); 5]);
+        let begun = Instant::now();
+        bench.store.delete(&bench.name("a")).await.unwrap_err();
+        assert_eq!(link.answers_left(), 0);
+        // 0.2 seconds and 0.4 and so on; none is shorter by chance.
+        assert!(begun.elapsed() >= Duration::from_secs(3), "{:?}", begun.elapsed());
     }
 
     #[rstest]
@@ -1735,7 +1758,7 @@ mod network {
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]
     async fn a_server_that_says_nothing_is_given_up_and_one_that_is_slow_is_not(
-        #[values(Kind::S3, Kind::Swift, Kind::Gcs)] kind: Kind,
+        #[values(Kind::S3, Kind::Swift, Kind::Gateway, Kind::Gcs)] kind: Kind,
     ) {
         let link = Link::to(&url_of(kind));
         let mut far = Far::behind(kind, &link);
@@ -1982,6 +2005,58 @@ mod network {
         let listed = direct.list(&bench.folder, &bench.prefix).await.unwrap();
         assert_eq!(listed.len(), 2, "{listed:?}");
         assert!(bench.read(&bench.name("b")).await.unwrap() == junk(9 * MIB));
+        bench.clean().await;
+    }
+
+    /// With TLS it cannot read what it passes on.
+    #[rstest]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_proxy_passes_on_what_it_is_asked_to_by_who_may_ask(#[values(true, false)] tls: bool) {
+        let proxy = Proxy::start();
+        let (url, ca_file) = if tls { s3::tls_url() } else { (s3::url(), PathBuf::new()) };
+        let mut settings = s3::settings(&url, s3::BUCKET);
+        settings.http.ca_file = tls.then_some(ca_file);
+        settings.http.proxy = Some(Secret::new(proxy.url()));
+        let bench = bench(settings.clone());
+        let (name, bytes) = (bench.name("a"), junk(9 * MIB));
+        let mut writer = bench.store.create(&name).await.unwrap();
+        writer.write(bytes.clone()).await.unwrap();
+        writer.finish().await.unwrap();
+        assert!(bench.read(&name).await.unwrap() == bytes);
+        let authority = server_of(&url).split_off(if tls { "https://".len() } else { "http://".len() });
+        let (asked, log) = (format!("CONNECT {authority} "), proxy.log());
+        assert_eq!(log.contains(&asked), tls, "{log}");
+        assert_eq!(log.contains(&name.name), !tls, "{log}");
+
+        settings.http.proxy = Some(Secret::new(proxy.url_with("wrong")));
+        settings.http.retries_max = 1;
+        let error = open(settings).put(&bench.name("b"), junk(1)).await.unwrap_err();
+        let told = told(&error);
+        assert!(told.contains("the proxy") && !told.contains("wrong"), "{told}");
+        match tls {
+            true => assert!(told.contains("proxy authorization required"), "{told}"),
+            false => {
+                assert_eq!(error.class(), Class::Permanent, "{told}");
+                assert!(told.contains("does not accept the user and the password in proxy"), "{told}");
+            }
+        }
+        bench.clean().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_more_requests_wait_for_their_answers_than_connections_max_says() {
+        let link = Link::to(&s3::url());
+        let mut far = Far::behind(Kind::S3, &link);
+        far.http().connections_max = 3;
+        let bench = far.bench();
+        // So that each takes as long as the others need to begin.
+        link.slow_down(4 << 20);
+        let puts = (0..12).map(|number| {
+            let (store, name) = (bench.store.clone(), bench.name(&format!("{number}")));
+            async move { store.put(&name, junk(MIB)).await.unwrap() }
+        });
+        side_by_side(puts).await;
+        assert_eq!(link.waiting_max(), 3);
         bench.clean().await;
     }
 }

@@ -14,8 +14,8 @@ use crate::support::link::Link;
 use crate::support::stack::Stack;
 use crate::support::swift::{self, Own};
 use crate::support::volume::{Deadly, Fill, Volume};
-use backhaul::engine::Cpu;
 use backhaul::engine::chunked::{Budget, Chunked, Compression};
+use backhaul::engine::{Cpu, Error};
 use backhaul::error::{Causes, Class};
 use backhaul::job::{Context, Method, Mode, Parent, Strategy, VolumeId, Work};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
@@ -130,6 +130,22 @@ async fn tokens_that_expire_in_the_middle_cost_nothing_but_a_renewal() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tokens_of_keystone_that_are_refused_in_the_middle_cost_nothing_but_a_renewal() {
+    let bench = Bench::new(Kind::Swift);
+    let (keystone, link) = (Link::to(&swift::keystone_url()), Link::to(&swift::keystone_account().await));
+    let mut behind = swift::keystone_settings(&swift::new_container());
+    behind.auth_url.set_port(keystone.url().parse::<url::Url>().unwrap().port()).unwrap();
+    behind.endpoint = Endpoint::At(link.url().parse().unwrap());
+    behind.http.retries_max = 30;
+    let engine =
+        bench.engine_on(Arc::new(Swift::new(behind).unwrap()), settings(Compression::None), MEMORY_BYTES);
+    keystone.count("POST /v3/auth/tokens");
+    Trouble::Expired.costs_nothing_but_time(&bench, &engine, &link).await;
+    // The first one, and one for each time that there was trouble.
+    assert_eq!(keystone.counted(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_requests_whose_token_has_expired_share_one_renewal() {
     let link = Link::to(&swift::hasty_url());
     let store = Swift::new(swift::settings(link.url(), &swift::new_container())).unwrap();
@@ -199,14 +215,14 @@ async fn a_volume_with_too_long_a_list_of_digests_is_refused_before_it_is_read(
     let source = Arc::new(Deadly { bytes, at: 0 });
     let error = chunked.backup(&Context::default(), &mut record, None, None, source).await.err().unwrap();
 
-    assert_eq!(
-        Causes(&error).to_string().contains("a larger sha_block_bytes"),
-        refused,
-        "{}",
-        Causes(&error)
-    );
-    if refused {
-        assert_eq!(error.class(), Class::Permanent);
+    let told = Causes(&error).to_string();
+    match refused {
+        true => {
+            assert_eq!(error.class(), Class::Permanent, "{told}");
+            assert!(told.contains("a larger sha_block_bytes"), "{told}");
+        }
+        // It was read.
+        false => assert!(matches!(error, Error::Lost(_)), "{told}"),
     }
 }
 
@@ -266,13 +282,17 @@ async fn a_url_that_is_given_goes_before_what_the_catalog_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn new_containers_get_the_storage_policy_that_is_asked_for() {
     let object = Folder::own("swift").object("a").unwrap();
-    let with_policy = |policy: &str| {
+    let put = async |policy: Option<&str>| {
         let mut settings = swift::settings(&swift::url(), &swift::new_container());
-        settings.storage_policy = Some(policy.into());
-        Swift::new(settings).unwrap()
+        settings.storage_policy = policy.map(Into::into);
+        let container = settings.container.clone();
+        Swift::new(settings).unwrap().put(&object, Bytes::new()).await.map(|()| container)
     };
-    with_policy("Policy-0").put(&object, Bytes::new()).await.unwrap();
-    let error = with_policy("no-such-policy").put(&object, Bytes::new()).await.unwrap_err();
+    for (asked, got) in [(Some("other"), "other"), (None, "usual")] {
+        let container = put(asked).await.unwrap();
+        assert_eq!(swift::policy_of(&container).await, got);
+    }
+    let error = put(Some("no-such-policy")).await.unwrap_err();
     assert_eq!(error.class(), Class::Permanent, "{}", Causes(&error));
     assert!(Causes(&error).to_string().contains("400 Bad Request"), "{}", Causes(&error));
 }

@@ -366,6 +366,13 @@ impl Failure {
 
     /// An answer that is no success: some of them pass.
     pub(crate) fn answer(refusal: Refusal, headers: &HeaderMap) -> Self {
+        if refusal.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED {
+            let text = format!(
+                "the proxy on the way to {} does not accept the user and the password in proxy ({})",
+                refusal.server, refusal.status
+            );
+            return Self::unusable(ErrorKind::PermissionDenied, text);
+        }
         if !refusal.may_pass() {
             return Self::Refused(refusal);
         }

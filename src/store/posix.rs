@@ -94,13 +94,12 @@ impl ObjectStore for Posix {
         let (root, path) = (self.root.clone(), self.path(object));
         blocking("write", object, move || {
             // Nobody else is to write between our look and our write, on this machine or on one that shares the folder.
-            let Some(mut locked) = lock(&path)? else { return Ok(false) };
+            let Some((mut locked, mut file)) = lock(&root, &path)? else { return Ok(false) };
             let mut there = Vec::with_capacity(was.len() + 1);
             (&mut locked).take(was.len() as u64 + 1).read_to_end(&mut there)?;
             if there != was {
                 return Ok(false);
             }
-            let mut file = Unfinished::create(&root, &path)?;
             file.file.write_all(&bytes)?;
             file.publish(Publish::Over)?;
             Ok(true)
@@ -318,9 +317,10 @@ fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
     sync_folder(folder)
 }
 
-/// Opens the file that has this name, and locks it against all others who do so; none if it is not there. Whoever holds the
-/// lock may give the name to another file: the lock is then on one that nobody finds any more, and the other is locked.
-fn lock(path: &Path) -> io::Result<Option<File>> {
+/// Opens the file that has this name, locks it against all others who do so, and begins what may take its place; none if it is
+/// not there. Whoever holds the lock may give the name to another file: the lock is then on one that nobody finds any more, and
+/// the other is locked.
+fn lock(root: &Path, path: &Path) -> io::Result<Option<(File, Unfinished)>> {
     let begun = Instant::now();
     loop {
         // NFS locks only what is open for writing.
@@ -341,9 +341,14 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
             }
             Err(errno) => return Err(errno.into()),
         }
+        // What a client of NFS remembers of a folder may be old. That another machine has changed it is seen by who changes it
+        // as well, so this comes before the look at the name.
+        let unfinished = Unfinished::create(root, path)?;
         let locked = file.metadata()?;
         match fs::symlink_metadata(path) {
-            Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => return Ok(Some(file)),
+            Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => {
+                return Ok(Some((file, unfinished)));
+            }
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),

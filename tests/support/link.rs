@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -36,6 +37,8 @@ struct State {
     fault_count: usize,
     /// What is counted in what clients say, and how often it was there.
     counted: Option<(String, usize)>,
+    /// Over how many connections something was said that the server has not begun to answer, and how many that were at most.
+    waiting: (usize, usize),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -127,6 +130,11 @@ impl Link {
         self.faults.state.lock().unwrap().counted.as_ref().map_or(0, |(_, count)| *count)
     }
 
+    /// Over how many connections at once, at most, a client has waited for an answer.
+    pub(crate) fn waiting_max(&self) -> usize {
+        self.faults.state.lock().unwrap().waiting.1
+    }
+
     /// Passes nothing on, until told otherwise.
     pub(crate) fn stall(&self, stalled: bool) {
         self.faults.state.lock().unwrap().stalled = stalled;
@@ -150,8 +158,9 @@ impl Faults {
     fn connect(self: &Arc<Self>, client: TcpStream, server: TcpStream) {
         let held = [client.try_clone().unwrap(), server.try_clone().unwrap()];
         self.state.lock().unwrap().streams.extend(held);
-        self.pass(client.try_clone().unwrap(), server.try_clone().unwrap(), From::Client);
-        self.pass(server, client, From::Server);
+        let waits = Arc::new(AtomicBool::new(false));
+        self.pass(client.try_clone().unwrap(), server.try_clone().unwrap(), From::Client, waits.clone());
+        self.pass(server, client, From::Server, waits);
     }
 
     fn cut(&self) {
@@ -161,11 +170,12 @@ impl Faults {
     }
 
     /// Passes on what comes from one side until that ends, and then its end.
-    fn pass(self: &Arc<Self>, mut from: TcpStream, mut to: TcpStream, side: From) {
+    fn pass(self: &Arc<Self>, mut from: TcpStream, mut to: TcpStream, side: From, waits: Arc<AtomicBool>) {
         let faults = self.clone();
         thread::spawn(move || {
             let mut buffer = [0; 16 << 10];
             while let Ok(read @ 1..) = from.read(&mut buffer) {
+                faults.note_who_waits(side, &waits);
                 if side == From::Client {
                     faults.count(&buffer[..read]);
                     faults.spoil(&mut buffer[..read]);
@@ -181,6 +191,16 @@ impl Faults {
             }
             let _ = to.shutdown(Shutdown::Write);
         });
+    }
+
+    fn note_who_waits(&self, side: From, waits: &AtomicBool) {
+        let waiting = &mut self.state.lock().unwrap().waiting;
+        match (waits.swap(side == From::Client, Ordering::Relaxed), side) {
+            (false, From::Client) => waiting.0 += 1,
+            (true, From::Server) => waiting.0 -= 1,
+            _ => {}
+        }
+        waiting.1 = waiting.1.max(waiting.0);
     }
 
     fn count(&self, said: &[u8]) {

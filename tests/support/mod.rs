@@ -16,8 +16,10 @@ pub(crate) mod link;
 #[cfg(feature = "ceph")]
 pub(crate) mod openstack;
 pub(crate) mod oslo;
+pub(crate) mod proxy;
 pub(crate) mod rabbit;
 pub(crate) mod s3;
+pub(crate) mod share;
 pub(crate) mod stack;
 pub(crate) mod swift;
 pub(crate) mod volume;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use backhaul::store::{Credentials, Endpoint, HttpSettings, Secret, SecretFrom, SwiftSettings};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use url::Url;
 use uuid::Uuid;
@@ -128,6 +129,37 @@ pub(crate) async fn token(url: &str) -> (String, String) {
     let answer = login.header("x-auth-user", user).header("x-auth-key", key).send().await.unwrap();
     let header = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
     (header("x-auth-token"), header("x-storage-url"))
+}
+
+/// The storage policy of a container of OpenStack's Swift.
+pub(crate) async fn policy_of(container: &str) -> String {
+    let (token, account) = token(&url()).await;
+    let request = reqwest::Client::new().head(format!("{account}/{container}"));
+    let answer = request.header("x-auth-token", token).send().await.unwrap();
+    answer.headers()["x-storage-policy"].to_str().unwrap().into()
+}
+
+/// The account of the project `backups`, as Keystone has it in its catalog.
+pub(crate) async fn keystone_account() -> String {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (user, password) = user_and_key(&keystone_url());
+    let domain = json!({ "name": "Default" });
+    let login = json!({ "auth": {
+        "identity": {
+            "methods": ["password"],
+            "password": { "user": { "name": user, "domain": domain, "password": password } },
+        },
+        "scope": { "project": { "name": "backups", "domain": domain } },
+    } });
+    let tokens = format!("{}/auth/tokens", keystone_settings(CONTAINER).auth_url);
+    let request = reqwest::Client::new().post(tokens).header("content-type", "application/json");
+    let answer = request.body(login.to_string()).send().await.unwrap().text().await.unwrap();
+    let answer: Value = serde_json::from_str(&answer).unwrap();
+    let services = answer["token"]["catalog"].as_array().unwrap();
+    let swift = services.iter().find(|service| service["type"] == "object-store").unwrap();
+    let endpoints = swift["endpoints"].as_array().unwrap();
+    let is_ours = |endpoint: &&Value| endpoint["interface"] == "public" && endpoint["region"] == "here";
+    endpoints.iter().find(is_ours).unwrap()["url"].as_str().unwrap().into()
 }
 
 /// Logs in as `settings` say by Swift's own way, and asks for the account with that token again and again; ends when
