@@ -13,6 +13,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt, stream};
 use jiff::{SignedDuration, Timestamp};
 use rayon_core::ThreadPoolBuildError;
 use sha2::{Digest as _, Sha256};
@@ -31,7 +32,7 @@ use crate::event::{self, Native};
 use crate::health::{self, Phase};
 use crate::job::{Command, Context, Job, JobId, Limit, Outcome, Pace, StoreName, VolumeId, Work};
 use crate::message::{self, Control, Reason, Rejection, Unkept};
-use crate::runner::{self, Attempts, Ended, Places, Report};
+use crate::runner::{self, Attempts, Ended, Every, Places, Report};
 use crate::store;
 #[cfg(feature = "ceph")]
 use crate::volume::class_of;
@@ -58,6 +59,10 @@ const DROP_TIME_MAX: Duration = Duration::from_secs(2);
 const CANCELLED_MAX: usize = 10_000;
 /// How often a job that waits for a place is looked after: somebody may have asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_millis(500);
+/// When the jobs that are put off are looked through after a cancel: again, for one may just be put off at the first time.
+const RECALLS: [Duration; 2] = [Duration::ZERO, Duration::from_secs(1)];
+/// Jobs that were put off and are to end, at once.
+const RECALLED_MAX: usize = 8;
 /// For how long a cancel is remembered that the stores keep as well.
 const CANCEL_KEPT_MAX: SignedDuration = SignedDuration::from_secs(60);
 /// How long a message is kept whose rejection the broker does not take.
@@ -185,7 +190,7 @@ pub async fn work(config: &Config, shutdown: Shutdown) -> Result<(), Error> {
         message_bytes_max,
         attempts_max: config.worker.attempts_max,
         attempt_seconds_max: config.worker.attempt_seconds_max,
-        progress_every: Duration::from_secs(config.worker.progress_seconds.into()),
+        every: Every::telling(Duration::from_secs(config.worker.progress_seconds.into())),
         job_bytes_per_second_max: config.worker.job_bytes_per_second_max,
         limit: Arc::new(Limit::new(config.worker.bytes_per_second_max)),
         hand_back: CancellationToken::new(),
@@ -229,7 +234,7 @@ struct Worker {
     message_bytes_max: usize,
     attempts_max: u32,
     attempt_seconds_max: u32,
-    progress_every: Duration,
+    every: Every,
     job_bytes_per_second_max: Option<NonZeroU64>,
     /// How fast all jobs together may be.
     limit: Arc<Limit>,
@@ -295,6 +300,21 @@ impl Jobs {
         let index = self.cancelled.iter().position(|(other, _)| *other == id)?;
         let (_, heard) = self.cancelled.remove(index)?;
         Some(heard).filter(|heard| Timestamp::now().duration_since(*heard) < CANCEL_KEPT_MAX)
+    }
+
+    /// Remembers that somebody asked for the end of a job.
+    fn keep_cancel(&mut self, id: JobId) {
+        self.cancelled.retain(|(other, _)| *other != id);
+        if self.cancelled.len() == CANCELLED_MAX {
+            self.cancelled.pop_front();
+        }
+        self.cancelled.push_back((id, Timestamp::now()));
+    }
+
+    /// Whether somebody asked for the end of a job lately that has not ended for that yet.
+    fn is_cancelled(&self, id: JobId) -> bool {
+        let is_late = |heard: Timestamp| Timestamp::now().duration_since(heard) >= CANCEL_KEPT_MAX;
+        self.cancelled.iter().any(|(other, heard)| *other == id && !is_late(*heard))
     }
 
     /// Whether another job waits for one of these names for longer.
@@ -727,8 +747,10 @@ impl Worker {
         late: &mut Vec<Delivery>,
     ) -> Result<(), broker::Error> {
         let attempts = self.attempts(&delivery);
-        // Somebody was handed the message before, and may still be at it; not so of one that only had to wait.
-        if attempts.is_again() && self.runs_elsewhere(job.id).await {
+        // Somebody was handed the message before, and may still be at it; not so of one that only had to wait. Of one that is to
+        // end, whose last try has ended, nobody is waited for.
+        let may_run = if ctx.cancel.is_cancelled() { attempts.redelivered } else { attempts.is_again() };
+        if may_run && self.runs_elsewhere(job.id).await {
             info!("job runs on another worker, delivery parked");
             end_all(turns).await;
             let mut settled = Ok(());
@@ -741,7 +763,7 @@ impl Worker {
         let report = Report::new(&sink, job);
         let engine = self.stores.engine(job.store.as_ref()).await;
         let ended = match &engine {
-            Ok(engine) => runner::run(ctx, engine, job, &attempts, self.progress_every, &report).await,
+            Ok(engine) => runner::run(ctx, engine, job, &attempts, self.every, &report).await,
             Err(problem) => runner::refuse(job, problem.clone(), &attempts, &report).await,
         };
         // Whoever is handed the message next, or waits, is not to find them taken.
@@ -835,6 +857,10 @@ impl Worker {
             Ended::OverBefore(_) => info!("what the store keeps of the job stays"),
             Ended::Later(problem) if settled.is_ok() => {
                 warn!(error = %problem, attempt, "not done for now, trying again later");
+                // It came too late for this try, and is not to wait for the next one.
+                if ctx.cancel.is_cancelled() && !ctx.hand_back.is_cancelled() {
+                    self.jobs().keep_cancel(id);
+                }
             }
             // Whoever has the message by now goes on, or finds how the job has ended.
             Ended::Later(problem) => warn!(error = %problem, attempt, "not done here"),
@@ -855,8 +881,37 @@ impl Worker {
         };
         // It may be from before this worker listened.
         self.take_control(&delivery.body);
-        if let Err(error) = self.keep_in_stores(delivery, id).await {
+        let end_what_waits = async {
+            for pause in RECALLS {
+                sleep(pause).await;
+                self.end_what_waits().await;
+            }
+        };
+        // A store that is away holds no job of the others up.
+        let (kept, ()) = tokio::join!(self.keep_in_stores(delivery, id), end_what_waits);
+        if let Err(error) = kept {
             warn!(error = %Causes(&error), "a cancel was not settled");
+        }
+    }
+
+    /// Takes up the jobs that were put off and that somebody wants the end of, so that they do not wait for their time.
+    async fn end_what_waits(&self) {
+        if self.jobs().cancelled.is_empty() {
+            return;
+        }
+        let is_to_end = |body: &[u8]| match message::parse_command(body) {
+            Ok(Command::Run(job)) => self.jobs().is_cancelled(job.id),
+            _ => false,
+        };
+        match self.broker.recall(is_to_end).await {
+            Ok(deliveries) => {
+                stream::iter(deliveries)
+                    .for_each_concurrent(RECALLED_MAX, |delivery| self.handle(delivery))
+                    .await;
+            }
+            Err(error) => {
+                warn!(error = %Causes(&error), "the jobs that are put off were not looked through for those to end");
+            }
         }
     }
 
@@ -1010,11 +1065,7 @@ impl Worker {
                     }
                     running.cancel.cancel();
                 } else {
-                    jobs.cancelled.retain(|(other, _)| *other != id);
-                    if jobs.cancelled.len() == CANCELLED_MAX {
-                        jobs.cancelled.pop_front();
-                    }
-                    jobs.cancelled.push_back((id, Timestamp::now()));
+                    jobs.keep_cancel(id);
                 }
             }
             Err(rejection) => warn!(error = %rejection, "a control message could not be read"),

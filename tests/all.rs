@@ -55,6 +55,7 @@ mod stopping;
 mod stores;
 mod swift;
 mod tidy;
+mod two_workers;
 mod worker;
 #[cfg(feature = "ceph")]
 mod worker_rbd;

@@ -405,6 +405,45 @@ async fn a_turn_that_nobody_ended_is_not_kept_from_others_as_long_as_the_connect
 }
 
 #[tokio::test]
+async fn what_is_put_off_is_recalled_before_its_time_and_the_rest_stays() {
+    let settings = Settings { retry_delay_seconds: 3600, ..settings(Rabbit::shared().url()) };
+    let broker = Broker::connect(settings.clone()).await.unwrap();
+    let mut jobs = broker.jobs(1, 0);
+    for body in ["a", "b", "c"] {
+        publish(&broker, body).await;
+        next(&mut jobs).await.retry_later("").await.unwrap();
+    }
+
+    let [recalled] = <[Delivery; 1]>::try_from(broker.recall(|body| body == b"b").await.unwrap()).unwrap();
+
+    assert_eq!((text(&recalled.body), recalled.properties.attempt), ("b", 2));
+    assert!(!recalled.redelivered, "who looked at it has not begun it");
+    recalled.dead_letter("why").await.unwrap();
+    let mut dead = broker.dead_letters().await.unwrap();
+    let letter = dead.next().await.unwrap().unwrap();
+    dead.retry(letter).await.unwrap();
+    let again = next(&mut jobs).await;
+    assert_eq!(text(&again.body), "b", "it is brought back to the job queue");
+    again.ack().await.unwrap();
+    // Dropped, they go back, and are found once more.
+    soon("the others", async { while broker.recall(|_| true).await.unwrap().len() < 2 {} }).await;
+    let mut others = Vec::new();
+    let all = async {
+        while others.len() < 2 {
+            for other in broker.recall(|_| true).await.unwrap() {
+                others.push(text(&other.body).to_owned());
+                other.ack().await.unwrap();
+            }
+        }
+    };
+    soon("the others again", all).await;
+    others.sort();
+    assert_eq!(others, ["a", "c"]);
+    drop(jobs);
+    assert_queue_empty(&broker, &settings).await;
+}
+
+#[tokio::test]
 async fn a_job_that_awaits_its_turn_comes_back_soon_and_that_is_no_attempt() {
     let settings = Settings { retry_delay_seconds: 3600, ..settings(Rabbit::shared().url()) };
     let broker = Broker::connect(settings).await.unwrap();

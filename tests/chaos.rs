@@ -1,5 +1,5 @@
-//! Jobs at random, while workers are killed, the broker is restarted, connections are cut and stores fail: each job ends
-//! once, and the stores hold what was told.
+//! Jobs at random, while workers are killed or stopped, the broker is restarted, connections are cut, and stores fail, are full
+//! or give wrong bytes: each job ends once, and the stores hold what was told.
 //!
 //! `make test` plays one round with a folder as the store, `make chaos SEEDS=200` as many rounds with posix, S3 and RBD stores.
 //! The seed of a round decides what is done and what goes wrong, though not how far the jobs have come by then. Of many rounds
@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -185,7 +186,8 @@ impl Services {
 
     fn stack(&self, lane: &Lane, bucket: &str) -> Stack {
         let worker =
-            "jobs_max = 3\ncpu_threads_max = 1\nattempts_max = 100\nmemory_bytes_max = 134217728".to_owned();
+            "jobs_max = 3\ncpu_threads_max = 1\nattempts_max = 100\nmemory_bytes_max = 134217728\ndrain_seconds_max = 0"
+                .to_owned();
         let chunking = "object_bytes = 65536\nsha_block_bytes = 4096\n";
         let cluster = self.cluster.as_ref().map(|cluster| {
             let settings = s3::settings(&cluster.s3_url, bucket);
@@ -245,8 +247,7 @@ impl Lane {
 
     fn mend(&self) {
         if let Some(link) = &self.s3_link {
-            link.stall(false);
-            link.lose_answers(0);
+            link.mend();
         }
     }
 }
@@ -297,6 +298,8 @@ impl std::fmt::Display for Tally {
 struct Worker {
     number: usize,
     child: Option<Child>,
+    /// Whether it was told to stop, and is to end by itself.
+    stopping: bool,
     log: PathBuf,
     /// Where in the log its present life begins.
     log_start: usize,
@@ -322,6 +325,14 @@ impl Worker {
             child.kill().unwrap();
             child.wait().unwrap();
         }
+        self.stopping = false;
+    }
+
+    /// Sends SIGTERM.
+    fn terminate(&mut self) {
+        let pid = self.pid().unwrap().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.stopping = true;
     }
 
     fn pid(&self) -> Option<u32> {
@@ -435,10 +446,13 @@ enum Fate {
 
 /// A job that was sent, and what became of it.
 struct Sent {
+    store: Store,
     work: Work,
     /// It cannot fail.
     sure: bool,
     cancelled: bool,
+    /// Its store may have refused something because it was full: not even how it ended may have been kept.
+    met_full: bool,
     ended: Option<Value>,
 }
 
@@ -475,6 +489,27 @@ impl Sent {
             Work::Delete(_) => false,
         }
     }
+
+    /// Whether it reads the data of a backup.
+    fn reads(&self) -> bool {
+        matches!(self.work, Work::Restore(_) | Work::Verify(_))
+    }
+}
+
+/// A byte of an object in the folder that was turned into another one, and what it was.
+struct Spoilt {
+    path: PathBuf,
+    offset: u64,
+    byte: u8,
+}
+
+impl Spoilt {
+    fn mend(&self) {
+        // The object may have been deleted meanwhile.
+        if let Ok(file) = File::options().write(true).open(&self.path) {
+            file.write_all_at(&[self.byte], self.offset).unwrap();
+        }
+    }
 }
 
 /// What ends a trouble.
@@ -482,6 +517,9 @@ enum Undo {
     Start(usize),
     /// The worker, if it is still that process.
     Handles(usize, u32),
+    /// The same, by a second signal.
+    Terminate(usize, u32),
+    Byte(Spoilt),
     S3,
     Osd,
 }
@@ -506,6 +544,8 @@ struct Round<'a> {
     points: Vec<Point>,
     jobs: BTreeMap<JobId, Sent>,
     undo: Vec<(Instant, Undo)>,
+    /// Whether the store behind S3 may be full for a request.
+    is_full: bool,
     tally: Tally,
     wrong: Vec<String>,
 }
@@ -525,7 +565,7 @@ impl<'a> Round<'a> {
         let mut rng = Rng::with_seed(seed);
         let worker = |number| {
             let log = stack.path(&format!("worker-{number}.log"));
-            let mut worker = Worker { number, child: None, log, log_start: 0 };
+            let mut worker = Worker { number, child: None, stopping: false, log, log_start: 0 };
             worker.start(stack, &lane.links[number]);
             worker
         };
@@ -546,6 +586,7 @@ impl<'a> Round<'a> {
             points: Vec::new(),
             jobs: BTreeMap::new(),
             undo: Vec::new(),
+            is_full: false,
             tally: Tally::default(),
             wrong: Vec::new(),
             services,
@@ -583,7 +624,7 @@ impl<'a> Round<'a> {
         while let Some(last) = self.undo.iter().map(|(at, _)| *at).max() {
             self.undo_what_is_due(last);
         }
-        if !self.all_end().await {
+        if !self.all_run().await || !self.all_end().await {
             return;
         }
         self.check_backups().await;
@@ -752,7 +793,11 @@ impl Round<'_> {
         let id = JobId::random();
         let store_name = Some(store.name().to_owned().try_into().unwrap());
         let job = Job { id, store: store_name, deadline: None, work: work.clone() };
-        self.jobs.insert(id, Sent { work, sure, cancelled: false, ended: None });
+        let met_full = self.is_full && store == Store::S3;
+        let is_spoilt = self.undo.iter().any(|(_, undo)| matches!(undo, Undo::Byte(_)));
+        let mut sent = Sent { store, work, sure, cancelled: false, met_full, ended: None };
+        sent.sure &= !met_full && !(is_spoilt && store == Store::Posix && sent.reads());
+        self.jobs.insert(id, sent);
         let body = encode_command(&job::Command::Run(Box::new(job)));
         self.broker.publish_job(body.into(), command_properties()).await.unwrap();
         id
@@ -764,7 +809,7 @@ impl Round<'_> {
     async fn make_trouble(&mut self) {
         let number = self.rng.usize(..WORKERS);
         let soon = Duration::from_millis(self.rng.u64(100..2000));
-        match (self.rng.u8(..14), &self.services.cluster) {
+        match (self.rng.u8(..20), &self.services.cluster) {
             (0..=3, _) if number != self.spared && self.workers[number].child.is_some() => {
                 self.workers[number].kill();
                 self.count_trouble("workers killed");
@@ -781,7 +826,8 @@ impl Round<'_> {
             }
             (8..=9, _) => {
                 let worker = &self.workers[number];
-                if let Some(pid) = worker.pid().filter(|_| worker.connected_count() > 0) {
+                let is_ready = |_: &u32| worker.connected_count() > 0 && !worker.stopping;
+                if let Some(pid) = worker.pid().filter(is_ready) {
                     limit_handles(pid, "3");
                     self.count_trouble("times no file handles");
                     self.undo_in(soon, Undo::Handles(number, pid));
@@ -789,12 +835,23 @@ impl Round<'_> {
             }
             (10..=12, Some(_)) => {
                 let link = self.lane.s3_link.as_ref().unwrap();
-                match self.rng.u8(..4) {
+                match self.rng.u8(..6) {
                     0 => link.cut(),
                     1 => link.lose_answers(self.rng.usize(1..4)),
                     2 => {
                         let answer = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
                         link.answer(vec![answer.to_owned(); 3]);
+                    }
+                    3 => link.spoil_body(),
+                    4 => {
+                        let answer = "HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+                        link.answer([answer.to_owned()]);
+                        self.is_full = true;
+                        let under_way = self.jobs.values_mut().filter(|job| job.ended.is_none());
+                        for job in under_way.filter(|job| job.store == Store::S3) {
+                            (job.sure, job.met_full) = (false, true);
+                        }
+                        self.count_trouble("times S3 full");
                     }
                     _ => link.stall(true),
                 }
@@ -805,8 +862,56 @@ impl Round<'_> {
                 self.count_trouble("times no OSD");
                 self.undo_in(soon * 3, Undo::Osd);
             }
+            (14..=16, _) if number != self.spared => self.stop_worker(number, soon),
+            (17..=19, _) => {
+                if let Some(spoilt) = self.spoil_an_object() {
+                    let under_way = self.jobs.values_mut().filter(|job| job.ended.is_none());
+                    for job in under_way.filter(|job| job.store == Store::Posix && job.reads()) {
+                        job.sure = false;
+                    }
+                    self.count_trouble("bytes wrong");
+                    self.undo_in(soon, Undo::Byte(spoilt));
+                }
+            }
             _ => {}
         }
+    }
+
+    /// Tells a worker to stop, sometimes twice.
+    fn stop_worker(&mut self, number: usize, soon: Duration) {
+        let Some(pid) = self.workers[number].pid() else { return };
+        // One that has just begun does not heed signals yet.
+        if self.workers[number].connected_count() == 0 {
+            return;
+        }
+        // One without handles would have to be given them back, when it may have ended.
+        let has_none = |undo: &Undo| matches!(undo, Undo::Handles(_, other) if *other == pid);
+        if self.workers[number].stopping || self.undo.iter().any(|(_, undo)| has_none(undo)) {
+            return;
+        }
+        self.workers[number].terminate();
+        self.count_trouble("workers told to stop");
+        if self.rng.u8(..3) == 0 {
+            self.undo_in(soon / 4, Undo::Terminate(number, pid));
+        }
+    }
+
+    /// Turns a byte of the data of a backup that is there into another one.
+    fn spoil_an_object(&mut self) -> Option<Spoilt> {
+        let there =
+            self.points.iter().filter(|point| point.store == Store::Posix && self.fate(point) == Fate::There);
+        let there: Vec<BackupId> = there.map(|point| point.id).collect();
+        let data = format!("_backup_{}-", self.rng.choice(there)?);
+        let objects = self.stack.objects();
+        let object =
+            self.rng.choice(objects.iter().filter(|object| object.contains(&data)).collect::<Vec<_>>())?;
+        let path = self.stack.path("backups").join(object);
+        let file = File::options().read(true).write(true).open(&path).ok()?;
+        let bytes = file.metadata().unwrap().len();
+        let (offset, mut byte) = (self.rng.u64(..bytes.max(1)), [0]);
+        file.read_exact_at(&mut byte, offset).ok()?;
+        file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+        Some(Spoilt { path, offset, byte: byte[0] })
     }
 
     async fn restart_broker(&mut self) {
@@ -842,23 +947,53 @@ impl Round<'_> {
                         limit_handles(pid, &self.handles_limit);
                     }
                 }
-                (Undo::S3, _) => self.lane.mend(),
+                (Undo::Terminate(number, pid), _) => {
+                    let worker = &mut self.workers[number];
+                    if worker.pid() == Some(pid) && worker.stopping {
+                        worker.terminate();
+                    }
+                }
+                (Undo::Byte(spoilt), _) => spoilt.mend(),
+                (Undo::S3, _) => {
+                    self.lane.mend();
+                    self.is_full = false;
+                }
                 (Undo::Osd, Some(cluster)) => cluster.start_osd(),
                 (Undo::Osd, None) => {}
             }
         }
     }
 
-    /// A worker ends only if it is killed.
+    /// A worker ends only if it is killed, or told to stop.
     fn look_after_workers(&mut self) {
         for number in 0..WORKERS {
-            let ended = self.workers[number].child.as_mut().and_then(|child| child.try_wait().unwrap());
+            let worker = &mut self.workers[number];
+            let ended = worker.child.as_mut().and_then(|child| child.try_wait().unwrap());
             if let Some(status) = ended {
-                self.wrong(format!("worker {number} ended by itself: {status}"));
-                self.workers[number].child = None;
+                worker.child = None;
+                match std::mem::take(&mut worker.stopping) {
+                    true if status.success() => {}
+                    true => self.wrong(format!("worker {number} was told to stop, and ended with {status}")),
+                    false => self.wrong(format!("worker {number} ended by itself: {status}")),
+                }
                 self.undo_in(Duration::ZERO, Undo::Start(number));
             }
         }
+    }
+
+    /// Waits until all workers run, also those that were told to stop.
+    async fn all_run(&mut self) -> bool {
+        let since = Instant::now();
+        while self.workers.iter().any(|worker| worker.stopping || worker.child.is_none()) {
+            if since.elapsed() > PATIENCE {
+                self.wrong("a worker that was told to stop does not end");
+                return false;
+            }
+            self.look_after_workers();
+            self.undo_what_is_due(Instant::now());
+            self.listen(Duration::from_millis(100)).await;
+        }
+        true
     }
 }
 
@@ -880,7 +1015,7 @@ impl Round<'_> {
         };
         if let Some(first) = &job.ended {
             self.tally.told_again += 1;
-            if first["id"] != event["id"] || first["data"] != event["data"] {
+            if (first["id"] != event["id"] || first["data"] != event["data"]) && !job.met_full {
                 let wrong = format!("job {id} ended twice:\n    {first}\n    {event}");
                 self.wrong(wrong);
             }
@@ -943,6 +1078,7 @@ impl Round<'_> {
         let ends: Vec<_> = point.deleted_by.iter().map(|job| self.jobs[job].end()).collect();
         match self.jobs.get(&point.made_by).and_then(Sent::end) {
             None => Fate::UnderWay,
+            Some(_) if self.met_full(point) => Fate::Either,
             Some(End::Failed | End::Cancelled) => Fate::Gone,
             Some(End::Succeeded) if ends.iter().all(|end| *end == Some(End::Failed)) => Fate::There,
             Some(End::Succeeded) if ends.contains(&Some(End::Succeeded)) && !point.deleted_early => {
@@ -950,6 +1086,12 @@ impl Round<'_> {
             }
             Some(End::Succeeded) => Fate::Either,
         }
+    }
+
+    /// Whether a job that made it, or was to remove it, may have been broken off because the store was full.
+    fn met_full(&self, point: &Point) -> bool {
+        let jobs = point.deleted_by.iter().chain([&point.made_by]);
+        jobs.filter_map(|job| self.jobs.get(job)).any(|job| job.met_full)
     }
 
     fn records(&self, store: Store) -> Vec<Record> {
@@ -964,8 +1106,13 @@ impl Round<'_> {
             let available: Vec<_> =
                 records.iter().filter(|record| record.state == RecordState::Available).collect();
             whole.extend(available.iter().map(|record| record.backup_id));
-            let known: BTreeSet<_> = available.iter().map(|record| seen_as(store, record)).collect();
-            let seen = self.seen(store).await;
+            let mut known: BTreeSet<_> = available.iter().map(|record| seen_as(store, record)).collect();
+            let mut seen = self.seen(store).await;
+            for point in self.points.iter().filter(|point| self.met_full(point)) {
+                let is_other = |name: &String| !name.contains(&point.id.to_string());
+                known.retain(is_other);
+                seen.retain(is_other);
+            }
             if seen != known {
                 self.wrong(format!(
                     "store {} shows {seen:?}\n    and has the records {known:?}",
@@ -973,7 +1120,9 @@ impl Round<'_> {
                 ));
             }
             for record in &records {
-                if let RecordState::Creating(job) = record.state {
+                if let RecordState::Creating(job) = record.state
+                    && !self.jobs[&job].met_full
+                {
                     let wrong =
                         format!("job {job} is over, and backup {} is still being made", record.backup_id);
                     self.wrong(wrong);
@@ -1118,7 +1267,8 @@ impl Round<'_> {
         let letters: Vec<Value> = serde_json::from_str(&self.stack.ok(&["dead", "list", "--json"])).unwrap();
         let dead: BTreeSet<JobId> =
             letters.iter().map(|letter| letter["job_id"].as_str().unwrap().parse().unwrap()).collect();
-        let failed = self.jobs.iter().filter(|(_, job)| job.end() == Some(End::Failed));
+        let dead: BTreeSet<JobId> = dead.into_iter().filter(|id| !self.jobs[id].met_full).collect();
+        let failed = self.jobs.iter().filter(|(_, job)| job.end() == Some(End::Failed) && !job.met_full);
         let failed: BTreeSet<JobId> = failed.map(|(id, _)| *id).collect();
         if dead != failed {
             self.wrong(format!(

@@ -22,7 +22,7 @@ use backhaul::job::{
     BackupId, Checkpoint, Completion, Context, Counts, Event, Happening, Job, JobId, Limit, Location, Method,
     Outcome, Pace, Parent, Reading, Record, RecordState, RestoreWork, VolumeId, Work,
 };
-use backhaul::runner::{self, Attempts, Ended, Report, plan};
+use backhaul::runner::{self, Attempts, Ended, Every, Report, plan};
 use backhaul::store::{Folder, Memory, ObjectStore, Rados};
 use backhaul::volume::FileRoots;
 use rstest::rstest;
@@ -166,7 +166,8 @@ impl Bench {
     async fn end_in(&self, ctx: &Context, job: &Job, tries: u32, sink: &Recorder) -> Ended {
         let (report, attempts) =
             (Report::new(sink, job), Attempts { max: tries, seconds_max: 3600, ..Attempts::one() });
-        runner::run(ctx, &self.engine, job, &attempts, Duration::from_millis(20), &report).await
+        runner::run(ctx, &self.engine, job, &attempts, Every::telling(Duration::from_millis(20)), &report)
+            .await
     }
 
     /// Runs the job until it has written something, and no further, as a worker that is killed: dropped in the middle,

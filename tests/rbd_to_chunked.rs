@@ -17,7 +17,7 @@ use backhaul::job::{
     BackupId, Completion, Context, Event, Happening, Job, Location, Mode, Outcome, Parent, Record,
     RecordState, RestoreWork, VolumeId, Work,
 };
-use backhaul::runner::{self, Attempts, Ended, Report, plan};
+use backhaul::runner::{self, Attempts, Ended, Every, Report, plan};
 use backhaul::store::{Memory, ObjectStore};
 use backhaul::volume::FileRoots;
 use rustix::io::Errno;
@@ -219,7 +219,7 @@ async fn run(engine: &Engine, job: &Job) -> Result<Receipt, Error> {
 async fn complete(ctx: &Context, engine: &Engine, job: &Job) -> (Completion, Vec<Event>) {
     let (sink, attempts) = (Recorder::default(), Attempts::one());
     let report = Report::new(&sink, job);
-    match runner::run(ctx, engine, job, &attempts, Duration::from_secs(60), &report).await {
+    match runner::run(ctx, engine, job, &attempts, Every::telling(Duration::from_secs(60)), &report).await {
         Ended::Over(completion) => (*completion, sink.0.into_inner().unwrap()),
         ended => panic!("{ended:?}"),
     }

@@ -14,7 +14,7 @@ use backhaul::job::{
     BackupId, Completion, Context, Event, Happening, Hold, Job, JobId, Limit, Mode, Outcome, Pace, Parent,
     RecordState, VolumeId, Work,
 };
-use backhaul::runner::{self, Attempts, Ended, Report};
+use backhaul::runner::{self, Attempts, Ended, Every, Report};
 use jiff::{SignedDuration, Timestamp};
 use rstest::rstest;
 use rustix::io::Errno;
@@ -26,7 +26,7 @@ use crate::support::engine::{Bench, Kind, MEMORY_BYTES, SETTINGS, backup_job, jo
 use crate::support::faulty::{Fault, Faulty};
 use crate::support::volume::{Fill, Volume};
 
-const NEVER: Duration = Duration::from_secs(3600);
+const NEVER: Every = Every::telling(Duration::from_secs(3600));
 
 /// Remembers what it is told; refuses the end of a job while it is deaf.
 #[derive(Default)]
@@ -788,6 +788,62 @@ async fn the_claim_of_a_run_that_goes_on_is_not_swept_and_no_other_one_is_renewe
     assert!(!catalog.is_claimed(id).await.unwrap(), "who was displaced has renewed it");
     catalog.renew(id, &other).await.unwrap();
     assert!(!catalog.is_claimed(id).await.unwrap());
+}
+
+/// It failed at once, and left the record as of a backup that is being made, and all that was stored of it.
+#[tokio::test]
+async fn a_job_whose_worker_died_is_not_over_because_the_store_is_full_when_it_comes_again() {
+    let again = Attempts { redelivered: true, max: 3, seconds_max: 3600, ..Attempts::one() };
+    let (scene, sink) = (Scene::new(Parent::None), Recorder::default());
+    let (faulty, engine) = scene.faulty_by(scene.calls().await / 2, Fault::Death);
+    tokio::select! {
+        ended = scene.run(&engine, &sink, 1, 3) => panic!("{}: {ended:?}", faulty.broke_at()),
+        () = faulty.died() => {}
+    }
+    let (faulty, engine) = scene.faulty_by(2, Fault::Refused(Errno::NOSPC));
+
+    let ended = scene.run_as(&engine, &sink, &again).await;
+
+    assert!(faulty.broke_at().starts_with("put .backhaul/outcomes/"), "{}", faulty.broke_at());
+    assert!(matches!(ended, Ended::Later(_)) && sink.ends() == 0, "{ended:?}");
+    let engine = scene.bench.engine(SETTINGS);
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &again).await else { panic!("it ends") };
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+}
+
+#[tokio::test]
+async fn a_run_that_takes_long_renews_its_claim() {
+    let again = Attempts { redelivered: true, ..Attempts::one() };
+    let scene = Scene::new(Parent::None);
+    let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let at = scene.calls_to_begin(&again).await;
+    let (faulty, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+    let (sink, every) = (Recorder::default(), Every { renewal: Duration::from_millis(5), ..NEVER });
+    let kept = scene.bench.root().join(format!(".backhaul/outcomes/{}.json", scene.job.id));
+    let claim = || {
+        let kept: Value = serde_json::from_slice(&fs::read(&kept).unwrap()).unwrap();
+        kept["content"]["claimed"].clone()
+    };
+    let renewed = async {
+        reached.notified().await;
+        let first = claim();
+        assert!(first.is_object());
+        for _ in 0..2 {
+            let before = claim();
+            while claim() == before {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert_eq!(claim()["run"], first["run"]);
+        go_on.notify_one();
+    };
+    let (report, ctx) = (Report::new(&sink, &scene.job), Context::default());
+    let ended = runner::run(&ctx, &engine, &scene.job, &again, every, &report);
+
+    let ended = tokio::time::timeout(Duration::from_secs(60), async { tokio::join!(ended, renewed).0 }).await;
+
+    let Ended::Over(completion) = ended.expect("a renewal in time") else { panic!("{}", faulty.broke_at()) };
+    assert_eq!((completion.outcome, sink.ends()), (Outcome::Succeeded, 1));
 }
 
 #[tokio::test]

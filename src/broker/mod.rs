@@ -15,6 +15,7 @@ mod error;
 mod jobs;
 mod message;
 mod publisher;
+mod recall;
 mod rpc;
 mod settings;
 mod subscription;
@@ -178,6 +179,12 @@ impl Broker {
     /// Takes a name for this connection alone; none if another one has it.
     pub async fn turn(&self, name: &str) -> Result<Option<Turn>, Error> {
         Turn::take(&self.link, &self.topology.settings.prefix, name).await
+    }
+
+    /// Takes those messages back that were put off and whose body `is_wanted`, before their time is over. Nobody who looks at
+    /// the same moment sees them, nor the others.
+    pub async fn recall(&self, is_wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<Delivery>, Error> {
+        recall::recall(&self.link, &self.topology, is_wanted).await
     }
 
     /// Opens the queue of messages that were given up.

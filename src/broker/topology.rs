@@ -67,6 +67,11 @@ impl Topology {
         self.delays.iter().find(fits).or(self.delays.last()).map(|(_, name)| name)
     }
 
+    /// The queues where messages wait that were put off.
+    pub(super) fn delay_queues(&self) -> impl Iterator<Item = &ShortString> {
+        self.delays.iter().map(|(_, name)| name)
+    }
+
     /// Declares everything that workers and clients share.
     pub(super) async fn declare(&self, connection: &Connection) -> Result<(), Error> {
         let exchanges = [

@@ -19,7 +19,7 @@ use crate::job::{
     Command, Completion, Context, Event, Happening, Job, JobId, Limit, Operation, Outcome, Pace, Work,
 };
 use crate::message::{self, Received};
-use crate::runner::{self, Attempts, Ended, Report};
+use crate::runner::{self, Attempts, Ended, Every, Report};
 use crate::worker::{self, Stores};
 
 /// How often the bar of a job in this process moves.
@@ -152,7 +152,7 @@ pub(super) async fn run(config: &Config, args: &JobArgs) -> Result<u8, Error> {
     let pace = Pace::new(Limit::new(config.worker.job_bytes_per_second_max), limit);
     let ctx = Context { pace, ..Context::default() };
     let attempts = Attempts::one();
-    let work = runner::run(&ctx, engine, &job, &attempts, BAR_EVERY, &report);
+    let work = runner::run(&ctx, engine, &job, &attempts, Every::telling(BAR_EVERY), &report);
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     let interrupted = async {

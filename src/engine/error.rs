@@ -446,7 +446,7 @@ impl Error {
     }
 
     /// Whether the store has no room left.
-    pub(super) fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         matches!(self, Self::Store(error) if matches!(error.reason(), store::Reason::Full))
     }
 

@@ -10,4 +10,4 @@ mod run;
 pub use places::{Place, Places};
 pub use plan::plan;
 pub use report::Report;
-pub use run::{Attempts, Ended, refuse, run};
+pub use run::{Attempts, Ended, Every, refuse, run};

@@ -21,8 +21,7 @@ use crate::job::{
 const RESTARTS_MAX: u32 = 20;
 /// How often a running job looks into the store whether somebody asked for its end.
 const CANCEL_LOOK: Duration = Duration::from_secs(5);
-/// How often a running job shows that its claim is not that of a worker which has died: claims are swept after
-/// [`KEPT`](engine::KEPT).
+/// How often a claim is renewed: claims are swept after [`KEPT`](engine::KEPT).
 const RENEW_EVERY: Duration = Duration::from_secs(3600);
 /// Attempts that are told of; of more the first one and the latest.
 const ATTEMPTS_TOLD_MAX: usize = 10;
@@ -99,6 +98,22 @@ impl Attempts {
     }
 }
 
+/// How often a run says something while its job runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Every {
+    /// Tells how far the job is.
+    pub progress: Duration,
+    /// Renews its claim, so that it is not taken for that of a worker which has died.
+    pub renewal: Duration,
+}
+
+impl Every {
+    /// Tells so often how far the job is, and renews its claim as often as is usual.
+    pub const fn telling(progress: Duration) -> Self {
+        Self { progress, renewal: RENEW_EVERY }
+    }
+}
+
 /// Where a try has led to.
 #[derive(Debug)]
 pub enum Ended {
@@ -114,8 +129,7 @@ pub enum Ended {
     Untold(event::Error),
 }
 
-/// Runs a job by the first method that can do it. Tells every `progress_every` how far it is. Fire `ctx.hand_back`
-/// before `ctx.cancel` to have it stop as for a cancel, but without being ended.
+/// Runs a job by the first method that can do it. Fire `ctx.hand_back` before `ctx.cancel` to have it stop as for a cancel, but without being ended.
 ///
 /// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
 /// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle). `ctx.cancel` has fired by
@@ -125,19 +139,14 @@ pub async fn run(
     engine: &Engine,
     job: &Job,
     attempts: &Attempts,
-    progress_every: Duration,
+    every: Every,
     report: &Report<'_>,
 ) -> Ended {
     let started = Instant::now();
     let (was_out_before, revival_count) = (attempts.was_out_before(), attempts.revival_count);
     let begun = engine.catalog().begin(job.id, revival_count, was_out_before, attempts.redelivered).await;
     // Also of one that is over: whoever ended it may have died before the mark was forgotten.
-    let asked = engine.catalog().cancelled_at(job.id).await;
-    if let Ok(Some(at)) = asked
-        && attempts.are_ended_by_cancel(at)
-    {
-        ctx.cancel.cancel();
-    }
+    let asked = look_for_cancel(ctx, engine, job, attempts).await;
     let (hold, restart_count) = match begun {
         Ok(Begun::Held { hold, restart_count }) => (hold, restart_count),
         Ok(Begun::Over(kept)) if is_end_of(&kept.completion, job, attempts.is_again()) => {
@@ -150,6 +159,10 @@ pub async fn run(
         // For people to look at.
         Err(error @ engine::Error::DamagedRecord { .. }) => {
             return untouched(refuse(job, Problem::new(error.class(), &error), attempts, report).await);
+        }
+        // What an attempt before this one has stored is not to be left behind by a job that is over: there may be room later.
+        Err(error) if error.is_full() && attempts.was_out_before() && !attempts.is_last() => {
+            return Ended::Later(Problem { class: Class::Transient, ..Problem::new(error.class(), &error) });
         }
         // The store cannot say how the job stands.
         Err(error) => return refuse(job, Problem::new(error.class(), &error), attempts, report).await,
@@ -188,9 +201,9 @@ pub async fn run(
         let stop = ctx.cancel.child_token();
         let attempt_ctx = Context { cancel: stop, fallback_reason, hold, ..ctx.clone() };
         let result = tokio::select! {
-            result = attempt(&attempt_ctx, engine, job, method, progress_every, report) => result,
+            result = attempt(&attempt_ctx, engine, job, method, every.progress, report) => result,
             never = heed_cancels(ctx, engine, job, attempts) => match never {},
-            never = keep_claim(engine, job, &attempt_ctx.hold) => match never {},
+            never = keep_claim(engine, job, &attempt_ctx.hold, every.renewal) => match never {},
         };
         let error = match result {
             Ok(receipt) => {
@@ -348,22 +361,34 @@ fn late(job: &Job) -> Option<Problem> {
     Some(Problem { class: Class::Permanent, message, causes: Vec::new() })
 }
 
-/// Fires the token of the context when somebody has asked for the end of the job: that may not have reached this worker.
+/// Fires the token of the context if the store knows that somebody has asked for the end of this run of the job.
+async fn look_for_cancel(
+    ctx: &Context,
+    engine: &Engine,
+    job: &Job,
+    attempts: &Attempts,
+) -> Result<(), engine::Error> {
+    if let Some(at) = engine.catalog().cancelled_at(job.id).await?
+        && attempts.are_ended_by_cancel(at)
+    {
+        ctx.cancel.cancel();
+    }
+    Ok(())
+}
+
+/// Looks for a cancel again and again: it may not have reached this worker.
 async fn heed_cancels(ctx: &Context, engine: &Engine, job: &Job, attempts: &Attempts) -> Infallible {
     loop {
         tokio::time::sleep(CANCEL_LOOK).await;
-        if let Ok(Some(at)) = engine.catalog().cancelled_at(job.id).await
-            && attempts.are_ended_by_cancel(at)
-        {
-            ctx.cancel.cancel();
-        }
+        // A store that cannot say is asked again.
+        look_for_cancel(ctx, engine, job, attempts).await.ok();
     }
 }
 
 /// Renews the claim of a run that takes long.
-async fn keep_claim(engine: &Engine, job: &Job, hold: &Hold) -> Infallible {
+async fn keep_claim(engine: &Engine, job: &Job, hold: &Hold, every: Duration) -> Infallible {
     loop {
-        tokio::time::sleep(RENEW_EVERY).await;
+        tokio::time::sleep(every).await;
         if let Err(error) = engine.catalog().renew(job.id, hold).await {
             warn!(error = %Causes(&error), "the claim on the job was not renewed, trying again later");
         }

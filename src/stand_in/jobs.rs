@@ -15,7 +15,7 @@ use crate::error::{Causes, Class, Problem};
 use crate::event::{self, EventSink};
 use crate::job::{BackupId, Context, Event, Job, JobId, Outcome, Record, Work};
 use crate::message::oslo::Request;
-use crate::runner::{self, Attempts, Ended, Report};
+use crate::runner::{self, Attempts, Ended, Every, Report};
 
 /// How often a job is tried.
 const ATTEMPTS_MAX: u32 = 3;
@@ -102,7 +102,7 @@ impl StandIn {
             let report = Report::new(sink, job);
             let mut attempts = Attempts { max: ATTEMPTS_MAX, seconds_max: u32::MAX, ..Attempts::one() };
             loop {
-                let every = self.progress_every();
+                let every = Every::telling(self.progress_every());
                 match runner::run(&ctx, engine, job, &attempts, every, &report).await {
                     Ended::Over(completion) | Ended::OverBefore(completion) => return Ok(completion.outcome),
                     Ended::HandedBack => return Err(Trouble::HandedBack),

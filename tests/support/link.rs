@@ -10,6 +10,11 @@ use std::time::Duration;
 
 use url::Url;
 
+/// How much is passed on at once, at most.
+const BUFFER_BYTES: usize = 16 << 10;
+/// What the head of a request has in it.
+const HTTP: &[u8] = b" HTTP/1.1\r\n";
+
 /// Passes bytes between its clients and a server.
 pub(crate) struct Link {
     url: Url,
@@ -32,7 +37,11 @@ struct State {
     answers: VecDeque<String>,
     /// Behind how many bytes that clients say one is to turn into another one.
     spoilt_after: Option<usize>,
+    /// Whether a byte in the body of a request of clients is to turn into another one.
+    spoils_body: bool,
     stalled: bool,
+    /// What clients say, one after the other; at the last of it nothing is passed on any more.
+    stalls_at: VecDeque<Vec<u8>>,
     bytes_per_second: Option<u64>,
     fault_count: usize,
     /// What is counted in what clients say, and how often it was there.
@@ -103,6 +112,20 @@ impl Link {
         self.faults.state.lock().unwrap().spoilt_after = Some(bytes);
     }
 
+    /// Turns a byte in the body of the next long HTTP request into another one.
+    pub(crate) fn spoil_body(&self) {
+        self.faults.state.lock().unwrap().spoils_body = true;
+    }
+
+    /// Spoils nothing any more, and passes all requests on.
+    pub(crate) fn mend(&self) {
+        let mut state = self.faults.state.lock().unwrap();
+        (state.lost_answers, state.spoils_body) = (0, false);
+        state.answers.clear();
+        drop(state);
+        self.stall(false);
+    }
+
     /// Answers the next HTTP requests with these instead of asking the server.
     pub(crate) fn answer(&self, answers: impl IntoIterator<Item = String>) {
         self.faults.state.lock().unwrap().answers.extend(answers);
@@ -141,6 +164,16 @@ impl Link {
         self.faults.changed.notify_all();
     }
 
+    /// Passes nothing on as soon as clients have said all of this, one after the other; the last of it is not passed on either.
+    pub(crate) fn stall_at(&self, said: impl IntoIterator<Item = Vec<u8>>) {
+        self.faults.state.lock().unwrap().stalls_at.extend(said);
+    }
+
+    /// Whether nothing is passed on.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.faults.state.lock().unwrap().stalled
+    }
+
     /// Passes on no more bytes a second, in each direction of a connection.
     pub(crate) fn slow_down(&self, bytes_per_second: u64) {
         self.faults.state.lock().unwrap().bytes_per_second = Some(bytes_per_second);
@@ -173,11 +206,12 @@ impl Faults {
     fn pass(self: &Arc<Self>, mut from: TcpStream, mut to: TcpStream, side: From, waits: Arc<AtomicBool>) {
         let faults = self.clone();
         thread::spawn(move || {
-            let mut buffer = [0; 16 << 10];
+            let mut buffer = [0; BUFFER_BYTES];
             while let Ok(read @ 1..) = from.read(&mut buffer) {
                 faults.note_who_waits(side, &waits);
                 if side == From::Client {
                     faults.count(&buffer[..read]);
+                    faults.stall_at(&buffer[..read]);
                     faults.spoil(&mut buffer[..read]);
                 }
                 if faults.breaks_at(read, side) {
@@ -209,8 +243,22 @@ impl Faults {
         }
     }
 
+    fn stall_at(&self, said: &[u8]) {
+        let mut state = self.state.lock().unwrap();
+        if state.stalls_at.front().is_some_and(|at| said.windows(at.len()).any(|part| part == at)) {
+            state.stalls_at.pop_front();
+            state.stalled = state.stalls_at.is_empty();
+        }
+    }
+
     fn spoil(&self, said: &mut [u8]) {
         let mut state = self.state.lock().unwrap();
+        // A head does not fill the buffer, and the end of a body need not.
+        let is_body = said.len() == BUFFER_BYTES && !said.windows(HTTP.len()).any(|part| part == HTTP);
+        if is_body && std::mem::take(&mut state.spoils_body) {
+            said[BUFFER_BYTES / 2] ^= 0x10;
+            state.fault_count += 1;
+        }
         let Some(before) = state.spoilt_after.take() else { return };
         match said.get_mut(before) {
             Some(byte) => {

@@ -99,12 +99,22 @@ impl Stack {
 
     /// Starts a worker and waits until it takes jobs.
     pub(crate) fn worker(&self) -> Worker {
-        self.worker_by(&[])
+        self.until_ready(self.start(self.command(&["worker"])))
     }
 
     /// The same, begun by another program, which must become the worker.
     pub(crate) fn worker_by(&self, launcher: &[&str]) -> Worker {
-        let worker = self.start(self.command_by(launcher, &["worker"]));
+        self.until_ready(self.start(self.command_by(launcher, &["worker"])))
+    }
+
+    /// The same, with these variables in its environment.
+    pub(crate) fn worker_with(&self, variables: &[(&str, &str)]) -> Worker {
+        let mut command = self.command(&["worker"]);
+        command.envs(variables.iter().copied());
+        self.until_ready(self.start(command))
+    }
+
+    fn until_ready(&self, worker: Worker) -> Worker {
         let takes_jobs = |log: String| log.contains("worker started") && log.contains("broker connected");
         until("the worker takes jobs", || takes_jobs(worker.log()));
         worker
