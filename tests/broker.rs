@@ -31,7 +31,7 @@ fn settings(url: &str) -> Settings {
         connection_name: "broker test".into(),
         heartbeat_seconds: 10,
         tls: Tls::default(),
-        queue_kind: QueueKind::Auto,
+        queue_kind: QueueKind::Quorum,
         retry_delay_seconds: 1,
         retry_delay_seconds_max: 8,
         reconnect_seconds_max: 1,
@@ -789,7 +789,7 @@ async fn classic_queues_heed_priorities() {
 
     // Connecting again finds everything as it should be; asking for the other kind does not.
     Broker::connect(settings.clone()).await.unwrap();
-    let quorum = Settings { queue_kind: QueueKind::Auto, ..settings };
+    let quorum = Settings { queue_kind: QueueKind::Quorum, ..settings };
     let error =
         Broker::connect(quorum.clone()).await.err().expect("a classic queue taken for a quorum queue");
     assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");

@@ -75,7 +75,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::port_zero("[broker]\nurl = \"amqp://u:hush@h:0\"", &[], &["broker.url (FILE): ", "port 0"])]
 #[case::bad_prefix("[broker]\nurl = \"amqp://h\"\nprefix = \"a b\"", &[], &["broker.prefix (FILE): found \"a b\""])]
 #[case::reserved_prefix("[broker]\nurl = \"amqp://h\"\nprefix = \"amq.x\"", &[], &["broker.prefix (FILE): found \"amq.x\"", "not amq"])]
-#[case::bad_queue("[broker]\nurl = \"amqp://h\"\nqueue = \"lazy\"", &[], &["broker.queue (FILE): found \"lazy\"; write one of \"auto\", \"quorum\", \"classic\""])]
+#[case::bad_queue("[broker]\nurl = \"amqp://h\"\nqueue = \"lazy\"", &[], &["broker.queue (FILE): found \"lazy\"; write one of \"quorum\", \"classic\""])]
 #[case::tls_without_tls("[broker]\nurl = \"amqp://h\"\n[broker.tls]\nca_file = \"ca.pem\"", &[], &["broker.url (FILE): ", "amqps://"])]
 #[case::half_a_certificate("[broker]\nurl = \"amqps://h\"\n[broker.tls]\nclient_key_file = \"k\"", &[], &["broker.tls.client_key_file (FILE): ", "client_certificate_file"])]
 #[case::ceph_user("[ceph.main]\nuser = \"client.x\"", &[], &["ceph.main.user (FILE): found \"client.x\"", "without \"client.\""])]
@@ -280,7 +280,7 @@ fn what_is_not_set_has_its_default() {
         TempConfig::of(&format!("[broker]\nurl = \"amqp://h\"\n{STORE}[ceph.main]\n")).load(&[]).unwrap();
 
     let broker = config.broker().unwrap();
-    assert_eq!((broker.prefix.as_str(), broker.queue), ("backhaul", Queue::Auto));
+    assert_eq!((broker.prefix.as_str(), broker.queue), ("backhaul", Queue::Quorum));
     assert_eq!((broker.heartbeat_seconds, broker.retry_delay_seconds), (60, 30));
     assert_eq!((broker.reconnect_seconds_max, broker.publish_seconds_max), (30, 60));
     assert_eq!(broker.message_bytes_max, 1 << 20);

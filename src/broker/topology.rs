@@ -108,7 +108,7 @@ impl Topology {
 
     fn typed(&self, kind: QueueKind) -> FieldTable {
         let word = match kind {
-            QueueKind::Auto | QueueKind::Quorum => "quorum",
+            QueueKind::Quorum => "quorum",
             QueueKind::Classic => "classic",
         };
         table([("x-queue-type", AMQPValue::LongString(word.into()))])
