@@ -49,7 +49,9 @@ mod s3;
 mod stopping;
 mod stores;
 mod swift;
+mod terminal;
 mod tidy;
+mod wire;
 mod worker;
 #[cfg(feature = "ceph")]
 mod worker_rbd;
