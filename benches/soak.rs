@@ -164,7 +164,7 @@ fn settings(url: &str, prefix: &str) -> Settings {
         connection_name: "soak".into(),
         heartbeat_seconds: 60,
         tls: Tls::default(),
-        queue_kind: QueueKind::Auto,
+        queue_kind: QueueKind::Quorum,
         retry_delay_seconds: 1,
         retry_delay_seconds_max: 1,
         reconnect_seconds_max: 1,

@@ -71,9 +71,9 @@ wait "$openstack"
 BACKHAUL_TEST_CINDER=$(<"$work/cinder")
 export BACKHAUL_TEST_CINDER
 echo "test.sh: without the feature ceph" >&2
-# What talks to object stores, the broker's details and Cinder's files and database is the same code with the feature, and is
-# tested there.
-same='test(/^(stores|s3|swift|gcs|nfs|faults|broker|oslo|cinder_conf|cinder_database|cinder_fixtures|export_record)::/)'
+# What talks to object stores, the broker's details, what others see there and people on a terminal, and Cinder's files and database
+# is the same code with the feature, and is tested there.
+same='test(/^(stores|s3|swift|gcs|nfs|faults|broker|oslo|cinder_conf|cinder_database|cinder_fixtures|export_record|terminal|wire)::/)'
 filter=("$@")
 if (($# == 0)); then filter=(-E "not $same"); fi
 cargo nextest run --locked --no-default-features "${filter[@]}"

@@ -147,7 +147,6 @@ pub fn broker_settings(config: &Config, purpose: &str) -> Result<broker::Setting
             client_key_file: settings.tls.client_key_file.clone(),
         },
         queue_kind: match settings.queue {
-            config::Queue::Auto => broker::QueueKind::Auto,
             config::Queue::Quorum => broker::QueueKind::Quorum,
             config::Queue::Classic => broker::QueueKind::Classic,
         },

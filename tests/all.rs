@@ -54,8 +54,10 @@ mod s3;
 mod stopping;
 mod stores;
 mod swift;
+mod terminal;
 mod tidy;
 mod two_workers;
+mod wire;
 mod worker;
 #[cfg(feature = "ceph")]
 mod worker_rbd;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::support::link::Link;
 use crate::support::rabbit::Rabbit;
 use backhaul::broker::{
     Broker, Delivery, Error, Jobs, Notice, Outgoing, Properties, QueueKind, Routed, Settings, State,
@@ -16,7 +17,10 @@ use backhaul::broker::{
 use backhaul::error::{Causes, Class};
 use bytes::Bytes;
 use jiff::Timestamp;
-use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeleteOptions};
+use lapin::options::{
+    BasicAckOptions, BasicGetOptions, BasicPublishOptions, ExchangeDeleteOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
 use tokio::time::timeout;
@@ -31,7 +35,7 @@ fn settings(url: &str) -> Settings {
         connection_name: "broker test".into(),
         heartbeat_seconds: 10,
         tls: Tls::default(),
-        queue_kind: QueueKind::Auto,
+        queue_kind: QueueKind::Quorum,
         retry_delay_seconds: 1,
         retry_delay_seconds_max: 8,
         reconnect_seconds_max: 1,
@@ -240,6 +244,33 @@ async fn each_slot_has_one_delivery_until_that_is_settled_or_dropped() {
 
     again.ack().await.unwrap();
     third.ack().await.unwrap();
+    drop(jobs);
+    assert_queue_empty(&broker, &settings).await;
+}
+
+#[tokio::test]
+async fn a_channel_that_the_broker_closes_takes_no_other_jobs_delivery_with_it() {
+    let (broker, settings) = shared().await;
+    for body in ["1", "2"] {
+        publish(&broker, body).await;
+    }
+    let mut jobs = broker.jobs(2, 0);
+    let first = next(&mut jobs).await;
+    let second = next(&mut jobs).await;
+    let body = first.body.clone();
+    // Who publishes to an exchange that is not there has its channel closed.
+    let dead = format!("{}.dead", settings.prefix).into();
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    channel.exchange_delete(dead, ExchangeDeleteOptions::default()).await.unwrap();
+
+    let error = first.dead_letter("bad").await.unwrap_err();
+
+    assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    let again = next(&mut jobs).await;
+    assert!(again.redelivered && again.body == body, "{again:?}");
+    assert!(timeout(Duration::ZERO, second.lost()).await.is_err(), "the other one goes on");
+    second.ack().await.unwrap();
+    again.ack().await.unwrap();
     drop(jobs);
     assert_queue_empty(&broker, &settings).await;
 }
@@ -828,7 +859,7 @@ async fn classic_queues_heed_priorities() {
 
     // Connecting again finds everything as it should be; asking for the other kind does not.
     Broker::connect(settings.clone()).await.unwrap();
-    let quorum = Settings { queue_kind: QueueKind::Auto, ..settings };
+    let quorum = Settings { queue_kind: QueueKind::Quorum, ..settings };
     let error =
         Broker::connect(quorum.clone()).await.err().expect("a classic queue taken for a quorum queue");
     assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
@@ -837,6 +868,31 @@ async fn classic_queues_heed_priorities() {
     for part in [&format!("queue {}.jobs", quorum.prefix), "broker.queue", "delete it", "inequivalent arg"] {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
+}
+
+/// As with one older than 3.10, whose quorum queues have no time to live.
+#[tokio::test]
+async fn a_broker_that_takes_no_quorum_queue_for_jobs_that_wait_has_a_classic_one() {
+    let settings = settings(Rabbit::shared().url());
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let text = |text: &str| AMQPValue::LongString(text.into());
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("classic"));
+    arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(1000));
+    arguments.insert("x-dead-letter-exchange".into(), text(&format!("{}.jobs", settings.prefix)));
+    arguments.insert("x-dead-letter-routing-key".into(), text("job"));
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    let delay = format!("{}.delay.1s", settings.prefix).into();
+    channel.queue_declare(delay, durable, arguments).await.unwrap();
+
+    let broker = Broker::connect(settings).await.unwrap();
+
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1, 0);
+    next(&mut jobs).await.retry_later("").await.unwrap();
+    let again = next(&mut jobs).await;
+    assert_eq!(again.properties.attempt, 2);
+    again.ack().await.unwrap();
 }
 
 #[tokio::test]
@@ -971,6 +1027,24 @@ async fn a_worker_outlives_its_broker() {
     broker.publish_control(Bytes::from_static(b"stop"), Properties::default()).await.unwrap();
     assert_eq!(text(&next_notice(&mut control).await.body), "stop");
     assert_none(&mut jobs).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_falls_silent_is_lost_as_soon_as_its_heartbeats_are_missed() {
+    let link = Link::to(Rabbit::shared().url());
+    let settings = Settings { heartbeat_seconds: 1, ..settings(link.url()) };
+    let broker = Broker::connect(settings).await.unwrap();
+    let mut state = broker.state();
+    assert_eq!(*state.borrow(), State::Connected);
+
+    link.stall(true);
+
+    // TCP alone would tell it in minutes, and the broker proposes 60 seconds.
+    let lost = timeout(Duration::from_secs(15), state.wait_for(|state| *state != State::Connected)).await;
+    drop(lost.expect("that the broker is silent goes unnoticed").unwrap());
+    link.stall(false);
+    drop(soon("another connection", state.wait_for(|state| *state == State::Connected)).await.unwrap());
+    publish(&broker, "a").await;
 }
 
 #[tokio::test]

@@ -75,7 +75,7 @@ const RBD: &str = "[ceph.main]\n[store.x]\nkind = \"rbd\"\npool = \"p\"\n";
 #[case::port_zero("[broker]\nurl = \"amqp://u:hush@h:0\"", &[], &["broker.url (FILE): ", "port 0"])]
 #[case::bad_prefix("[broker]\nurl = \"amqp://h\"\nprefix = \"a b\"", &[], &["broker.prefix (FILE): found \"a b\""])]
 #[case::reserved_prefix("[broker]\nurl = \"amqp://h\"\nprefix = \"amq.x\"", &[], &["broker.prefix (FILE): found \"amq.x\"", "not amq"])]
-#[case::bad_queue("[broker]\nurl = \"amqp://h\"\nqueue = \"lazy\"", &[], &["broker.queue (FILE): found \"lazy\"; write one of \"auto\", \"quorum\", \"classic\""])]
+#[case::bad_queue("[broker]\nurl = \"amqp://h\"\nqueue = \"lazy\"", &[], &["broker.queue (FILE): found \"lazy\"; write one of \"quorum\", \"classic\""])]
 #[case::tls_without_tls("[broker]\nurl = \"amqp://h\"\n[broker.tls]\nca_file = \"ca.pem\"", &[], &["broker.url (FILE): ", "amqps://"])]
 #[case::half_a_certificate("[broker]\nurl = \"amqps://h\"\n[broker.tls]\nclient_key_file = \"k\"", &[], &["broker.tls.client_key_file (FILE): ", "client_certificate_file"])]
 #[case::ceph_user("[ceph.main]\nuser = \"client.x\"", &[], &["ceph.main.user (FILE): found \"client.x\"", "without \"client.\""])]
@@ -280,7 +280,7 @@ fn what_is_not_set_has_its_default() {
         TempConfig::of(&format!("[broker]\nurl = \"amqp://h\"\n{STORE}[ceph.main]\n")).load(&[]).unwrap();
 
     let broker = config.broker().unwrap();
-    assert_eq!((broker.prefix.as_str(), broker.queue), ("backhaul", Queue::Auto));
+    assert_eq!((broker.prefix.as_str(), broker.queue), ("backhaul", Queue::Quorum));
     assert_eq!((broker.heartbeat_seconds, broker.retry_delay_seconds), (60, 30));
     assert_eq!((broker.reconnect_seconds_max, broker.publish_seconds_max), (30, 60));
     assert_eq!(broker.message_bytes_max, 1 << 20);
@@ -495,22 +495,53 @@ fn the_documented_defaults_are_the_defaults() {
     assert_eq!(explicit, Config { file: None, ..implicit.load(&[]).unwrap() });
 }
 
+/// The text with the settings in it that are commented out.
+fn with_all(text: &str) -> String {
+    let is_setting = |line: &str| {
+        line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '))
+    };
+    let line = |line| match str::strip_prefix(line, "# ").filter(|line| is_setting(line)) {
+        Some(line) => format!("{line}\n"),
+        None => format!("{line}\n"),
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn the_configuration_of_the_containers_fits_to_what_they_are() {
+    let (text, compose) = (include_str!("../dev/compose.toml"), include_str!("../docker-compose.yml"));
+    let config = TempConfig::of(text).load(&[]).unwrap();
+
+    let url = config.broker().unwrap().url.to_string();
+    assert_eq!(url, "amqp://backhaul:***@rabbitmq:5672/%2f");
+    let (name, store) = config.store(None).unwrap();
+    assert_eq!(name.as_str(), "local");
+    for path in [&config.worker.file_roots[0], store_path(store)] {
+        assert!(compose.contains(&format!(":{}\n", path.display())), "{} is no volume", path.display());
+    }
+    let port = config.worker.health_listen.unwrap().port();
+    for part in
+        ["\n  rabbitmq:\n", "RABBITMQ_DEFAULT_USER: backhaul\n", &format!("/dev/tcp/127.0.0.1/{port} ")]
+    {
+        assert!(compose.contains(part), "{part:?} is not in docker-compose.yml");
+    }
+
+    if cfg!(feature = "ceph") {
+        let config = TempConfig::of(&with_all(text)).load(&[]).unwrap();
+        assert_eq!((config.stores.len(), config.store(None).unwrap().0.as_str()), (2, "local"));
+        // Where docker-compose.yml puts it.
+        assert_eq!(config.ceph["demo"].conf, Path::new("/etc/ceph/ceph.conf"));
+        assert!(compose.contains("- ceph-conf:/etc/ceph:ro\n"));
+    }
+}
+
 #[test]
 fn the_example_loads_also_with_all_that_is_commented_out() {
     let example = include_str!("../dev/backhaul.example.toml");
     let config = TempConfig::of(example).load(&[]).unwrap();
     assert_eq!(config.store(None).unwrap().0.as_str(), "local");
 
-    let is_setting = |line: &str| {
-        line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '))
-    };
-    let all: String = example
-        .lines()
-        .map(|line| match line.strip_prefix("# ").filter(|line| is_setting(line)) {
-            Some(line) => format!("{line}\n"),
-            None => format!("{line}\n"),
-        })
-        .collect();
+    let all = with_all(example);
     let mut section = "";
     let mut settings = BTreeSet::new();
     for line in all.lines() {

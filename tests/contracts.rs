@@ -51,7 +51,7 @@ static EVENT_SCHEMAS: LazyLock<BTreeMap<String, Validator>> = LazyLock::new(|| {
 });
 
 /// Holds an event against its schema.
-fn validate_event(body: &[u8]) {
+pub(crate) fn validate_event(body: &[u8]) {
     let event: Value = serde_json::from_slice(body).unwrap();
     let state = event["type"].as_str().unwrap().strip_prefix("backhaul.job.").unwrap();
     let schema = &EVENT_SCHEMAS[state.strip_suffix(".v1").unwrap()];

@@ -95,10 +95,8 @@ pub struct Tls {
 /// The kind of the queues that hold jobs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum QueueKind {
-    /// Quorum. A broker older than 3.8 does not know the word and makes classic ones.
+    /// Replicated over a cluster. A broker older than 3.8 does not know the word and makes classic ones.
     #[default]
-    Auto,
-    /// Replicated over a cluster.
     Quorum,
     /// On one node; priorities 0 to 9 count.
     Classic,

@@ -88,7 +88,7 @@ impl Topology {
                 .await
                 .map_err(|error| declaring("exchange", name, &error))?;
         }
-        declare_queue(connection, &self.jobs, &[self.job_arguments()]).await?;
+        declare_queue(connection, &self.jobs, &self.job_arguments()).await?;
         declare_queue(connection, &self.cancels, &[self.limitless(self.typed(self.kind))]).await?;
         declare_queue(connection, &self.dead, &[self.limitless(self.typed(self.kind))]).await?;
         for (seconds, name) in &self.delays {
@@ -113,21 +113,28 @@ impl Topology {
 
     fn typed(&self, kind: QueueKind) -> FieldTable {
         let word = match kind {
-            QueueKind::Auto | QueueKind::Quorum => "quorum",
+            QueueKind::Quorum => "quorum",
             QueueKind::Classic => "classic",
         };
         table([("x-queue-type", AMQPValue::LongString(word.into()))])
     }
 
-    fn job_arguments(&self) -> FieldTable {
+    fn job_arguments(&self) -> Vec<FieldTable> {
         let mut arguments = self.typed(self.kind);
         arguments.insert("x-dead-letter-exchange".into(), long_string(&self.dead));
-        // Brokers before 3.12 keep it without heeding it.
-        arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(CONSUMER_TIMEOUT_MILLISECONDS));
+        let patient = |mut arguments: FieldTable| {
+            let milliseconds = AMQPValue::LongLongInt(CONSUMER_TIMEOUT_MILLISECONDS);
+            // Brokers before 3.12 keep it without heeding it.
+            arguments.insert("x-consumer-timeout".into(), milliseconds);
+            arguments
+        };
         if self.kind == QueueKind::Classic {
             arguments.insert("x-max-priority".into(), AMQPValue::ShortShortUInt(PRIORITY_MAX));
+            // From 4.3 on classic queues have no such timeout, and from 4.3.2 on none is declared with one
+            // (rabbitmq-server #16557).
+            return vec![patient(arguments.clone()), arguments];
         }
-        self.limitless(arguments)
+        vec![self.limitless(patient(arguments))]
     }
 
     /// A message is delivered as often as need be.

@@ -19,10 +19,8 @@ use crate::store::{Secret, is_bucket_name};
 /// The kind of the job queues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Queue {
-    /// Quorum where the broker knows it, else classic.
-    #[default]
-    Auto,
     /// Replicated; survives the loss of a node.
+    #[default]
     Quorum,
     /// On one node, with priorities.
     Classic,
@@ -156,8 +154,7 @@ pub(super) fn compression<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
 
 /// Reads the kind of the job queues.
 pub(super) fn queue<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Queue, D::Error> {
-    text_that(deserializer, "one of \"auto\", \"quorum\", \"classic\"", |text| match text {
-        "auto" => Some(Queue::Auto),
+    text_that(deserializer, "one of \"quorum\", \"classic\"", |text| match text {
         "quorum" => Some(Queue::Quorum),
         "classic" => Some(Queue::Classic),
         _ => None,

@@ -217,7 +217,7 @@ pub(crate) fn settings(rabbit: &Rabbit, stack: &Stack) -> Settings {
         connection_name: "test".into(),
         heartbeat_seconds: 60,
         tls: Tls::default(),
-        queue_kind: QueueKind::Auto,
+        queue_kind: QueueKind::Quorum,
         retry_delay_seconds: 1,
         retry_delay_seconds_max: 1,
         reconnect_seconds_max: 1,
