@@ -36,6 +36,10 @@ mod model;
 mod openstack;
 #[cfg(feature = "ceph")]
 mod openstack_bugs;
+#[cfg(feature = "ceph")]
+mod openstack_http;
+#[cfg(feature = "ceph")]
+mod openstack_states;
 mod oslo;
 mod oslo_calls;
 mod pace;
