@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The control plane of OpenStack's Cinder, but for its backup service and its HTTP API, on loopback, for tests and trials:
-# cinder-scheduler, cinder-volume on RBD, and a MariaDB and a RabbitMQ of their own. dev/cinder.sh installs Cinder.
+# The control plane of OpenStack's Cinder, but for its backup service, on loopback, for tests and trials: cinder-api without
+# Keystone, which believes whoever asks, cinder-scheduler, cinder-volume on RBD, and a MariaDB and a RabbitMQ of their own.
+# dev/cinder.sh installs Cinder. DIR/url names the API, such as for python-cinderclient.
 #   dev/cinder-stack.sh up DIR CEPH_CONF    start it, its files in DIR, with the volumes in a cluster of dev/ceph.sh;
 #                                           prints the path of its cinder.conf. One that runs already is left as it is
-#   dev/cinder-stack.sh api DIR             take requests as the HTTP API would, one a line; see dev/cinder-api
+#   dev/cinder-stack.sh api DIR             take requests as the HTTP API does, one a line, and more; see dev/cinder-api
 #   dev/cinder-stack.sh down DIR            stop all; the files stay until the next `up`
 # It needs root: whoever attaches an RBD volume of Cinder takes the key from /etc/ceph, where `up` puts one in a file with a
 # name of its own, and `down` removes it.
@@ -11,6 +12,8 @@ set -euo pipefail
 umask 077
 
 here=$(dirname "$(realpath "$0")")
+# shellcheck source=dev/ports.sh
+. "$here/ports.sh"
 
 die() {
     echo "cinder-stack.sh: $*" >&2
@@ -18,7 +21,7 @@ die() {
 }
 
 usage() {
-    sed -n '4,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '5,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -65,8 +68,24 @@ await_report() {
     die "cinder-volume did not start, see $dir/log"
 }
 
+# Starts the HTTP API and waits until it can be asked.
+start_api() {
+    local port=$1
+    start api
+    for _ in {1..600}; do
+        if listens "$port"; then
+            echo "http://127.0.0.1:$port/v3" >"$dir/url"
+            return
+        fi
+        running api >/dev/null || break
+        sleep 0.2
+    done
+    tail -n 20 "$dir/log/api.log" >&2
+    die "cinder-api did not start, see $dir/log"
+}
+
 write_conf() {
-    local rabbit=$1 database=$2 ceph_conf=$3
+    local rabbit=$1 database=$2 ceph_conf=$3 port=$4
     cat <<END
 [DEFAULT]
 host = node1
@@ -76,6 +95,11 @@ storage_availability_zone = nova
 transport_url = ${rabbit/amqp:/rabbit:}
 enabled_backends = rbd1
 default_volume_type = __DEFAULT__
+auth_strategy = noauth
+api_paste_config = ${python%/bin/*}/etc/cinder/api-paste.ini
+osapi_volume_listen = 127.0.0.1
+osapi_volume_listen_port = $port
+osapi_volume_workers = 1
 # Tests must not wait long for a word of each other.
 report_interval = 2
 periodic_interval = 5
@@ -106,7 +130,7 @@ END
 }
 
 up() {
-    local ceph_conf rabbit database port
+    local ceph_conf rabbit database name port
     ceph_conf=$(realpath "$1")
     if running volume >/dev/null && [[ -e $dir/ready ]]; then
         echo "$conf"
@@ -119,28 +143,31 @@ up() {
     mkdir -p "$dir" /etc/ceph
     touch "$dir/.cinder"
     if [[ -e $dir/cluster ]]; then down; fi
-    rm -rf "$dir"/{run,log,state,locks,coordination,ready}
+    rm -rf "$dir"/{run,log,state,locks,coordination,ready,url}
     mkdir -p "$dir"/{run,log,state,locks,coordination}
     "$here/cinder.sh" >"$dir/python"
     python=$(<"$dir/python")
     rabbit=$("$here/rabbit.sh" up "$dir/rabbit")
     database=$("$here/mariadb.sh" up "$dir/mariadb")
     # A name that no other cluster has.
-    port=${rabbit##*:}
-    echo "backhaul-${port%%/*}" >"$dir/cluster"
+    name=${rabbit##*:}
+    echo "backhaul-${name%%/*}" >"$dir/cluster"
+    port=$(free_ports 1)
     ceph-authtool "${ceph_conf%/*}/keyring" -n client.cinder --print-key |
         sed '1s/^/[client.cinder]\n\tkey = /' >"/etc/ceph/$(<"$dir/cluster").client.cinder.keyring"
-    write_conf "$rabbit" "$database" "$ceph_conf" >"$conf"
+    write_conf "$rabbit" "$database" "$ceph_conf" "$port" >"$conf"
     PYTHONWARNINGS=ignore "$python" "${python%/*}/cinder-manage" --config-file="$conf" db sync >"$dir/log/sync.log" 2>&1 ||
         die "the tables were not made, see $dir/log/sync.log"
     start scheduler
     start volume
+    start_api "$port"
     await_report
     touch "$dir/ready"
     echo "$conf"
 }
 
 down() {
+    stop api
     stop volume
     stop scheduler
     rm -f "/etc/ceph/$(<"$dir/cluster").client.cinder.keyring"
@@ -159,7 +186,7 @@ if [[ $command != up ]]; then
 fi
 case "$command $#" in
 "up 1") up "$@" ;;
-"api 0") PYTHONWARNINGS=ignore exec "$python" "$here/cinder-api" "$conf" 2>>"$dir/log/api.log" ;;
+"api 0") PYTHONWARNINGS=ignore exec "$python" "$here/cinder-api" "$conf" 2>>"$dir/log/requests.log" ;;
 "down 0") down ;;
 *) usage ;;
 esac

@@ -41,6 +41,10 @@ mod nfs;
 mod openstack;
 #[cfg(feature = "ceph")]
 mod openstack_bugs;
+#[cfg(feature = "ceph")]
+mod openstack_http;
+#[cfg(feature = "ceph")]
+mod openstack_states;
 mod oslo;
 mod oslo_calls;
 mod pace;

@@ -244,6 +244,11 @@ async fn what_a_backup_keeps_of_its_volume_is_what_cinder_keeps(
         assert_eq!(after[0].1, json!({ "kéy": "value", "other": "" }));
     }
 
+    stage.ask("set", json!({ "table": "volumes", "id": volume, "provider_auth": "CHAP user hush" }));
+    let kept = stage.database.volume_meta(&volume).await.unwrap();
+    assert!(!kept.contains("hush"), "the secret of an iSCSI volume is kept: {kept}");
+    assert!(stage.ask("volume_meta", json!({ "volume_id": volume })).to_string().contains("hush"));
+
     for text in ["{}", "[]", "no", r#"{"version": 3}"#] {
         let error = stage.database.restore_volume_meta(&volume, text, &Changes::new()).await.unwrap_err();
         assert!(matches!(error, Error::VolumeMeta { .. }) && error.class() == Class::Permanent, "{error}");
@@ -383,6 +388,7 @@ async fn a_restore_ends_in_the_status_that_cinder_gives(#[values(Sqlite, MariaDb
         (Restored::Done, "restoring-backup", "available", false, true),
         (Restored::Cancelled, "restoring-backup", "error", false, true),
         (Restored::Failed, "restoring-backup", "error_restoring", false, false),
+        (Restored::Refused, "restoring-backup", "error", false, false),
         (Restored::Done, "deleting", "deleting", false, false),
     ] {
         let target = stage.create("volumes", json!({ "size": 2, "status": before }));

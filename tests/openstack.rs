@@ -162,10 +162,19 @@ fn a_users_token_that_is_good_no_more_ends_the_request_and_not_the_worker() {
     let failed = openstack.backup(&volume, &[]);
     assert_eq!(failed["status"], "error", "{failed}");
     assert!(text(&failed["fail_reason"]).contains("token"), "{failed}");
+    let created = json!([["ERROR", "VOLUME_VOLUME_BACKUP_013_020"]]);
+    until("its user is told", || openstack.ok(&["messages", &text(&failed["id"])]) == created);
     assert_eq!(openstack.ok(&["volume", &volume])["status"], "available");
     assert_eq!(openstack.restore(&[&backup])["status"], "error_restoring");
     let undeleted = openstack.delete(&backup);
     assert_eq!(undeleted["status"], "error", "{undeleted}");
+    let told =
+        ["VOLUME_VOLUME_BACKUP_014_025", "VOLUME_VOLUME_BACKUP_015_026"].map(|event| json!(["ERROR", event]));
+    until("its user is told", || {
+        let messages = openstack.ok(&["messages", &backup]);
+        let messages = messages.as_array().unwrap();
+        messages.len() == 2 && told.iter().all(|one| messages.contains(one))
+    });
 
     openstack.log_in();
     openstack.ok(&["reset", &backup, "available"]);
@@ -175,9 +184,9 @@ fn a_users_token_that_is_good_no_more_ends_the_request_and_not_the_worker() {
     }
 }
 
-#[test]
-fn a_backup_goes_on_when_its_worker_was_killed() {
-    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
+#[rstest]
+fn a_backup_goes_on_when_its_worker_was_killed(#[values("ceph", "posix")] driver: &str) {
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 24 * MIB))]);
@@ -189,17 +198,47 @@ fn a_backup_goes_on_when_its_worker_was_killed() {
     drop(worker);
     assert_eq!(openstack.ok(&["show", &backup])["status"], "creating");
     image.hurry();
-    let _worker = openstack.backhaul("posix", ceph.conf());
+    let _worker = openstack.backhaul(driver, ceph.conf());
 
     let made = openstack.ok(&["settled", &backup]);
     assert_eq!(made["status"], "available", "{made}");
     assert_holds(&ceph, &openstack.restore(&[&backup]), &content);
+    if driver == "ceph" {
+        let snapshots = ceph.rbd(&["snap", "ls", image.spec()]);
+        assert_eq!(snapshots.matches("backup.").count(), 1, "{snapshots}");
+        return;
+    }
     let (folder, prefix) =
         (openstack.backups().join(text(&made["container"])), text(&made["service_metadata"]));
     for entry in std::fs::read_dir(folder).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         assert!(name.starts_with(&prefix), "{name} is left of the worker that was killed");
     }
+}
+
+#[rstest]
+fn a_restore_goes_on_when_its_worker_was_killed_or_told_to_stop(#[values(true, false)] killed: bool) {
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
+    let (volume, target) = (openstack.volume(), openstack.volume());
+    image(&ceph, &volume).write(&[(0, &noise(1, 24 * MIB))]);
+    let content = ceph.content(image(&ceph, &volume).spec());
+    let backup = text(&openstack.backup(&volume, &[])["id"]);
+    // Longer than a worker that is to stop goes on with it.
+    image(&ceph, &target).slow_down(1 << 18);
+    openstack.ok(&["restore", &backup, &target]);
+    until("the restore has begun", || worker.log().matches("started method").count() == 2);
+
+    match killed {
+        true => drop(worker),
+        false => worker.stop(),
+    }
+    assert_eq!(openstack.ok(&["show", &backup])["status"], "restoring");
+    image(&ceph, &target).hurry();
+    let _worker = openstack.backhaul("posix", ceph.conf());
+
+    until("the restore has ended", || openstack.ok(&["volume", &target])["status"] != "restoring-backup");
+    assert_holds(&ceph, &openstack.ok(&["volume", &target]), &content);
+    assert_eq!(openstack.ok(&["settled", &backup])["status"], "available");
 }
 
 #[test]
@@ -283,9 +322,51 @@ fn an_exported_backup_is_taken_in_again_and_restored() {
     assert_holds(&ceph, &openstack.restore(&[&id]), &content);
 }
 
-#[test]
-fn a_backup_that_is_deleted_by_force_while_it_is_made_leaves_nothing() {
-    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
+#[rstest]
+fn an_exported_chain_is_taken_in_again_and_restored_when_its_rows_are_gone(
+    #[values("ceph", "posix")] driver: &str,
+) {
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder(driver) else { return };
+    let volume = openstack.volume();
+    let image = image(&ceph, &volume);
+    let mut points = Vec::new();
+    for (round, options) in [(0, &[][..]), (1, &["--incremental"])] {
+        image.write(&[(round * MIB as u64, &noise(round, 2 * MIB))]);
+        let backup = openstack.backup(&volume, options);
+        assert_eq!(backup["status"], "available", "{backup}");
+        let export = openstack.ok(&["export", &text(&backup["id"])]);
+        points.push((backup, export, ceph.content(image.spec())));
+    }
+    for (backup, ..) in &points {
+        let id = text(&backup["id"]);
+        openstack.sql(&format!("DELETE FROM backup_metadata WHERE backup_id = '{id}'"));
+        openstack.sql(&format!("DELETE FROM backups WHERE id = '{id}'"));
+        assert_eq!(openstack.ask(&["show", &id]).unwrap_err()["error"], "BackupNotFound");
+    }
+
+    let host = openstack.host().to_owned();
+    for (backup, export, _) in &points {
+        openstack.ok(&["import", &text(&export["backup_service"]), &text(&export["backup_url"]), &host]);
+        let imported = openstack.ok(&["settled", &text(&backup["id"])]);
+        assert_eq!(imported["status"], "available", "{imported}\n{}", worker.log());
+        for column in ["volume_id", "parent_id", "container", "size", "service", "service_metadata"] {
+            assert_eq!(imported[column], backup[column], "{column}");
+        }
+    }
+
+    for (backup, _, content) in points.iter().rev() {
+        let id = text(&backup["id"]);
+        assert_holds(&ceph, &openstack.restore(&[&id]), content);
+        assert_eq!(openstack.delete(&id)["status"], "deleted");
+    }
+}
+
+/// Cinder's own driver for Ceph refuses that.
+#[rstest]
+fn a_backup_that_is_deleted_by_force_while_it_is_made_leaves_nothing(
+    #[values("ceph", "posix")] driver: &str,
+) {
+    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     image.write(&[(0, &noise(1, 32 * MIB))]);
@@ -297,10 +378,10 @@ fn a_backup_that_is_deleted_by_force_while_it_is_made_leaves_nothing() {
 
     let deleted = openstack.ok(&["settled", &backup]);
     assert_eq!(deleted["status"], "deleted", "{deleted}\n{}", worker.log());
-    let volume = openstack.ok(&["volume", &volume]);
-    assert_eq!(volume["status"], "available", "{volume}");
-    let left: Vec<_> = std::fs::read_dir(openstack.backups()).unwrap().flatten().map(|e| e.path()).collect();
-    assert!(!left.iter().any(|path| path.join(&backup[2..4]).join(&backup).exists()), "{left:?}");
+    assert_eq!(openstack.ok(&["volume", &volume])["status"], "available");
+    assert_eq!(ceph.names_with("backups", &[&volume, &backup]), [""; 0]);
+    assert_eq!(ceph.rbd(&["snap", "ls", image.spec()]), "", "a snapshot of the backup stays on the volume");
+    assert!(!openstack.files().iter().any(|path| path.contains(&backup)), "{:?}", openstack.files());
 }
 
 /// Hears notifications up to the first one with this `event_type`.

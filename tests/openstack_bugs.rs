@@ -24,9 +24,9 @@ fn assert_restores(openstack: &mut Openstack, ceph: &Ceph, backup: &str, content
 
 /// Cinder has one name for the images of all backups of snapshots of a volume: the second one fails, its delete takes the data
 /// of the first, and so does the clean-up after an incremental backup on it.
-#[test]
-fn backups_of_snapshots_of_one_volume_do_not_take_each_others_data() {
-    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder("ceph") else { return };
+#[rstest]
+fn backups_of_snapshots_of_one_volume_do_not_take_each_others_data(#[values("ceph", "posix")] driver: &str) {
+    let Some((ceph, mut openstack, _worker)) = backhaul_beside_cinder(driver) else { return };
     let volume = openstack.volume();
     let image = image(&ceph, &volume);
     let mut points = Vec::new();

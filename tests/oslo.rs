@@ -258,6 +258,10 @@ fn flavour(name: &str) -> (RpcQueues, &'static [&'static str]) {
                 "rabbit_quorum_delivery_limit = 7",
             ],
         ),
+        // Its queues for replies and for all have names that are told from each other by these.
+        "queue manager" => {
+            (plain, &["use_queue_manager = true", "hostname = host-of-oslo", "processname = oslo"])
+        }
         // All that is sent to all goes through one queue of theirs. Ours is at the same exchange.
         "stream" => (
             RpcQueues { transient_quorum: true, ..plain },
@@ -364,7 +368,7 @@ async fn answer(incoming: Incoming) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_of_oslo_is_served(
-    #[values("transient", "durable", "auto-delete", "quorum", "stream")] queues: &str,
+    #[values("transient", "durable", "auto-delete", "quorum", "stream", "queue manager")] queues: &str,
 ) {
     let names = Names::new();
     let (queues, options) = flavour(queues);
@@ -430,7 +434,7 @@ async fn a_client_of_oslo_is_served(
 #[rstest]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_of_oslo_is_called(
-    #[values("transient", "durable", "auto-delete", "quorum", "stream")] queues: &str,
+    #[values("transient", "durable", "auto-delete", "quorum", "stream", "queue manager")] queues: &str,
 ) {
     let names = Names::new();
     let (queues, options) = flavour(queues);

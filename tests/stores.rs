@@ -1961,7 +1961,7 @@ mod network {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_certificate_must_be_of_an_authority_that_is_trusted() {
+    async fn a_certificate_must_be_of_an_authority_that_is_trusted_unless_any_one_will_do() {
         let (url, ca_file) = s3::tls_url();
         let mut settings = s3::settings(&url, s3::BUCKET);
         let begun = Instant::now();
@@ -1977,11 +1977,13 @@ mod network {
         let error = S3::new(settings.clone()).unwrap_err();
         assert!(told(&error).contains("ca.none"), "{}", told(&error));
 
-        settings.http.ca_file = Some(ca_file);
-        let bench = bench(settings);
-        bench.store.put(&bench.name("a"), junk(9 * MIB)).await.unwrap();
-        assert!(bench.read(&bench.name("a")).await.unwrap() == junk(9 * MIB));
-        bench.clean().await;
+        for (ca_file, any_certificate) in [(Some(ca_file), false), (None, true)] {
+            (settings.http.ca_file, settings.http.any_certificate) = (ca_file, any_certificate);
+            let bench = bench(settings.clone());
+            bench.store.put(&bench.name("a"), junk(9 * MIB)).await.unwrap();
+            assert!(bench.read(&bench.name("a")).await.unwrap() == junk(9 * MIB));
+            bench.clean().await;
+        }
     }
 
     #[rstest]

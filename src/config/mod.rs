@@ -612,6 +612,8 @@ impl StoreSection {
         };
         let http = HttpSettings {
             ca_file: self.ca_file.map(|file| folder.join(file)),
+            // Only an operator of Cinder's drivers may be used to that.
+            any_certificate: false,
             proxy: self.proxy,
             connect_seconds_max: self.connect_seconds_max,
             idle_seconds_max: self.idle_seconds_max,

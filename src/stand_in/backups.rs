@@ -42,30 +42,35 @@ pub(super) struct Action {
 /// Why it came to nothing, in the numbers of the same.
 #[derive(Clone, Copy)]
 enum Detail {
+    BackupStatus,
     Create,
     Attach,
     Delete,
     Restore,
+    VolumeStatus,
+    /// It was made, but not as an incremental one.
+    ForcedFull,
 }
 
 impl Detail {
     fn id(self) -> &'static str {
         match self {
+            Self::BackupStatus => "017",
             Self::Create => "020",
             Self::Attach => "021",
             Self::Delete => "025",
             Self::Restore => "026",
+            Self::VolumeStatus => "027",
+            Self::ForcedFull => "030",
         }
+    }
+
+    fn level(self) -> &'static str {
+        if let Self::ForcedFull = self { "WARNING" } else { "ERROR" }
     }
 }
 
 impl StandIn {
-    /// Whether a backup can be deleted while it is made or restored.
-    pub(super) fn can_force_delete(&self) -> bool {
-        // As Cinder has it.
-        self.driver != Driver::Ceph
-    }
-
     /// Takes a new backup on, and asks the volume service for what is to be read for it.
     pub(super) async fn create_backup(&self, request: &Request) -> Result<Value, Trouble> {
         let mut backup = oslo::Backup::read(request.arg("backup")?)?;
@@ -205,6 +210,10 @@ impl StandIn {
                 };
                 let ended = self.database.finish_backup(&row.id, &self.changes_of(&record)).await?;
                 info!(backup = %id, ?ended, "backup made");
+                if row.parent_id.is_some() && record.parent_id.is_none() {
+                    let volume = ("VOLUME", row.volume_id.as_str());
+                    self.tell_user(request, volume, CREATE, Detail::ForcedFull).await;
+                }
             }
             Ran::Failed(problem) => return fail(detail, &problem.to_string()).await,
             // Its row says what it has become, and only the volume is given back.
@@ -291,22 +300,30 @@ impl StandIn {
         let Some(volume) = volume.filter(|volume| AWAITING.contains(&volume.status.as_str())) else {
             info!(backup = %id, volume = %volume_id, "the volume does not wait for a restore any more");
             let changes = Changes::new().text("status", "available");
-            self.database.change_backup(&row.id, &["restoring"], &changes).await?;
+            // After a restore that was done neither waits for anything.
+            if self.database.change_backup(&row.id, &["restoring"], &changes).await? {
+                let reason = "Restore backup aborted, the volume does not wait for a restore any more.";
+                self.tell_error(request, id, RESTORE, reason).await;
+                let volume = ("VOLUME_BACKUP", &*volume_id.to_string());
+                self.tell_user(request, volume, RESTORE, Detail::VolumeStatus).await;
+            }
             if incoming.redelivered && is_done {
                 self.tell_end(request, id, RESTORE).await;
             }
             return Ok(Value::Null);
         };
         self.tell_start(request, id, RESTORE).await;
-        let fail =
-            async |detail, reason: &str| self.fail_restore(request, id, volume_id, detail, reason).await;
+        let end = async |restored, detail, reason: &str| {
+            self.fail_restore(request, (id, volume_id), restored, detail, reason).await
+        };
         if row.status != "restoring" {
             let reason = format!("expected backup status restoring but got {}.", row.status);
-            return fail(Detail::Restore, &reason).await;
+            return end(Restored::Refused, Detail::BackupStatus, &reason).await;
         }
         if !self.driver.made(row.service.as_deref()) {
-            return fail(Detail::Restore, &self.not_ours(&row)).await;
+            return end(Restored::Refused, Detail::Restore, &self.not_ours(&row)).await;
         }
+        let fail = async |detail, reason: &str| end(Restored::Failed, detail, reason).await;
         let _place = self.place(&row).await?;
         let context = context_of(request, id, RESTORE);
         let volumes = match self.volume_service(&volume, &context) {
@@ -645,21 +662,21 @@ impl StandIn {
         if self.database.fail_backup(&id.to_string(), reason).await? {
             self.tell_error(request, id, CREATE, reason).await;
         }
-        self.tell_user(request, id, CREATE, detail).await;
+        self.tell_user(request, ("VOLUME_BACKUP", &id.to_string()), CREATE, detail).await;
         Err(Trouble::Failure(Failure::invalid_backup(reason)))
     }
 
     async fn fail_restore(
         &self,
         request: &Request,
-        id: BackupId,
-        volume_id: VolumeId,
+        (id, volume_id): (BackupId, VolumeId),
+        restored: Restored,
         detail: Detail,
         reason: &str,
     ) -> Result<Value, Trouble> {
-        self.database.finish_restore(&id.to_string(), &volume_id.to_string(), Restored::Failed).await?;
+        self.database.finish_restore(&id.to_string(), &volume_id.to_string(), restored).await?;
         self.tell_error(request, id, RESTORE, reason).await;
-        self.tell_user(request, id, RESTORE, detail).await;
+        self.tell_user(request, ("VOLUME_BACKUP", &id.to_string()), RESTORE, detail).await;
         Err(Trouble::Failure(Failure::invalid_backup(&format!("Restore backup aborted: {reason}"))))
     }
 
@@ -668,7 +685,7 @@ impl StandIn {
         if self.database.change_backup(&id.to_string(), &["deleting"], &changes).await? {
             self.tell_error(request, id, DELETE, reason).await;
         }
-        self.tell_user(request, id, DELETE, Detail::Delete).await;
+        self.tell_user(request, ("VOLUME_BACKUP", &id.to_string()), DELETE, Detail::Delete).await;
         Err(Trouble::Failure(Failure::invalid_backup(reason)))
     }
 
@@ -680,14 +697,20 @@ impl StandIn {
         )
     }
 
-    /// Leaves a message for whoever asked; that is no reason for anything to fail.
-    async fn tell_user(&self, request: &Request, id: BackupId, action: Action, detail: Detail) {
+    /// Leaves a message for whoever asked, about a resource, by its kind and its id; that is no reason for anything to fail.
+    async fn tell_user(
+        &self,
+        request: &Request,
+        (resource_type, resource_id): (&str, &str),
+        action: Action,
+        detail: Detail,
+    ) {
         let message = UserMessage {
             project_id: request.context.project_id().unwrap_or_default(),
             request_id: request.context.request_id(),
-            level: "ERROR",
-            resource_type: "VOLUME_BACKUP",
-            resource_id: &id.to_string(),
+            level: detail.level(),
+            resource_type,
+            resource_id,
             action_id: action.id,
             detail_id: detail.id(),
             ttl_seconds: self.conf.default.message_ttl,

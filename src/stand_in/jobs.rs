@@ -19,8 +19,9 @@ use crate::runner::{self, Attempts, Ended, Every, Report};
 
 /// How often a job is tried.
 const ATTEMPTS_MAX: u32 = 3;
-/// How long it waits before it is tried again.
-const ATTEMPT_PAUSE: Duration = Duration::from_secs(10);
+/// How long it waits before it is tried again. Twice that is longer than the half minute after which Ceph lets go of an image that a
+/// worker had open which has died.
+const ATTEMPT_PAUSE: Duration = Duration::from_secs(20);
 /// How often it is looked whether somebody wants the end of what runs.
 const STATUS_LOOK: Duration = Duration::from_secs(3);
 /// Chains are never longer.

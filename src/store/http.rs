@@ -44,6 +44,8 @@ const IS_IT_UP: &str = "is it up, and is that its URL?";
 pub struct HttpSettings {
     /// The certificates, in PEM, of the authorities that are trusted besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// Whether any certificate will do, so that whoever is in between can read and change all that is sent.
+    pub any_certificate: bool,
     /// The URL of the proxy that all requests go through. The environment's is not looked at.
     pub proxy: Option<Secret>,
     /// How long it may take to connect.
@@ -61,6 +63,7 @@ impl Default for HttpSettings {
     fn default() -> Self {
         Self {
             ca_file: None,
+            any_certificate: false,
             proxy: None,
             connect_seconds_max: 10,
             idle_seconds_max: 60,
@@ -124,6 +127,7 @@ impl Http {
         let mut client = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
+            .tls_danger_accept_invalid_certs(settings.any_certificate)
             .connect_timeout(Duration::from_secs(settings.connect_seconds_max.into()))
             .pool_max_idle_per_host(settings.connections_max.into());
         if let Some(proxy) = &settings.proxy {

@@ -28,6 +28,12 @@ pub(crate) fn backhaul_beside_cinder(driver: &str) -> Option<(Ceph, Openstack, S
     Some((ceph, openstack, worker))
 }
 
+fn backhaul_cinder() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_backhaul"));
+    command.arg("cinder");
+    command
+}
+
 /// The image of a volume.
 pub(crate) fn image<'a>(ceph: &'a Ceph, volume: &str) -> Image<'a> {
     ceph.existing(&format!("volumes/volume-{volume}"))
@@ -204,7 +210,7 @@ impl Openstack {
     }
 
     /// The options of a backup service with this driver, on this test's own host.
-    fn conf(&self, driver: &str, ceph_conf: &Path) -> PathBuf {
+    fn conf(&self, driver: &str, ceph_conf: &Path, more: &str) -> PathBuf {
         fs::create_dir_all(self.backups()).unwrap();
         let name = &self.name;
         let (class, options) = match driver {
@@ -244,7 +250,7 @@ impl Openstack {
         };
         let conf = format!(
             "[DEFAULT]\nhost = {name}\nstorage_availability_zone = {name}\nbackup_file_size = 33554432\n\
-             backup_driver = cinder.backup.drivers.{class}\nbackup_timer_interval = 1\n{options}\n\
+             backup_driver = cinder.backup.drivers.{class}\nbackup_timer_interval = 1\n{options}\n{more}\n\
              [oslo_messaging_rabbit]\nheartbeat_timeout_threshold = 2\n\
              [oslo_messaging_notifications]\ntopics = {name}\n{}",
             self.further,
@@ -256,21 +262,33 @@ impl Openstack {
 
     /// Starts our worker, and waits until the scheduler gives it backups.
     pub(crate) fn backhaul(&self, driver: &str, ceph_conf: &Path) -> Service {
-        self.start(Command::new(env!("CARGO_BIN_EXE_backhaul")).arg("cinder"), driver, ceph_conf)
+        self.backhaul_with(driver, ceph_conf, "")
+    }
+
+    /// The same with these lines in `[DEFAULT]`.
+    pub(crate) fn backhaul_with(&self, driver: &str, ceph_conf: &Path, more: &str) -> Service {
+        self.known(self.begin(backhaul_cinder(), driver, ceph_conf, more))
+    }
+
+    /// Starts our worker, and does not wait for anything.
+    pub(crate) fn start_backhaul(&self, driver: &str, ceph_conf: &Path) -> Service {
+        self.begin(backhaul_cinder(), driver, ceph_conf, "")
     }
 
     /// Starts Cinder's own backup service in the same place.
     pub(crate) fn cinder_backup(&self, driver: &str, ceph_conf: &Path) -> Service {
         let python = PathBuf::from(fs::read_to_string(self.folder.join("python")).unwrap().trim());
         let program = python.with_file_name("cinder-backup");
-        self.start(Command::new(&python).arg(program).env("PYTHONWARNINGS", "ignore"), driver, ceph_conf)
+        let mut command = Command::new(&python);
+        command.arg(program).env("PYTHONWARNINGS", "ignore");
+        self.known(self.begin(command, driver, ceph_conf, ""))
     }
 
-    fn start(&self, command: &mut Command, driver: &str, ceph_conf: &Path) -> Service {
+    fn begin(&self, mut command: Command, driver: &str, ceph_conf: &Path, more: &str) -> Service {
         let log = self.work.path().join(format!("{}.log", Uuid::new_v4().simple()));
-        let heard = self.reports().len();
+        let heard_count = self.reports().len();
         let file = |path: PathBuf| format!("--config-file={}", path.display());
-        command.arg(file(self.folder.join("cinder.conf"))).arg(file(self.conf(driver, ceph_conf)));
+        command.arg(file(self.folder.join("cinder.conf"))).arg(file(self.conf(driver, ceph_conf, more)));
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -279,20 +297,51 @@ impl Openstack {
             .process_group(0)
             .spawn()
             .unwrap();
-        let mut service = Service { child, log };
+        Service { child, log, heard_count }
+    }
+
+    /// Waits until the scheduler gives backups to a service that was started.
+    fn known(&self, mut service: Service) -> Service {
         until("the scheduler has heard of the backup service", || {
             assert!(service.child.try_wait().unwrap().is_none(), "it has ended: {}", service.log());
-            self.reports()[heard..].contains(&true)
+            self.reports()[service.heard_count..].contains(&true)
         });
         service
     }
 
     /// Hears the notifications of this test's own backup services, whenever they were sent.
     pub(crate) fn listen(&self) -> Oslo {
-        let url = fs::read_to_string(self.folder.join("rabbit/url")).unwrap();
-        let mut oslo = Oslo::start(&url.trim().replacen("amqp://", "rabbit://", 1), "openstack", &[]);
+        let mut oslo = self.oslo();
         oslo.must(&json!({ "do": "listen", "topic": self.name }));
         oslo
+    }
+
+    /// Calls and casts to its services.
+    pub(crate) fn oslo(&self) -> Oslo {
+        let url = fs::read_to_string(self.folder.join("rabbit/url")).unwrap();
+        Oslo::start(&url.trim().replacen("amqp://", "rabbit://", 1), "openstack", &[])
+    }
+
+    /// The client of its HTTP API, as a user with a project of its own.
+    pub(crate) fn client(&self) -> CinderClient {
+        let python = std::env::var_os("BACKHAUL_TEST_CINDER")
+            .expect("run `make test`, which installs Cinder's client");
+        let endpoint = fs::read_to_string(self.folder.join("url")).unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peers/cinder_client.py");
+        let (user, project) = (Uuid::new_v4().simple().to_string(), Uuid::new_v4().simple().to_string());
+        let mut process = Command::new(python)
+            .args(["-W", "ignore", script, endpoint.trim(), &user, &project])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (calls, answers) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
+        CinderClient { process, calls, answers: BufReader::new(answers), project }
+    }
+
+    /// What the volume service has logged.
+    pub(crate) fn log_of_volumes(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.folder.join("log/volume.log")).unwrap()).into_owned()
     }
 
     /// Runs a statement in Cinder's database, which others use, too.
@@ -334,6 +383,8 @@ pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
 pub(crate) struct Service {
     child: Child,
     log: PathBuf,
+    /// How often the scheduler had heard of one on its host before it was started.
+    heard_count: usize,
 }
 
 impl Service {
@@ -359,6 +410,49 @@ impl Drop for Service {
         if std::thread::panicking() {
             eprintln!("log of the backup service:\n{}", self.log());
         }
+    }
+}
+
+/// python-cinderclient, in a process of its own.
+pub(crate) struct CinderClient {
+    process: Child,
+    calls: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    project: String,
+}
+
+impl CinderClient {
+    /// The id of its project.
+    pub(crate) fn project(&self) -> &str {
+        &self.project
+    }
+
+    /// Calls a method of one of its managers, such as `get` of `backups`. An error has the `status` of HTTP.
+    pub(crate) fn ask(&mut self, manager: &str, method: &str, arguments: &Value) -> Result<Value, Value> {
+        writeln!(self.calls, "{}", json!([manager, method, arguments])).unwrap();
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        let mut answer: Value =
+            serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"));
+        if answer.get("error").is_some() { Err(answer["error"].take()) } else { Ok(answer["ok"].take()) }
+    }
+
+    /// The same of what must be possible.
+    pub(crate) fn ok(&mut self, manager: &str, method: &str, arguments: &Value) -> Value {
+        self.ask(manager, method, arguments)
+            .unwrap_or_else(|error| panic!("{manager}.{method} {arguments}: {error}"))
+    }
+
+    /// Waits until something has a status that stays.
+    pub(crate) fn settled(&mut self, manager: &str, id: &str) -> Value {
+        self.ok(manager, "settled", &json!(id))
+    }
+}
+
+impl Drop for CinderClient {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

@@ -469,9 +469,8 @@ pub const OPTIONS: [&[Opt]; 8] = [
     KeystoneAuthtoken::OPTIONS,
 ];
 
-/// Why certificates cannot be left unverified.
-const VERIFIED: &str =
-    "certificates are always verified: name the file of their authority in backup_…_ca_cert_file";
+/// What Cinder's worker does not need either, and other services may have in the same file.
+const OF_OTHERS: &str = "Cinder's API, scheduler and volume services look at it";
 
 /// Why there is no pool.
 const ONE_CONNECTION: &str = "all goes over one connection to the broker";
@@ -494,8 +493,28 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("backup_native_threads_pool_size", "deletes run beside backups, with no threads of their own"),
     ("backup_service_inithost_offload", "nothing is done in the way of the start"),
     ("backup_metadata_version", "metadata are written in version 2"),
+    ("backup_use_same_host", OF_OTHERS),
+    (
+        "backup_container",
+        "Cinder's driver does not come to look at it either: a request may name a container",
+    ),
+    ("backup_name_template", "nothing that is stored is called by it"),
+    ("debug", "how much is logged says --log, and `cinder service-set-log` while it works"),
     ("executor_thread_pool_size", "requests need no threads of their own"),
+    (
+        "glusterfs_backup_mount_point",
+        "there is no driver for GlusterFS: mount it and write its folder into backup_posix_path",
+    ),
+    (
+        "glusterfs_backup_share",
+        "there is no driver for GlusterFS: mount it and write its folder into backup_posix_path",
+    ),
+    ("periodic_interval", "what is done again and again has options of its own"),
     ("periodic_fuzzy_delay", "reports begin at once"),
+    ("quota_backups", OF_OTHERS),
+    ("quota_backup_gigabytes", OF_OTHERS),
+    ("service_down_time", OF_OTHERS),
+    ("volume_name_template", "the volume service says what the image of a volume is called"),
     ("rootwrap_config", "no command is run as root"),
     ("retry", "a notification is tried for ten seconds, and then given up"),
     ("rpc_ping_enabled", "the table of the services says whether the worker lives"),
@@ -540,10 +559,8 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("restore_discard_excess_bytes", "what an image has behind the end of a backup is always discarded"),
     ("backup_mount_attempts", "mount itself tries for two minutes, and a worker without its share ends"),
     ("backup_swift_retry_backoff", "pauses begin at 0.2 seconds and double"),
-    ("backup_swift_auth_insecure", VERIFIED),
     ("backup_swift_service_auth", "no token of the service goes with that of the user"),
     ("backup_s3_retry_mode", "there is one way of trying again"),
-    ("backup_s3_verify_ssl", VERIFIED),
     ("backup_s3_md5_validation", "all that is written goes with its MD5"),
     ("backup_gcs_reader_chunk_size", "an object is read as one stream"),
     ("backup_gcs_writer_chunk_size", "data objects are sent whole"),

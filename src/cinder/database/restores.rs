@@ -13,14 +13,16 @@ pub enum Restored {
     Cancelled,
     /// The volume is neither what it was nor what was backed up.
     Failed,
+    /// It was not begun.
+    Refused,
 }
 
 /// What Cinder writes to a volume that a backup of another one was restored to.
 const SOURCE: &str = "src_backup_id";
 
 impl Database {
-    /// Ends a restore: the volume becomes `available`, `error` if it was cancelled, or `error_restoring`, if it still waits for
-    /// that; the backup becomes `available`, if it is still `restoring`. A volume that holds another one's backup now says
+    /// Ends a restore: the volume becomes `available`, `error` if it was cancelled or refused, or `error_restoring`, if it still
+    /// waits for that; the backup becomes `available`, if it is still `restoring`. A volume that holds another one's backup now says
     /// so. Doing it again changes nothing. If the volume is gone, that is told after the backup was changed.
     pub async fn finish_restore(&self, id: &str, volume_id: &str, restored: Restored) -> Result<()> {
         let attempt = || async {
@@ -39,7 +41,7 @@ impl Database {
             };
             let status = match restored {
                 Restored::Done => "available",
-                Restored::Cancelled => "error",
+                Restored::Cancelled | Restored::Refused => "error",
                 Restored::Failed => "error_restoring",
             };
             let mut changes = Changes::new().text("status", status);
@@ -48,7 +50,7 @@ impl Database {
             }
             let waiting = ["restoring-backup", "creating"];
             let changed = self.change(&mut transaction, "volumes", volume_id, &waiting, &changes).await?;
-            if changed && restored != Restored::Failed {
+            if changed && matches!(restored, Restored::Done | Restored::Cancelled) {
                 let before = self.pair_of(&mut transaction, volume_id, SOURCE).await?;
                 if backup.volume_id != volume_id
                     || before.is_some_and(|before| !before.is_empty() && before != id)

@@ -1,6 +1,6 @@
 //! What a backup keeps of its volume besides the data: all columns of its row, and the metadata of user and image.
 //!
-//! It is the JSON text that Cinder's drivers store beside a backup, in version 2.
+//! It is the JSON text that Cinder's drivers store beside a backup, in version 2, but for a secret that they put there.
 
 use std::collections::BTreeMap;
 
@@ -69,10 +69,12 @@ fn is_second(kept: &Value) -> bool {
 }
 
 impl Database {
-    /// What a backup of the volume is to keep of it.
+    /// What a backup of the volume is to keep of it. That leaves out the secret by which an iSCSI volume is attached, of which
+    /// no restore makes use.
     pub async fn volume_meta(&self, volume_id: &str) -> Result<String> {
         let base = self.volume_columns(volume_id).await?;
-        let base = base.ok_or_else(|| Error::NotThere { what: "volume", id: volume_id.into() })?;
+        let mut base = base.ok_or_else(|| Error::NotThere { what: "volume", id: volume_id.into() })?;
+        base.insert("provider_auth".into(), Value::Null);
         let mut whole = json!({ "version": 2, BASE: base });
         let metadata = self.volume_metadata(volume_id).await?;
         if !metadata.is_empty() {

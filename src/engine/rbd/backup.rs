@@ -64,6 +64,8 @@ struct Plan {
     volume: Arc<dyn VolumeSource>,
     /// The snapshots of the volume, where that is an RBD image.
     snapshot: Option<Arc<RbdSource>>,
+    /// The pool that it goes to.
+    pool: Pool,
     /// Where it goes; its head may have been written since the parent.
     image: Arc<Image>,
     image_id: String,
@@ -130,10 +132,8 @@ impl Rbd {
         record.counts = ctx.progress.read().counts;
         record.digest = Some(digest(&record.object_digests));
         if let Some(metadata) = volume_meta.map(ToOwned::to_owned) {
-            let (engine, wanted) = (self.clone(), record.clone());
+            let (pool, name) = (plan.pool.clone(), names::metadata_object(record.backup_id));
             let written = blocking(move || {
-                let pool = engine.pool(&engine.connect()?, &wanted)?;
-                let name = names::metadata_object(wanted.backup_id);
                 match pool.create_object(&name, metadata.as_bytes()) {
                     // An attempt that was taken over may have come as far meanwhile.
                     Err(error) if error.kind() == ErrorKind::AlreadyExists => {
@@ -160,14 +160,19 @@ impl Rbd {
         ctx.check()?;
         let pool = self.pool(&self.connect()?, record)?;
         // The parent must be usable before anything is made.
-        let parent = match (parent, &source, method.mode) {
+        let (parent, begun) = match (parent, &source, method.mode) {
             (Some(parent), Source::Rbd(origin), Some(Share::Incremental)) if origin.is_head() => {
-                Some(self.parent_snapshot(&pool, parent, origin)?)
+                let (snapshot, image) = self.parent_snapshot(&pool, parent, origin)?;
+                (Some(snapshot), Some(image))
             }
             (Some(parent), _, Some(Share::Incremental)) => {
                 return Err(unsuitable(parent, "of what is no RBD image nobody knows what has changed"));
             }
-            _ => None,
+            // That of the attempt before.
+            _ if record.checkpoint.is_some() => {
+                (None, Some(pool.open_image(&names::image(record), None, Mode::Write)?))
+            }
+            _ => (None, None),
         };
         let freeze = || -> Result<Frozen, Error> {
             Ok(match source {
@@ -178,15 +183,18 @@ impl Rbd {
                 }
             })
         };
-        let begun = parent.is_some() || record.checkpoint.is_some();
         let ((volume, snapshot), image) = match begun {
-            false => (freeze()?, None),
+            None => (freeze()?, None),
             // A snapshot is mostly waiting for the monitors.
-            true => thread::scope(|scope| {
-                let image = scope.spawn(|| self.begun_image(&pool, record));
-                let frozen = freeze();
-                Ok::<_, Error>((frozen?, Some(image.join().map_err(|_| Lost)??)))
-            })?,
+            Some(image) => {
+                let frozen = thread::scope(|scope| {
+                    let taken = scope.spawn(|| self.take_over(&image, record));
+                    let frozen = freeze();
+                    taken.join().map_err(|_| Lost)??;
+                    frozen
+                })?;
+                (frozen, Some(image))
+            }
         };
         let volume_bytes = volume.bytes();
         let from = match &snapshot {
@@ -215,6 +223,7 @@ impl Rbd {
             from,
             volume,
             snapshot,
+            pool,
             image: Arc::new(image),
             image_id,
             parent,
@@ -223,14 +232,12 @@ impl Rbd {
         })
     }
 
-    /// Opens the image of the parent, or of the attempt before, to write.
-    fn begun_image(&self, pool: &Pool, record: &Record) -> Result<Image, Error> {
-        let image = pool.open_image(&names::image(record), None, Mode::Write)?;
+    /// Makes the image of the parent, or of the attempt before, this attempt's to write.
+    fn take_over(&self, image: &Image, record: &Record) -> Result<(), Error> {
         if record.checkpoint.is_some() {
-            shut_out(&image, record)?;
+            shut_out(image, record)?;
         }
-        self.lock(&image, record)?;
-        Ok(image)
+        self.lock(image, record)
     }
 
     fn new_image(&self, pool: &Pool, record: &Record, bytes: u64) -> Result<Image, Error> {
@@ -267,15 +274,15 @@ impl Rbd {
         Ok(image.set_metadata(WRITER_KEY, &record.writer)?)
     }
 
-    /// Finds the snapshots of the parent on both sides, and makes sure that they are what they were.
+    /// Finds the snapshots of the parent on both sides, and makes sure that they are what they were. Opens its image to write.
     fn parent_snapshot(
         &self,
         pool: &Pool,
         parent: &Record,
         origin: &RbdOrigin,
-    ) -> Result<ParentSnapshot, Error> {
+    ) -> Result<(ParentSnapshot, Image), Error> {
         let name = names::image(parent);
-        let image = match pool.open_image(&name, None, Mode::Read) {
+        let image = match pool.open_image(&name, None, Mode::Write) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(unsuitable(parent, &format!("its image {}/{name} is gone", pool.name())));
             }
@@ -340,12 +347,13 @@ impl Rbd {
                 ));
             }
         }
-        Ok(ParentSnapshot {
+        let snapshot = ParentSnapshot {
             on_source: on_source.name,
             id_on_source: on_source.id,
             on_image: on_image.name,
             bytes: on_image.bytes,
-        })
+        };
+        Ok((snapshot, image))
     }
 
     /// The record of an attempt that died, for one that goes on where it stopped, if all that it needs is still there.

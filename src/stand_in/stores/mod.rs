@@ -165,6 +165,16 @@ pub fn config(conf: &Conf, driver: Driver) -> Result<Config, Error> {
         Err(Error::Request { .. }) if driver.asks_each_request(conf) => BTreeMap::new(),
         store => BTreeMap::from([(name()?, store?)]),
     };
+    let unverified = match driver {
+        Driver::S3 => !default.backup_s3_verify_ssl,
+        Driver::Swift => default.backup_swift_auth_insecure,
+        Driver::Ceph | Driver::Posix | Driver::Nfs | Driver::Gcs => false,
+    };
+    if unverified {
+        warn!(
+            "certificates of the store are not verified, as cinder.conf says: whoever is in between can read and change backups"
+        );
+    }
     let ceph = Ceph {
         conf: PathBuf::from(&default.backup_ceph_conf),
         user: default.backup_ceph_user.clone(),
@@ -284,6 +294,7 @@ fn s3(default: &conf::Default) -> Result<StoreKind, Error> {
         sse_c_key: sse_c_key(default)?,
         http: HttpSettings {
             ca_file: file(&default.backup_s3_ca_cert_file),
+            any_certificate: !default.backup_s3_verify_ssl,
             proxy,
             connect_seconds_max: seconds,
             idle_seconds_max: seconds,
@@ -565,6 +576,7 @@ mod tests {
             sse_c_key: None,
             http: HttpSettings {
                 ca_file: None,
+                any_certificate: false,
                 proxy: None,
                 connect_seconds_max: 60,
                 idle_seconds_max: 60,
@@ -589,6 +601,7 @@ mod tests {
                    backup_s3_max_pool_connections = 100000
                    backup_s3_retry_max_attempts = 0
                    backup_s3_ca_cert_file = /etc/ca.pem
+                   backup_s3_verify_ssl = false
                    backup_s3_sse_customer_algorithm = AES256
                    backup_s3_sse_customer_key = 0123456789abcdef0123456789abcdef
                    storage_availability_zone = west";
@@ -600,6 +613,7 @@ mod tests {
             sse_c_key: Some(SecretFrom::Setting(secret("0123456789abcdef0123456789abcdef"))),
             http: HttpSettings {
                 ca_file: Some("/etc/ca.pem".into()),
+                any_certificate: true,
                 proxy: Some(secret("http://proxy:3128")),
                 connect_seconds_max: 3,
                 idle_seconds_max: 3,
@@ -740,13 +754,18 @@ mod tests {
                    backup_swift_block_size = 4096
                    backup_swift_retry_attempts = 5
                    backup_swift_ca_cert_file = /etc/ca.pem
+                   backup_swift_auth_insecure = true
                    backup_swift_url = http://elsewhere/v1/AUTH_
                    backup_swift_region_name = here";
         let expected = SwiftSettings {
             container: "ours".into(),
             create_containers: false,
             storage_policy: Some("gold".into()),
-            http: HttpSettings { ca_file: Some("/etc/ca.pem".into()), ..usual_http(5) },
+            http: HttpSettings {
+                ca_file: Some("/etc/ca.pem".into()),
+                any_certificate: true,
+                ..usual_http(5)
+            },
             ..swift_settings("http://swift/auth/v1.0", v1, Endpoint::Told, usual_http(5))
         };
         let chunking = Chunking { object_bytes: 1 << 20, sha_block_bytes: 4096, ..USUAL };

@@ -49,6 +49,7 @@ pub(super) fn store(default: &conf::Default, context: &Context) -> Result<StoreK
             .filter(|policy| !policy.is_empty()),
         http: HttpSettings {
             ca_file: file(&default.backup_swift_ca_cert_file),
+            any_certificate: default.backup_swift_auth_insecure,
             ..usual_http(default.backup_swift_retry_attempts)
         },
     };
