@@ -796,7 +796,7 @@ impl Round<'_> {
         let met_full = self.is_full && store == Store::S3;
         let is_spoilt = self.undo.iter().any(|(_, undo)| matches!(undo, Undo::Byte(_)));
         let mut sent = Sent { store, work, sure, cancelled: false, met_full, ended: None };
-        sent.sure &= !met_full && !(is_spoilt && store == Store::Posix && sent.reads());
+        sent.sure &= !(met_full || is_spoilt && store == Store::Posix && sent.reads());
         self.jobs.insert(id, sent);
         let body = encode_command(&job::Command::Run(Box::new(job)));
         self.broker.publish_job(body.into(), command_properties()).await.unwrap();
