@@ -225,6 +225,7 @@ section! {
         snapshot_name_template: String = TEXT, is("snapshot-%s");
         backup_name_template: String = TEXT, is("backup-%s");
         use_multipath_for_image_xfer: bool = BOOL, is("false");
+        enforce_multipath_for_image_xfer: bool = BOOL, is("false");
         num_volume_device_scan_tries: u64 = INTEGER, is("3");
         quota_backups: i64 = INTEGER, is("10");
         quota_backup_gigabytes: i64 = INTEGER, is("1000");
@@ -437,7 +438,6 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("backup_metadata_version", "metadata are written in version 2"),
     ("executor_thread_pool_size", "requests need no threads of their own"),
     ("periodic_fuzzy_delay", "reports begin at once"),
-    ("rootwrap_config", "no command is run as root"),
     ("retry", "a notification is tried for ten seconds, and then given up"),
     ("rpc_ping_enabled", "the table of the services says whether the worker lives"),
     ("ssl_version", "the newest version of TLS is spoken that the broker has, 1.2 at least"),
@@ -495,6 +495,8 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
 /// All that `cinder.conf` says to a backup worker. The fields are called as the options are.
 #[derive(Debug, Clone)]
 pub struct Conf {
+    /// The files that say it, in their order.
+    pub files: Vec<PathBuf>,
     /// `[DEFAULT]`.
     pub default: Default,
     /// `[database]`.
@@ -517,7 +519,14 @@ impl Conf {
             None | Some("") => rabbit.clone(),
             Some(url) => Rabbit::at(settings, url)?,
         };
-        Ok(Self { default, database: Database::read(settings)?, rabbit, notifications, notifications_rabbit })
+        Ok(Self {
+            files: settings.files(),
+            default,
+            database: Database::read(settings)?,
+            rabbit,
+            notifications,
+            notifications_rabbit,
+        })
     }
 }
 
