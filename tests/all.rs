@@ -7,6 +7,8 @@
 
 mod support;
 
+#[cfg(feature = "ceph")]
+mod brick;
 mod broker;
 #[cfg(feature = "ceph")]
 mod ceph;
