@@ -38,6 +38,8 @@ mod model;
 mod openstack;
 #[cfg(feature = "ceph")]
 mod openstack_bugs;
+#[cfg(feature = "ceph")]
+mod openstack_shares;
 mod oslo;
 mod oslo_calls;
 mod pace;
