@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The control plane of OpenStack's Cinder, but for its backup service, on loopback, for tests and trials: cinder-api without
 # Keystone, which believes whoever asks, cinder-scheduler, cinder-volume on RBD, and a MariaDB and a RabbitMQ of their own.
-# dev/cinder.sh installs Cinder. DIR/url names the API, such as for python-cinderclient.
+# dev/cinder.sh installs Cinder. DIR/url names the API, such as for python-cinderclient. Where file systems can be mounted,
+# cinder-volume has a share of an NFS server, too, in the availability zone nfs: one in memory, with a share's name.
 #   dev/cinder-stack.sh up DIR CEPH_CONF    start it, its files in DIR, with the volumes in a cluster of dev/ceph.sh;
 #                                           prints the path of its cinder.conf. One that runs already is left as it is
 #   dev/cinder-stack.sh api DIR             take requests as the HTTP API does, one a line, and more; see dev/cinder-api
@@ -39,7 +40,7 @@ running() {
 
 # Each in a session of its own, so that its own processes end with it.
 start() {
-    PYTHONWARNINGS=ignore setsid "$python" "${python%/*}/cinder-$1" --config-file="$conf" >"$dir/log/$1.log" 2>&1 </dev/null &
+    PYTHONWARNINGS=ignore PATH=$PATH:/usr/sbin:/sbin setsid "$python" "${python%/*}/cinder-$1" --config-file="$conf" >"$dir/log/$1.log" 2>&1 </dev/null &
     echo $! >"$dir/run/$1.pid"
     disown
 }
@@ -57,10 +58,10 @@ stop() {
     rm -f "$dir/run/$1.pid"
 }
 
-# Waits until the scheduler has heard of the volume service, as long as that runs.
+# Waits until the scheduler has heard of a backend of the volume service, as long as that runs.
 await_report() {
     for _ in {1..600}; do
-        if grep -q 'Received volume service update from .*node1@rbd1' "$dir/log/scheduler.log"; then return; fi
+        if grep -q "Received volume service update from .*node1@$1" "$dir/log/scheduler.log"; then return; fi
         running volume >/dev/null || break
         sleep 0.2
     done
@@ -84,8 +85,18 @@ start_api() {
     die "cinder-api did not start, see $dir/log"
 }
 
+# Mounts something under the name of a share, where cinder-volume would mount the share, and says which; nothing where that cannot be.
+mount_share() {
+    local share folder
+    share=127.0.0.1:/$(<"$dir/cluster")
+    folder=$dir/nfs/$(printf %s "$share" | md5sum | cut -d' ' -f1)
+    mkdir -p "$folder"
+    if mount -t tmpfs -o size=8g "$share" "$folder" 2>/dev/null; then echo "$folder"; fi
+}
+
 write_conf() {
-    local rabbit=$1 database=$2 ceph_conf=$3 port=$4
+    local rabbit=$1 database=$2 ceph_conf=$3 port=$4 backends=rbd1
+    if [[ -s $dir/share ]]; then backends=rbd1,nfs1; fi
     cat <<END
 [DEFAULT]
 host = node1
@@ -93,7 +104,7 @@ my_ip = 127.0.0.1
 state_path = $dir/state
 storage_availability_zone = nova
 transport_url = ${rabbit/amqp:/rabbit:}
-enabled_backends = rbd1
+enabled_backends = $backends
 default_volume_type = __DEFAULT__
 auth_strategy = noauth
 api_paste_config = ${python%/bin/*}/etc/cinder/api-paste.ini
@@ -114,6 +125,15 @@ rbd_pool = volumes
 rbd_ceph_conf = $ceph_conf
 rbd_user = cinder
 rbd_cluster_name = $(<"$dir/cluster")
+[nfs1]
+volume_driver = cinder.volume.drivers.nfs.NfsDriver
+volume_backend_name = nfs1
+backend_availability_zone = nfs
+nas_host = 127.0.0.1
+nas_share_path = /$(<"$dir/cluster")
+nas_secure_file_operations = false
+nas_secure_file_permissions = false
+nfs_mount_point_base = $dir/nfs
 [database]
 connection = $database
 [oslo_concurrency]
@@ -155,13 +175,15 @@ up() {
     port=$(free_ports 1)
     ceph-authtool "${ceph_conf%/*}/keyring" -n client.cinder --print-key |
         sed '1s/^/[client.cinder]\n\tkey = /' >"/etc/ceph/$(<"$dir/cluster").client.cinder.keyring"
+    mount_share >"$dir/share"
     write_conf "$rabbit" "$database" "$ceph_conf" "$port" >"$conf"
     PYTHONWARNINGS=ignore "$python" "${python%/*}/cinder-manage" --config-file="$conf" db sync >"$dir/log/sync.log" 2>&1 ||
         die "the tables were not made, see $dir/log/sync.log"
     start scheduler
     start volume
     start_api "$port"
-    await_report
+    await_report rbd1
+    if [[ -s $dir/share ]]; then await_report nfs1; fi
     touch "$dir/ready"
     echo "$conf"
 }
@@ -171,6 +193,7 @@ down() {
     stop volume
     stop scheduler
     rm -f "/etc/ceph/$(<"$dir/cluster").client.cinder.keyring"
+    if [[ -s $dir/share ]] && mountpoint --quiet "$(<"$dir/share")"; then umount --lazy "$(<"$dir/share")"; fi
     "$here/rabbit.sh" down "$dir/rabbit" || true
     "$here/mariadb.sh" down "$dir/mariadb" || true
 }

@@ -21,8 +21,8 @@ case ${1:-run} in
 run) ;;
 ceph) packages+=("${cluster_packages[@]}") ;;
 test)
-  packages+=("${cluster_packages[@]}" mariadb-client-core mariadb-server-core memcached openssl postgresql-15 python3-rados
-    python3-rbd python3-venv radosgw strace tinyproxy-bin)
+  packages+=("${cluster_packages[@]}" mariadb-client-core mariadb-server-core memcached nfs-common openssl postgresql-15
+    python3-rados python3-rbd python3-venv qemu-utils radosgw strace tinyproxy-bin)
   tools=(cargo-nextest@0.9.143)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
@@ -95,6 +95,9 @@ install_packages() {
   fi
   if [[ " $* " == *" memcached "* ]]; then
     as_root systemctl --quiet disable memcached.service >&2 || true # the tests start one of their own
+  fi
+  if [[ " $* " == *" nfs-common "* ]]; then
+    as_root systemctl --quiet disable rpcbind.service rpcbind.socket >&2 || true # no share of a server is mounted here
   fi
   if [[ " $* " == *" postgresql-15 "* ]]; then
     as_root systemctl --quiet disable postgresql.service >&2 || true # the tests start one of their own

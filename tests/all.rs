@@ -8,6 +8,8 @@
 mod support;
 
 mod bad_input;
+#[cfg(feature = "ceph")]
+mod brick;
 mod broker;
 #[cfg(feature = "ceph")]
 mod ceph;
@@ -43,6 +45,7 @@ mod openstack;
 mod openstack_bugs;
 #[cfg(feature = "ceph")]
 mod openstack_http;
+mod openstack_shares;
 #[cfg(feature = "ceph")]
 mod openstack_states;
 mod oslo;

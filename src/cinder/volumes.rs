@@ -1,5 +1,6 @@
 //! What is asked of Cinder's volume service, which owns the volumes, and what it answers.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -8,10 +9,14 @@ use super::rpc::{CallError, Rpc, Target};
 use crate::job::VolumeId;
 use crate::message::oslo::{Context, Object, Request};
 
-/// The version of its interface that knows all of the methods here but one.
+/// The version of its interface that knows most of the methods here.
 const VERSION: &str = "3.0";
 /// The version that knows `get_backup_device` with the answer as a message of its own.
 const VERSION_OF_DEVICES: &str = "3.17";
+/// The version that knows how snapshots are attached.
+const VERSION_OF_SNAPSHOTS: &str = "3.13";
+/// Attached this way a volume is a copy in a format of its own, which is written back when it is detached.
+const COPIED_KIND: &str = "vmdk";
 
 /// The fields of a volume that are columns of its row.
 const VOLUME_FIELDS: [&str; 40] = [
@@ -94,17 +99,28 @@ pub enum Error {
         /// The volume.
         volume_id: VolumeId,
         /// What happened.
-        source: CallError,
+        source: Box<CallError>,
     },
-    /// The volume is attached in a way that is not known here.
+    /// The volume is attached in a way that is no use.
     #[error(
-        "volume {volume_id} is attached by {kind:?}: only volumes in Ceph, which say \"rbd\", can be read and written"
+        "volume {volume_id} is attached by {kind:?}, as a file that is not what the volume holds: this cannot be read or written"
     )]
-    OtherKind {
+    Copied {
         /// The volume.
         volume_id: VolumeId,
         /// What the service calls the way.
         kind: String,
+    },
+    /// The volume is a file with more in it than what the volume holds.
+    #[error(
+        "volume {volume_id} is a file in the format {format:?}: only \"raw\" can be read and written; have its service make raw \
+         files (nfs_qcow2_volumes = false), and convert this one, or retype the volume to another backend"
+    )]
+    NotRaw {
+        /// The volume.
+        volume_id: VolumeId,
+        /// What the service calls the format.
+        format: String,
     },
     /// The service says something that makes no sense.
     #[error("the way to volume {volume_id} that {service} tells cannot be used: {why}")]
@@ -116,6 +132,24 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
+}
+
+impl Error {
+    /// Whether the service has tried, and failed.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Call { source, .. } if matches!(**source, CallError::Failed { .. }))
+    }
+}
+
+/// What a service makes reachable for us.
+#[derive(Clone)]
+pub enum Export {
+    /// The volume, as it was described to us.
+    Volume(Value),
+    /// The same, when somebody else may go on using it.
+    SharedVolume(Value),
+    /// A snapshot of it, by its id.
+    Snapshot(String),
 }
 
 /// The service that has a volume.
@@ -150,40 +184,62 @@ impl<'a> VolumeService<'a> {
         self.cast("get_backup_device", VERSION_OF_DEVICES, args).await
     }
 
-    /// Asks for the way to a volume, which `volume` describes as it came.
+    /// The volume.
+    pub fn volume_id(&self) -> VolumeId {
+        self.volume_id
+    }
+
+    /// Asks for the way to what it exports.
     pub async fn initialize_connection(
         &self,
         connector: &Value,
-        volume: Value,
-    ) -> Result<RbdConnection, Error> {
-        let mut args = Map::new();
-        args.insert("connector".into(), connector.clone());
-        args.insert("volume".into(), volume);
-        let connection = self.call("initialize_connection", args).await?;
-        match connection.get("driver_volume_type").and_then(Value::as_str).unwrap_or_default() {
-            "rbd" => RbdConnection::parse(connection.get("data").unwrap_or(&Value::Null)).map_err(|why| {
-                Error::Nonsense { volume_id: self.volume_id, service: self.service.to_owned(), why }
-            }),
-            kind => {
-                Err(Error::OtherKind { volume_id: self.volume_id, kind: kind.chars().take(64).collect() })
+        export: &Export,
+    ) -> Result<Connection, Error> {
+        let connector = ("connector", connector.clone());
+        let told = match export {
+            Export::Volume(volume) | Export::SharedVolume(volume) => {
+                self.call("initialize_connection", [connector, ("volume", volume.clone())]).await?
             }
+            Export::Snapshot(id) => {
+                let method = "initialize_connection_snapshot";
+                self.call(method, [connector, ("snapshot_id", json!(id))]).await?
+            }
+        };
+        read_way(self.volume_id, self.service, told)
+    }
+
+    /// Says that we do not use what it exports any more.
+    pub async fn terminate_connection(&self, connector: &Value, export: &Export) -> Result<(), Error> {
+        let (method, force) = match export {
+            Export::Volume(_) => ("terminate_connection", true),
+            Export::SharedVolume(_) => ("terminate_connection", false),
+            Export::Snapshot(_) => ("terminate_connection_snapshot", true),
+        };
+        let args = [("connector", connector.clone()), ("force", json!(force)), self.id_of(export)];
+        self.call(method, args).await.map(drop)
+    }
+
+    /// Says that nobody uses what it exports any more, unless somebody may.
+    pub async fn remove_export(&self, export: &Export) -> Result<(), Error> {
+        let method = match export {
+            Export::Volume(_) => "remove_export",
+            Export::SharedVolume(_) => return Ok(()),
+            Export::Snapshot(_) => "remove_export_snapshot",
+        };
+        self.call(method, [self.id_of(export)]).await.map(drop)
+    }
+
+    fn id_of(&self, export: &Export) -> (&'static str, Value) {
+        match export {
+            Export::Volume(_) | Export::SharedVolume(_) => ("volume_id", json!(self.volume_id)),
+            Export::Snapshot(id) => ("snapshot_id", json!(id)),
         }
     }
 
-    /// Says that we do not use the volume any more.
-    pub async fn terminate_connection(&self, connector: &Value) -> Result<(), Error> {
-        let mut args = Map::new();
-        args.insert("volume_id".into(), json!(self.volume_id));
-        args.insert("connector".into(), connector.clone());
-        args.insert("force".into(), json!(true));
-        self.call("terminate_connection", args).await.map(drop)
-    }
-
-    /// Says that nobody uses the volume any more.
-    pub async fn remove_export(&self) -> Result<(), Error> {
-        let mut args = Map::new();
-        args.insert("volume_id".into(), json!(self.volume_id));
-        self.call("remove_export", args).await.map(drop)
+    /// Whether the files of its volumes belong to a user who must go on to have them.
+    pub async fn secure_file_operations_enabled(&self, volume: &Value) -> Result<bool, Error> {
+        let told = self.call("secure_file_operations_enabled", [("volume", volume.clone())]).await?;
+        Ok(told.as_bool().unwrap_or(false))
     }
 
     /// Asks for the end of a volume that was made for a backup alone.
@@ -211,14 +267,20 @@ impl<'a> VolumeService<'a> {
             .map_err(|source| self.failed(source))
     }
 
-    async fn call(&self, method: &'static str, args: Map<String, Value>) -> Result<Value, Error> {
-        let request = Request::new(self.context.clone(), method, VERSION, args);
+    async fn call<const COUNT: usize>(
+        &self,
+        method: &'static str,
+        args: [(&str, Value); COUNT],
+    ) -> Result<Value, Error> {
+        let version = if method.ends_with("_snapshot") { VERSION_OF_SNAPSHOTS } else { VERSION };
+        let args = args.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let request = Request::new(self.context.clone(), method, version, args);
         let called = self.rpc.call(&Target::volume_service(self.service), request, self.reply_time_max).await;
         called.map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: CallError) -> Error {
-        Error::Call { volume_id: self.volume_id, source }
+        Error::Call { volume_id: self.volume_id, source: source.into() }
     }
 }
 
@@ -246,6 +308,64 @@ fn fields_of(columns: Map<String, Value>, names: &[&str]) -> Map<String, Value> 
         fields.insert(name, value);
     }
     fields
+}
+
+/// The way to a volume, or to a snapshot of one.
+#[derive(Debug)]
+pub enum Connection {
+    /// By librbd.
+    Rbd(RbdConnection),
+    /// By os-brick.
+    Other(OtherConnection),
+}
+
+/// Reads the way to a volume that its service tells.
+fn read_way(volume_id: VolumeId, service: &str, told: Value) -> Result<Connection, Error> {
+    let nonsense = |why| Error::Nonsense { volume_id, service: service.to_owned(), why };
+    let way = OtherConnection::new(told);
+    match (way.kind(), way.format()) {
+        ("rbd", _) => RbdConnection::parse(way.data()).map(Connection::Rbd).map_err(nonsense),
+        ("", _) => Err(nonsense("it does not say what kind it is".into())),
+        (COPIED_KIND, _) => Err(Error::Copied { volume_id, kind: COPIED_KIND.into() }),
+        (_, Some("raw") | None) => Ok(Connection::Other(way)),
+        (_, Some(format)) => Err(Error::NotRaw { volume_id, format: format.chars().take(64).collect() }),
+    }
+}
+
+/// A way that os-brick knows, as the service tells it. There may be passwords in it: it is not shown by `Debug`.
+#[derive(Clone)]
+pub struct OtherConnection(Value);
+
+impl OtherConnection {
+    /// Takes what a service tells.
+    pub fn new(told: Value) -> Self {
+        Self(told)
+    }
+
+    /// All of it, for whoever attaches the volume.
+    pub fn reveal(&self) -> &Value {
+        &self.0
+    }
+
+    /// What the service calls it, such as `iscsi`.
+    pub fn kind(&self) -> &str {
+        self.0.get("driver_volume_type").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// What a file that is the volume is to be read as, where the service says so.
+    fn format(&self) -> Option<&str> {
+        self.data().get("format").and_then(Value::as_str)
+    }
+
+    fn data(&self) -> &Value {
+        self.0.get("data").unwrap_or(&Value::Null)
+    }
+}
+
+impl fmt::Debug for OtherConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OtherConnection({:?})", self.kind())
+    }
 }
 
 /// The way to a volume that is an RBD image.
@@ -363,6 +483,36 @@ mod tests {
             let mut data = data();
             data[name] = value.clone();
             assert!(RbdConnection::parse(&data).is_err(), "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn a_way_with_a_password_does_not_show_it() {
+        let told = json!({ "driver_volume_type": "iscsi", "data": { "auth_password": "sesame open" } });
+        let shown = format!("{:?}", Connection::Other(OtherConnection::new(told)));
+        assert_eq!(shown, "Other(OtherConnection(\"iscsi\"))");
+    }
+
+    #[test]
+    fn only_what_holds_the_bytes_of_the_volume_is_a_way_to_it() {
+        let read = |told| read_way(VolumeId::random(), "node1@nfs1", told);
+        let of_kind = |kind: &str, data: Value| read(json!({ "driver_volume_type": kind, "data": data }));
+        assert!(matches!(of_kind("rbd", data()), Ok(Connection::Rbd(_))));
+        for (kind, data) in [
+            ("iscsi", json!({ "target_iqn": "iqn.2010-10.org.openstack:a" })),
+            ("nfs", json!({ "export": "192.0.2.1:/a", "name": "volume-a", "format": "raw" })),
+            ("local", json!({ "device_path": "/dev/vg/a" })),
+        ] {
+            let Ok(Connection::Other(way)) = of_kind(kind, data) else { panic!("{kind}") };
+            assert_eq!(way.kind(), kind);
+        }
+        let qcow2 =
+            of_kind("nfs", json!({ "export": "192.0.2.1:/a", "name": "volume-a", "format": "qcow2" }));
+        assert!(matches!(&qcow2, Err(Error::NotRaw { format, .. }) if format == "qcow2"), "{qcow2:?}");
+        assert!(matches!(of_kind("vmdk", json!({})), Err(Error::Copied { .. })));
+        for told in [json!({}), json!({ "driver_volume_type": 7 }), json!(null)] {
+            let read = read(told);
+            assert!(matches!(read, Err(Error::Nonsense { .. })), "{read:?}");
         }
     }
 }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::attach::Attached;
+use super::attach::{Attached, Wanted};
 use super::jobs::{Ran, lasting};
 use super::notices::Progress;
 use super::{Driver, StandIn, TOPIC, Trouble};
@@ -45,6 +45,7 @@ enum Detail {
     BackupStatus,
     Create,
     Attach,
+    Detach,
     Delete,
     Restore,
     VolumeStatus,
@@ -58,6 +59,7 @@ impl Detail {
             Self::BackupStatus => "017",
             Self::Create => "020",
             Self::Attach => "021",
+            Self::Detach => "022",
             Self::Delete => "025",
             Self::Restore => "026",
             Self::VolumeStatus => "027",
@@ -140,50 +142,63 @@ impl StandIn {
     pub(super) async fn continue_backup(&self, incoming: &Incoming) -> Result<Value, Trouble> {
         let request = &incoming.request;
         let id = oslo::Backup::read(request.arg("backup")?)?.id;
-        let device = BackupDeviceInfo::read(request.arg("backup_device")?)?.device;
+        let BackupDeviceInfo { device, secure_enabled } =
+            BackupDeviceInfo::read(request.arg("backup_device")?)?;
         let used = self.use_of(id);
         let _turn = used.turn.lock().await;
         let row = self.row(id).await?;
+        let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
+        let context = context_of(request, id, CREATE);
+        let (volume, snapshot) = match device {
+            BackupDevice::Volume(volume) => (Some(volume), None),
+            BackupDevice::Snapshot(snapshot) => {
+                let columns = self.database.volume_columns(&snapshot.volume_id.to_string()).await?;
+                let volume = columns
+                    .map(|columns| oslo::Volume { id: snapshot.volume_id, object: object_of(columns) });
+                (volume, Some(snapshot))
+            }
+        };
+        let described = volume.as_ref().map(|volume| volume.object.to_json()).unwrap_or_default();
+        let volumes = volume.as_ref().and_then(|volume| {
+            Some(VolumeService::new(&self.rpc, volume.service()?, &context, volume.id, self.reply_time_max()))
+        });
+        let wanted = volumes.as_ref().map(|volumes| Wanted {
+            volumes,
+            volume: &described,
+            snapshot: snapshot.as_ref().map(|snapshot| snapshot.id.as_str()),
+            secure: Some(secure_enabled),
+        });
         if row.status != "creating" {
             info!(backup = %id, status = row.status, "not to be made any more");
-            if incoming.redelivered && row.status == "available" {
-                self.tell_end(request, id, CREATE).await;
+            match (incoming.redelivered, row.status.as_str(), wanted) {
+                (true, "available", _) => self.tell_end(request, id, CREATE).await,
+                (true, _, Some(wanted)) if self.is_free(wanted.volumes.volume_id()).await? => {
+                    self.detach_left(wanted).await;
+                }
+                _ => {}
             }
             self.remove_temporary(&request.context, &row).await?;
             return Ok(Value::Null);
         }
-        let fail = async |detail, reason: &str| self.fail_backup(request, id, detail, reason).await;
-        let (volume, snapshot) = match device {
-            BackupDevice::Volume(volume) => (volume, None),
-            BackupDevice::Snapshot(snapshot) => {
-                let volume_id = snapshot.volume_id;
-                let Some(columns) = self.database.volume_columns(&volume_id.to_string()).await? else {
-                    return fail(Detail::Attach, &format!("Volume {volume_id} could not be found.")).await;
-                };
-                (oslo::Volume { id: volume_id, object: object_of(columns) }, Some(snapshot))
-            }
-        };
-        let Some(service) = volume.service() else {
-            return fail(Detail::Attach, &format!("Volume {} is on no host.", volume.id)).await;
+        let Some(wanted) = wanted else {
+            let reason = match &volume {
+                Some(volume) => format!("Volume {} is on no host.", volume.id),
+                None => format!("Volume {} could not be found.", row.volume_id),
+            };
+            return fail(Detail::Attach, &reason).await;
         };
         let _place = self.place(&row).await?;
-        let context = context_of(request, id, CREATE);
-        let volumes = VolumeService::new(&self.rpc, service, &context, volume.id, self.reply_time_max());
-        let mut attached = self.attach(&volumes, volume.object.to_json()).await;
-        if let (Ok(attached), Some(snapshot)) = (&mut attached, &snapshot) {
-            // Cinder's driver for Ceph attaches no snapshots. What leads to the image leads to them, too.
-            attached.read_snapshot(self.conf.default.snapshot_name_template.replace("%s", &snapshot.id));
-        }
-        let ran = match &attached {
+        let unwanted = self.await_other_status(id, &used.cancel, Some("creating"));
+        let attachment = self.attach(wanted, unwanted).await;
+        let ran = match &attachment.attached {
             Ok(attached) => self.make(request, id, &row, attached, &used.cancel).await,
-            Err(problem) => Ok(Ran::Failed(problem.clone())),
+            Err(why) => why.ended(),
         };
-        match snapshot {
-            None => self.detach(&volumes).await,
-            // Whoever else uses the volume goes on with it.
-            Some(_) => drop(self.disconnect(&volumes).await),
+        let is_attached = attachment.attached.is_ok();
+        if !self.detach(wanted.volumes, attachment).await {
+            self.tell_user(request, ("VOLUME_BACKUP", &id.to_string()), CREATE, Detail::Detach).await;
         }
-        let detail = if attached.is_err() { Detail::Attach } else { Detail::Create };
+        let detail = if is_attached { Detail::Create } else { Detail::Attach };
         let ended = self.end_backup(request, &row, id, ran?, detail).await;
         // Not before: whoever goes on with the message reads it once more.
         if let Ok(_) | Err(Trouble::Failure(_)) = ended {
@@ -234,7 +249,7 @@ impl StandIn {
         cancel: &CancellationToken,
     ) -> Result<Ran, Trouble> {
         let engine = match self.engine(request).await? {
-            Ok(engine) => engine.with_volumes(self.volumes(attached.clusters.clone())),
+            Ok(engine) => engine.with_volumes(attached.volumes.clone()),
             Err(problem) => return Ok(Ran::Failed(problem)),
         };
         let (volume_id, parent_id, container) = match work_of(row) {
@@ -316,7 +331,15 @@ impl StandIn {
         let end = async |restored, detail, reason: &str| {
             self.fail_restore(request, (id, volume_id), restored, detail, reason).await
         };
+        let context = context_of(request, id, RESTORE);
+        let volumes = self.volume_service(&volume, &context);
+        let columns = self.database.volume_columns(&volume.id).await?.unwrap_or_default();
+        let described = object_of(columns).to_json();
+        let wanted = |volumes| Wanted { volumes, volume: &described, snapshot: None, secure: None };
         if row.status != "restoring" {
+            if let (true, Ok(volumes)) = (incoming.redelivered, &volumes) {
+                self.detach_left(wanted(volumes)).await;
+            }
             let reason = format!("expected backup status restoring but got {}.", row.status);
             return end(Restored::Refused, Detail::BackupStatus, &reason).await;
         }
@@ -325,20 +348,22 @@ impl StandIn {
         }
         let fail = async |detail, reason: &str| end(Restored::Failed, detail, reason).await;
         let _place = self.place(&row).await?;
-        let context = context_of(request, id, RESTORE);
-        let volumes = match self.volume_service(&volume, &context) {
+        let volumes = match &volumes {
             Ok(volumes) => volumes,
             Err(problem) => return fail(Detail::Attach, &problem.to_string()).await,
         };
-        let columns = self.database.volume_columns(&volume.id).await?.unwrap_or_default();
-        let attached = self.attach(&volumes, object_of(columns).to_json()).await;
-        let ran = match &attached {
+        let unwanted = self.await_other_status(id, &used.cancel, Some("restoring"));
+        let attachment = self.attach(wanted(volumes), unwanted).await;
+        let ran = match &attachment.attached {
             Ok(attached) => {
                 self.put_back(request, (id, &row), (volume_id, &volume), attached, &used.cancel).await
             }
-            Err(problem) => Ok(Ran::Failed(problem.clone())),
+            Err(why) => why.ended(),
         };
-        self.detach(&volumes).await;
+        let is_attached = attachment.attached.is_ok();
+        if !self.detach(volumes, attachment).await {
+            self.tell_user(request, ("VOLUME_BACKUP", &id.to_string()), RESTORE, Detail::Detach).await;
+        }
         match ran? {
             Ran::Succeeded => {
                 self.database.finish_restore(&row.id, &volume.id, Restored::Done).await?;
@@ -353,7 +378,7 @@ impl StandIn {
                 Ok(Value::Null)
             }
             Ran::Failed(problem) => {
-                let detail = if attached.is_err() { Detail::Attach } else { Detail::Restore };
+                let detail = if is_attached { Detail::Restore } else { Detail::Attach };
                 fail(detail, &problem.to_string()).await
             }
         }
@@ -368,7 +393,7 @@ impl StandIn {
         cancel: &CancellationToken,
     ) -> Result<Ran, Trouble> {
         let engine = match self.engine(request).await? {
-            Ok(engine) => engine.with_volumes(self.volumes(attached.clusters.clone())),
+            Ok(engine) => engine.with_volumes(attached.volumes.clone()),
             Err(problem) => return Ok(Ran::Failed(problem)),
         };
         if let Err(problem) = self.take_in(&engine, id).await? {
@@ -616,6 +641,12 @@ impl StandIn {
         })
     }
 
+    /// Whether nobody uses a volume, as far as Cinder knows.
+    async fn is_free(&self, id: VolumeId) -> Result<bool, database::Error> {
+        let columns = self.database.volume_columns(&id.to_string()).await?.unwrap_or_default();
+        Ok(columns.get("attach_status").and_then(Value::as_str) == Some("detached"))
+    }
+
     /// The service that has a volume, without its pool.
     fn volume_service<'a>(
         &'a self,
@@ -627,29 +658,6 @@ impl StandIn {
             return Err(Problem { class: Class::Permanent, message, causes: Vec::new() });
         };
         Ok(VolumeService::new(&self.rpc, host, context, id, self.reply_time_max()))
-    }
-
-    async fn attach(&self, volumes: &VolumeService<'_>, volume: Value) -> Result<Attached, Problem> {
-        let connection = volumes.initialize_connection(&self.connector(), volume).await;
-        let connection = connection.map_err(|error| problem(&error))?;
-        self.attachments.attach(&connection, &self.own_clusters).map_err(|error| problem(&error))
-    }
-
-    async fn detach(&self, volumes: &VolumeService<'_>) {
-        if self.disconnect(volumes).await
-            && let Err(error) = volumes.remove_export().await
-        {
-            warn!(error = %Causes(&error), "the volume service could not be told that nobody uses the volume any more");
-        }
-    }
-
-    /// Says that we do not use a volume any more. Whether the service knows.
-    async fn disconnect(&self, volumes: &VolumeService<'_>) -> bool {
-        let told = volumes.terminate_connection(&self.connector()).await;
-        if let Err(error) = &told {
-            warn!(error = %Causes(error), "the volume service could not be told that the volume is used no more");
-        }
-        told.is_ok()
     }
 
     async fn fail_backup(
@@ -726,19 +734,6 @@ impl StandIn {
             place = self.places.take(row.project_id.clone(), Timestamp::now()) => place.ok_or(Trouble::HandedBack),
             () = self.hand_back.cancelled() => Err(Trouble::HandedBack),
         }
-    }
-
-    /// What the volume service is told of us, as os-brick would.
-    fn connector(&self) -> Value {
-        json!({
-            "platform": std::env::consts::ARCH,
-            "os_type": "linux",
-            "ip": self.conf.default.my_ip,
-            "host": self.host,
-            "multipath": false,
-            "enforce_multipath": false,
-            "do_local_attach": false,
-        })
     }
 
     fn reply_time_max(&self) -> Duration {

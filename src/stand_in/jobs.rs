@@ -142,7 +142,12 @@ impl StandIn {
     }
 
     /// Waits until somebody wants the end of what is done with a backup.
-    async fn await_other_status(&self, id: BackupId, cancel: &CancellationToken, status: Option<&str>) {
+    pub(super) async fn await_other_status(
+        &self,
+        id: BackupId,
+        cancel: &CancellationToken,
+        status: Option<&str>,
+    ) {
         loop {
             tokio::select! {
                 () = cancel.cancelled() => return,

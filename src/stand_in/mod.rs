@@ -9,6 +9,7 @@
 
 mod attach;
 mod backups;
+pub mod brick;
 mod jobs;
 mod keys;
 mod leftovers;
@@ -108,6 +109,7 @@ struct StandIn {
     host: String,
     stores: Stores,
     attachments: attach::Attachments,
+    brick: brick::Brick,
     own_clusters: BTreeMap<String, Access>,
     keys: Keys,
     database: Database,
@@ -155,6 +157,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
         host: conf.default.host.clone(),
         stores,
         attachments: attach::Attachments::default(),
+        brick: brick::Brick::new(brick::Settings::new(&conf)),
         own_clusters: worker::access(&config),
         keys,
         database,
@@ -205,6 +208,9 @@ impl StandIn {
         info!(host = %self.host, driver = self.driver.class(), "worker started in the place of cinder-backup");
         let cleaning = self.clone();
         let _cleaning = AbortOnDropHandle::new(tokio::spawn(async move { cleaning.clean_up().await }));
+        let looking = self.clone();
+        // Now, so that the first request need not wait for it.
+        let _looking = AbortOnDropHandle::new(tokio::spawn(async move { drop(looking.brick.host().await) }));
         loop {
             tokio::select! {
                 Some(incoming) = requests.next() => self.begin(incoming, &mut running),
@@ -362,7 +368,7 @@ impl StandIn {
         uses.entry(id).or_default().clone()
     }
 
-    /// The volumes that jobs may name: those in Ceph only.
+    /// The volumes in Ceph that jobs may name.
     fn volumes(&self, clusters: Clusters) -> Volumes {
         Volumes { file_roots: FileRoots::new(&[]), clusters }
     }

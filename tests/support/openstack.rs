@@ -102,6 +102,20 @@ impl Openstack {
         text(&volume["id"])
     }
 
+    /// The same on the share, and its file; none where nothing can be mounted.
+    pub(crate) fn volume_on_share(&mut self) -> Option<(String, PathBuf)> {
+        let share = fs::read_to_string(self.folder.join("share")).unwrap();
+        if std::env::var_os("BACKHAUL_TEST_NO_BLOCK_DEVICES").is_some() {
+            return None;
+        }
+        assert_ne!(share, "", "dev/cinder-stack.sh could mount nothing");
+        let volume = self.ok(&["create-volume", "1", "nfs"]);
+        assert_eq!(volume["status"], "available", "{volume}");
+        let id = text(&volume["id"]);
+        let file = Path::new(share.trim()).join(format!("volume-{id}"));
+        Some((id, file))
+    }
+
     /// Asks for a backup by this test's own backup service, and gives its id.
     pub(crate) fn begin_backup(&mut self, volume: &str, options: &[&str]) -> String {
         let zone = self.name.clone();
@@ -275,9 +289,26 @@ impl Openstack {
         self.begin(backhaul_cinder(), driver, ceph_conf, "")
     }
 
+    /// The same with a Python that is to have os-brick.
+    pub(crate) fn backhaul_by(&self, python: &Path, driver: &str, ceph_conf: &Path) -> Service {
+        let mut command = backhaul_cinder();
+        command.env("BACKHAUL_PYTHON", python);
+        self.known(self.begin(command, driver, ceph_conf, ""))
+    }
+
+    /// The Python that has Cinder, and os-brick with it.
+    pub(crate) fn python(&self) -> PathBuf {
+        fs::read_to_string(self.folder.join("python")).unwrap().trim().into()
+    }
+
+    /// A folder of this test's own.
+    pub(crate) fn work(&self) -> &Path {
+        self.work.path()
+    }
+
     /// Starts Cinder's own backup service in the same place.
     pub(crate) fn cinder_backup(&self, driver: &str, ceph_conf: &Path) -> Service {
-        let python = PathBuf::from(fs::read_to_string(self.folder.join("python")).unwrap().trim());
+        let python = self.python();
         let program = python.with_file_name("cinder-backup");
         let mut command = Command::new(&python);
         command.arg(program).env("PYTHONWARNINGS", "ignore");

@@ -226,6 +226,7 @@ section! {
         snapshot_name_template: String = TEXT, is("snapshot-%s");
         backup_name_template: String = TEXT, is("backup-%s");
         use_multipath_for_image_xfer: bool = BOOL, is("false");
+        enforce_multipath_for_image_xfer: bool = BOOL, is("false");
         num_volume_device_scan_tries: u64 = INTEGER, is("3");
         quota_backups: i64 = INTEGER, is("10");
         quota_backup_gigabytes: i64 = INTEGER, is("1000");
@@ -515,7 +516,6 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
     ("quota_backup_gigabytes", OF_OTHERS),
     ("service_down_time", OF_OTHERS),
     ("volume_name_template", "the volume service says what the image of a volume is called"),
-    ("rootwrap_config", "no command is run as root"),
     ("retry", "a notification is tried for ten seconds, and then given up"),
     ("rpc_ping_enabled", "the table of the services says whether the worker lives"),
     ("ssl_version", "the newest version of TLS is spoken that the broker has, 1.2 at least"),
@@ -578,6 +578,8 @@ pub const NOT_OBEYED: &[(&str, &str)] = &[
 /// All that `cinder.conf` says to a backup worker. The fields are called as the options are.
 #[derive(Debug, Clone)]
 pub struct Conf {
+    /// The files that say it, in their order.
+    pub files: Vec<PathBuf>,
     /// `[DEFAULT]`.
     pub default: Default,
     /// `[database]`.
@@ -609,6 +611,7 @@ impl Conf {
             Some(url) => Rabbit::at(settings, url)?,
         };
         Ok(Self {
+            files: settings.files(),
             default,
             database: Database::read(settings)?,
             rabbit,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, UdpSocket};
+use std::path::PathBuf;
 
 use super::file::{self, File, Source, is_space};
 use super::{Error, OPTIONS};
@@ -147,6 +148,11 @@ impl Settings {
             ["hostname", "processname"].contains(&name) || options.iter().any(|option| option.name == name)
         };
         self.query.keys().map(String::as_str).find(|name| !is_known(name))
+    }
+
+    /// The files that were read, in their order.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|file| file.path.clone()).collect()
     }
 
     /// Whether a file or the environment sets the option.
