@@ -45,6 +45,7 @@ mod openstack;
 mod openstack_bugs;
 #[cfg(feature = "ceph")]
 mod openstack_http;
+#[cfg(feature = "ceph")]
 mod openstack_shares;
 #[cfg(feature = "ceph")]
 mod openstack_states;
