@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::support::rabbit::Rabbit;
@@ -47,6 +47,16 @@ fn who_waits_at_a_terminal_sees_a_bar_that_moves_and_goes_when_the_job_has_ended
     assert!(!end.contains(" %") && end.contains("read 5.00 MiB"), "{end:?}");
 }
 
+/// Goes on until somebody ends it, so dropping it does.
+struct Watch(Child);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn watch_says_in_a_line_each_what_becomes_of_every_message() {
     let rabbit = Rabbit::shared();
@@ -55,7 +65,7 @@ async fn watch_says_in_a_line_each_what_becomes_of_every_message() {
     let broker = Broker::connect(settings(&rabbit, &stack)).await.unwrap();
     let publish = || broker.publish_event("some.thing.else", "{}".into(), Properties::default());
     let mut watch = stack.command(&["watch"]);
-    let mut watch = watch.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut watch = Watch(watch.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     let listens = async { while publish().await.unwrap() == Routed::Nowhere {} };
     timeout(Duration::from_secs(60), listens).await.expect("watch listens to events");
     let _worker = stack.worker();
@@ -65,7 +75,7 @@ async fn watch_says_in_a_line_each_what_becomes_of_every_message() {
     stack.ok(&submit);
     broker.publish_job("{".into(), Properties::default()).await.unwrap();
 
-    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut lines = BufReader::new(watch.0.stdout.take().unwrap()).lines().map(Result::unwrap);
     let (mut job, mut rejected) = (Vec::new(), Vec::new());
     while rejected.is_empty() || !job.last().is_some_and(|line: &String| line.contains("succeeded")) {
         let line = lines.next().expect("watch goes on");
@@ -81,11 +91,11 @@ async fn watch_says_in_a_line_each_what_becomes_of_every_message() {
     assert!(last.contains(" s by chunked full: read 1.00 MiB, skipped 0 B, stored 1.00 MiB"), "{last}");
     assert!(rejected.len() == 1 && rejected[0].contains("rejected: not-json: "), "{rejected:?}");
 
-    let pid = watch.id().to_string();
+    let pid = watch.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    assert_eq!(watch.wait().unwrap().code(), Some(0));
+    assert_eq!(watch.0.wait().unwrap().code(), Some(0));
     let mut told = String::new();
-    watch.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    watch.0.stderr.take().unwrap().read_to_string(&mut told).unwrap();
     assert!(told.contains("an event could not be read"), "{told}");
     assert_eq!(publish().await.unwrap(), Routed::Nowhere, "it leaves no queue behind");
 }
