@@ -70,10 +70,10 @@ END
   die "the service has not begun: $(tail -5 "$work/$name.log")"
 }
 
-# Makes a backup, and prints the seconds that it took.
+# Makes a full backup, and prints the seconds that it took.
 backup() {
   local began=$EPOCHREALTIME
-  ask backup "$volume" --zone "$name" "$@"
+  ask backup "$volume" --zone "$name"
   field id >>"$work/backups"
   ask settled "$(field id)"
   [[ $(field status) == available ]] || die "$(field fail_reason)"
