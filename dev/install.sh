@@ -22,7 +22,7 @@ run) ;;
 ceph) packages+=("${cluster_packages[@]}") ;;
 test)
   packages+=("${cluster_packages[@]}" mariadb-client-core mariadb-server-core memcached openssl postgresql-15 python3-rados
-    python3-rbd python3-venv radosgw strace tinyproxy-bin)
+    python3-rbd python3-venv radosgw tinyproxy-bin)
   tools=(cargo-nextest@0.9.143)
   ;;
 check) packages+=(docker-compose shellcheck) tools=(cargo-deny@0.20.2) components=(fmt clippy) ;;
