@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures Backhaul beside OpenStack Cinder's drivers, restic and borg, on the same data in one run, and beside what the
-# machine can do at most; prints the tables that stand in the documentation.
+# machine can do at most; prints the tables that stand in the documentation, and draws the picture.
 #   bench-peers.sh [--gib N] [--runs N]   a volume of N GiB of real files (2), medians of N runs (3)
 # Needs about 8 times the size of the volume on disk below the target folder, and removes what it made.
 set -euo pipefail
@@ -330,6 +330,37 @@ object_bytes = $1"
     backup_s3_store_bucket="cinders-$1" backup_compression_algorithm=zstd
 }
 
+# The same of a container behind the gateway's Swift, with small objects.
+swift_stores() {
+  local url user key
+  url=$(<"$work/ceph/swift")
+  user=${url#http://} user=${user%%:*} user=${user//%3A/:}
+  key=${url#http://*:} key=${key%%@*}
+  url=http://${url##*@}
+  configure zstd "[store.swift]
+kind = \"swift\"
+auth_version = 1
+auth_url = \"$url\"
+user = \"$user\"
+password = \"$key\"
+container = \"ours\"
+compression = \"zstd\"
+object_bytes = $1"
+  start_cinder cinder.backup.drivers.swift.SwiftBackupDriver backup_swift_auth=single_user backup_swift_auth_version=1 \
+    backup_swift_auth_url="$url" backup_swift_user="$user" backup_swift_key="$key" backup_swift_object_size="$1" \
+    backup_swift_container=cinders backup_compression_algorithm=zstd
+}
+
+# Backs the volume up to a store that was opened for both, and deletes that.
+delete_many() {
+  our_backup --store "$1"
+  cinder_backup "$work/volume.img"
+  seconds=() memory=()
+  ours delete --backup-id "$our_id" --store "$1"
+  cinder_timed "{\"do\": \"delete\", \"backup_id\": \"$cinder_id\"}"
+  row "$2"
+}
+
 # The same over S3, to a gateway on a private cluster, and the deletion of many objects.
 over_s3() {
   local url run access secret
@@ -353,12 +384,9 @@ over_s3() {
 
   dd if=/dev/urandom of=volume.img bs=1M count=625 status=none
   s3_stores 65536
-  our_backup --store s3
-  cinder_backup "$work/volume.img"
-  seconds=() memory=()
-  ours delete --backup-id "$our_id" --store s3
-  cinder_timed "{\"do\": \"delete\", \"backup_id\": \"$cinder_id\"}"
-  row 'delete of 10,000 objects on S3 (one run)'
+  delete_many s3 'delete of 10,000 objects on S3 (one run)'
+  swift_stores 65536
+  delete_many swift 'delete of 10,000 objects on Swift (one run)'
 }
 
 make_volume
@@ -380,4 +408,6 @@ printf '\nOn %s cores. "x" is how many times quicker Backhaul is, "of limit" its
   "$(nproc)"
 echo 'digests and compression on data in memory, "memory" the peak of the process. Cinder is its driver alone, in a process'
 echo 'that runs already; each has objects of its own default size, over S3 those of Cinder. restic encrypts besides.'
-cp figures.tsv "$target/bench-peers.tsv" # for dev/draw-figures.py
+cp figures.tsv "$target/bench-peers.tsv"
+"$repository/dev/draw-figures.py" figures.tsv >"$target/bench-peers.svg"
+echo "These figures are in $target/bench-peers.tsv, and drawn in $target/bench-peers.svg."
