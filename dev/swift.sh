@@ -188,6 +188,15 @@ for name, port in ("account", account), ("container", container), ("object", sto
     builder.get_ring().save("%s/%s.ring.gz" % (folder, name))
 '
 
+# Storage policies are read when they are imported, which is before a server has looked into its configuration.
+swift='
+import os, runpy, sys
+from swift.common import utils
+utils.set_swift_dir(os.path.dirname(sys.argv[-1]))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+'
+
 keystone='
 import os, sys
 os.environ["OS_KEYSTONE_CONFIG_FILES"] = sys.argv[2]
@@ -271,8 +280,8 @@ up() {
         --user="$(id -un)" -P
     start_keystone >>"$dir/log/start.log" 2>&1 </dev/null &
     starting=$!
-    for server in account container object; do start "$server" "$python" -W ignore "$bin/swift-$server-server"; done
-    for server in proxy hasty proxy-keystone; do start "$server" "$python" -W ignore "$bin/swift-proxy-server"; done
+    for server in account container object; do start "$server" "$python" -W ignore -c "$swift" "$bin/swift-$server-server"; done
+    for server in proxy hasty proxy-keystone; do start "$server" "$python" -W ignore -c "$swift" "$bin/swift-proxy-server"; done
     for server in account container object proxy hasty proxy-keystone; do
         wait_for "$server" || die "$server did not start, see $dir/log/$server.log"
     done

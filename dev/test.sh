@@ -3,7 +3,7 @@
 # with a Keystone and a Barbican, emulators of Google Cloud Storage, a MariaDB and a PostgreSQL, and two Ceph clusters of its
 # own, one of them with a gateway for S3 and Swift, which it stops at the end, and with OpenStack's Cinder. What is of
 # OpenStack, and the emulators, dev/cinder.sh installs, but for Barbican.
-# Block devices are tested where losetup makes them; where not, it says so at its end.
+# Block devices are tested where losetup makes them, and shares of NFS on amd64; where not, it says so at its end.
 # Arguments go to `cargo nextest run`, such as: -E 'test(restore)'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,9 @@ work=$(mktemp -d)
 finish() {
   if [[ -n ${BACKHAUL_TEST_NO_BLOCK_DEVICES-} ]]; then
     echo "test.sh: losetup gives no block devices here, mostly because it wants root: none were tested" >&2
+  fi
+  if [[ -n ${BACKHAUL_TEST_NO_NFS-} ]]; then
+    echo "test.sh: what starts a Linux with NFS is there for amd64 only: no share of an NFS server was tested" >&2
   fi
   if [[ -n ${BACKHAUL_TEST_NO_CINDER_STACK-} ]]; then
     echo "test.sh: Cinder's volume service wants root here: the worker in the place of cinder-backup was not tested" >&2
@@ -38,6 +41,8 @@ if device=$(PATH=$PATH:/usr/sbin losetup --find --show "$work/device"); then
 else
   export BACKHAUL_TEST_NO_BLOCK_DEVICES=1
 fi
+
+if [[ $(dpkg --print-architecture) != amd64 ]]; then export BACKHAUL_TEST_NO_NFS=1; fi
 
 # The clusters start, and what is of OpenStack is installed and started, while the tests are built.
 {

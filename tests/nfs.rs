@@ -3,50 +3,81 @@
 use std::fs;
 use std::process::Command;
 
-use crate::support::share::{SHARE, base, command_on_share, ours};
+use crate::support::share::{is_there, ours, passes_there, run_there};
 use crate::support::stack::{Stack, noise};
 use backhaul::error::Causes;
-use backhaul::store::Share;
+use backhaul::store::{Folder, ObjectName, ObjectStore, Posix, Share};
+use bytes::Bytes;
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 
-/// Each of the cases of a folder, on the share and with what NFS refuses.
+/// Each of the cases of a folder.
 #[test]
-fn a_share_keeps_objects_as_a_folder_does_though_its_renames_replace_whatever_is_there() {
-    let base = TempDir::new().unwrap();
-    let log = base.path().join("refused");
-    let mut command = command_on_share(base.path(), &log);
-    let output = command.args(["case_1_posix", "--skip", "resume::"]).output().unwrap();
+fn a_share_keeps_objects_as_a_folder_does() {
+    let Some(output) = run_there(&["case_1_posix", "--skip", "resume::", "--test-threads", "2"]) else {
+        return;
+    };
     let told = String::from_utf8_lossy(&output.stdout);
     let passed = told.rsplit_once(" passed").and_then(|(before, _)| before.rsplit(' ').next()?.parse().ok());
     let warned = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && passed >= Some(25), "{passed:?}: {told}{warned}");
-    let refused = fs::read_to_string(&log).unwrap().matches("(INJECTED)").count();
-    assert!(refused > 1000, "{refused}");
+}
+
+/// A client of NFS answers from what it remembers of a folder, and a file that it has open it moves away before its name becomes
+/// another one's.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_machines_that_swap_at_once_none_overwrites_the_other_and_both_find_what_is_there() {
+    const EACH: usize = 50;
+    if !is_there() {
+        return passes_there(
+            "nfs::of_two_machines_that_swap_at_once_none_overwrites_the_other_and_both_find_what_is_there",
+        );
+    }
+    // Neither knows more of the other than another machine would.
+    let machines = [None, Some("nosharecache")].map(|options| {
+        let folder = ours(options).mount().unwrap();
+        Posix::open(&folder).unwrap()
+    });
+    let name = Folder::own("swaps").object("a").unwrap();
+    machines[0].put(&name, "0".into()).await.unwrap();
+    let writers = machines.clone().map(|store| {
+        let name = name.clone();
+        tokio::spawn(async move {
+            for _ in 0..EACH {
+                loop {
+                    let (number, was) = number_in(&store, &name).await;
+                    if store.swap(&name, was, (number + 1).to_string().into()).await.unwrap() {
+                        break;
+                    }
+                }
+            }
+        })
+    });
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    assert_eq!(number_in(&machines[0], &name).await.0, 2 * EACH);
+}
+
+/// The number that an object is, and its bytes.
+async fn number_in(store: &Posix, name: &ObjectName) -> (usize, Bytes) {
+    let read = store.get(name).await.unwrap().collect(name, MIB).await.unwrap();
+    (str::from_utf8(&read).unwrap().parse().unwrap(), read)
 }
 
 #[test]
-fn a_share_that_is_mounted_is_used_as_it_is_and_nothing_else_that_is_there() {
-    let Some(base) = base() else {
-        let base = TempDir::new().unwrap();
-        let log = base.path().join("refused");
-        let test = "nfs::a_share_that_is_mounted_is_used_as_it_is_and_nothing_else_that_is_there";
-        let output = command_on_share(base.path(), &log).args([test, "--exact", "--nocapture"]).output();
-        let output = output.unwrap();
-        let told = String::from_utf8_lossy(&output.stdout);
-        let warned = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() && told.contains("1 passed"), "{told}{warned}");
-        // Those of the program, too.
-        assert!(fs::read_to_string(&log).unwrap().contains("(INJECTED)"));
-        return;
-    };
+fn a_share_is_mounted_where_it_is_not_yet_and_nothing_else_is_taken_for_it() {
+    if !is_there() {
+        return passes_there("nfs::a_share_is_mounted_where_it_is_not_yet_and_nothing_else_is_taken_for_it");
+    }
+    let Share::Ours { share, base, .. } = ours(None) else { unreachable!() };
     let section = format!(
-        "[store.share]\nkind = \"nfs\"\ndefault = true\nshare = \"{SHARE}\"\nmount_point_base = \"{}\"\n\
+        "[store.share]\nkind = \"nfs\"\ndefault = true\nshare = \"{share}\"\nmount_point_base = \"{}\"\n\
          object_bytes = 1048576\n",
         base.display()
     );
-    let (stack, folder) = (Stack::new("amqp://127.0.0.1:1", "", &section), ours(&base).folder());
+    let (stack, folder) = (Stack::new("amqp://127.0.0.1:1", "", &section), ours(None).folder());
     let told = String::from_utf8(stack.run(&["check"]).stdout).unwrap();
     let well = format!("ok      store share: {} can be written, read and listed", folder.display());
     assert!(told.contains(&well), "{told}");
@@ -64,22 +95,22 @@ fn a_share_that_is_mounted_is_used_as_it_is_and_nothing_else_that_is_there() {
     stack.ok(&["run", "restore", "--target", &stack.location("b"), "--backup-id", ids[1]]);
     assert!(fs::read(stack.volume("b")).unwrap() == bytes);
     stack.ok(&["run", "verify", "--backup-id", ids[1]]);
-    let of_this = folder.join("00/00").join(ids[1]);
-    assert!(of_this.is_dir());
+    // It is on the server.
+    let seen_anew = ours(Some("nosharecache")).mount().unwrap();
+    assert!(seen_anew.join("00/00").join(ids[1]).is_dir());
     for id in [ids[1], ids[0]] {
         stack.ok(&["run", "delete", "--backup-id", id]);
     }
-    assert!(!of_this.exists());
+    assert!(!folder.join("00/00").join(ids[1]).exists());
 
-    let share = "nfs.example.org:/others";
-    let other = Share::Ours { share: share.into(), options: None, base };
-    fs::create_dir(other.folder()).unwrap();
+    let other = ours(Some("vers=4.1"));
+    fs::create_dir_all(other.folder()).unwrap();
     let mut mount = Command::new("mount");
-    mount.args(["-t", "tmpfs", "nfs.example.org:/backups2"]).arg(other.folder());
+    mount.args(["-t", "tmpfs", "nfs.example.org:/others"]).arg(other.folder());
     assert!(mount.status().unwrap().success());
     let told = Causes(&other.mount().unwrap_err()).to_string();
     assert!(told.starts_with(&format!("mount {share} on ")), "{told}");
-    assert!(told.contains("nfs.example.org:/backups2 is mounted there: unmount it"), "{told}");
+    assert!(told.contains("nfs.example.org:/others is mounted there: unmount it"), "{told}");
 }
 
 /// A folder is as good as a share for what is written there.

@@ -33,6 +33,8 @@ const LISTED_AHEAD_MAX: usize = 256;
 /// How long whoever changes an object waits for others who do. Each has it for as long as a small file takes to write.
 const LOCK_MAX: Duration = Duration::from_secs(10);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// How long it goes on while others, one after the other, have changed the object before it comes to its turn.
+const CHANGES_MAX: Duration = Duration::from_secs(60);
 
 /// Objects as files below a root folder.
 #[derive(Debug, Clone)]
@@ -94,9 +96,9 @@ impl ObjectStore for Posix {
         let (root, path) = (self.root.clone(), self.path(object));
         blocking("write", object, move || {
             // Nobody else is to write between our look and our write, on this machine or on one that shares the folder.
-            let Some((mut locked, mut file)) = lock(&root, &path)? else { return Ok(false) };
+            let Some((locked, mut file)) = Locked::find(&root, &path)? else { return Ok(false) };
             let mut there = Vec::with_capacity(was.len() + 1);
-            (&mut locked).take(was.len() as u64 + 1).read_to_end(&mut there)?;
+            (&locked.file).take(was.len() as u64 + 1).read_to_end(&mut there)?;
             if there != was {
                 return Ok(false);
             }
@@ -317,43 +319,90 @@ fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
     sync_folder(folder)
 }
 
-/// Opens the file that has this name, locks it against all others who do so, and begins what may take its place; none if it is
-/// not there. Whoever holds the lock may give the name to another file: the lock is then on one that nobody finds any more, and
-/// the other is locked.
-fn lock(root: &Path, path: &Path) -> io::Result<Option<(File, Unfinished)>> {
-    let begun = Instant::now();
-    loop {
-        // NFS locks only what is open for writing.
-        let file = match File::options().read(true).write(true).open(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            file => file?,
-        };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            // A lock that is not given back, of a process that is stopped, must not hold a thread for ever.
-            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_MAX => {
-                thread::sleep(LOCK_PAUSE);
-                continue;
+/// A file that is locked against all others who lock it, by whatever name. Dropping it lets it go.
+struct Locked {
+    file: File,
+    /// Behind the file, which is closed first: what is removed while it is open stays on NFS until it is closed.
+    _link: Option<Link>,
+}
+
+impl Locked {
+    /// Locks the file that has this name, and begins what may take its place; none if there is none.
+    fn find(root: &Path, path: &Path) -> io::Result<Option<(Self, Unfinished)>> {
+        let begun = Instant::now();
+        loop {
+            match Self::try_find(root, path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(error)
+                    if error.kind() == ErrorKind::StaleNetworkFileHandle && begun.elapsed() < CHANGES_MAX =>
+                {
+                    thread::sleep(LOCK_PAUSE);
+                }
+                found => return found.map(Some),
             }
-            Err(Errno::WOULDBLOCK) => {
+        }
+    }
+
+    /// Fails with [`ErrorKind::StaleNetworkFileHandle`] if the name was given to another file meanwhile, by whoever held the lock:
+    /// ours is then on one that nobody finds any more.
+    fn try_find(root: &Path, path: &Path) -> io::Result<(Self, Unfinished)> {
+        let (begun, locked) = (Instant::now(), Self::open(path)?);
+        while let Err(errno) = rustix::fs::flock(&locked.file, FlockOperation::NonBlockingLockExclusive) {
+            if errno != Errno::WOULDBLOCK {
+                return Err(errno.into());
+            }
+            // A lock that is not given back, of a process that is stopped, must not hold a thread for ever.
+            if begun.elapsed() >= LOCK_MAX {
                 let text = format!("another process has kept it locked for {} seconds", LOCK_MAX.as_secs());
                 return Err(io::Error::new(ErrorKind::ResourceBusy, text));
             }
-            Err(errno) => return Err(errno.into()),
+            thread::sleep(LOCK_PAUSE);
         }
-        // What a client of NFS remembers of a folder may be old. That another machine has changed it is seen by who changes it
-        // as well, so this comes before the look at the name.
+        // What a client of NFS remembers of a folder may be old. That another machine has changed it is seen by who changes it as
+        // well, so this comes before the look at the name.
         let unfinished = Unfinished::create(root, path)?;
-        let locked = file.metadata()?;
-        match fs::symlink_metadata(path) {
-            Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => {
-                return Ok(Some((file, unfinished)));
-            }
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+        let (ours, there) = (locked.file.metadata()?, fs::symlink_metadata(path)?);
+        if (there.dev(), there.ino()) != (ours.dev(), ours.ino()) {
+            return Err(Errno::STALE.into());
+        }
+        Ok((locked, unfinished))
+    }
+
+    /// Opens the file by a name of our own, where it can have one more. What is open by the name that is to be another file's is
+    /// first renamed by a client of NFS, and for a moment other machines find nothing under that name.
+    fn open(path: &Path) -> io::Result<Self> {
+        let name = temporary(path)?;
+        let link = match fs::hard_link(path, &name) {
+            Ok(()) => Some(Link { name, is_there: true }),
+            Err(error) if error.kind() == ErrorKind::StaleNetworkFileHandle => return Err(error),
+            Err(_) => None,
+        };
+        let name = link.as_ref().map_or(path, |link| link.name.as_path());
+        // NFS locks only what is open for writing.
+        Ok(Self { file: File::options().read(true).write(true).open(name)?, _link: link })
+    }
+}
+
+/// A name of a file that is no object's. Dropping it removes the name.
+struct Link {
+    name: PathBuf,
+    is_there: bool,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.is_there {
+            // What stays behind is hidden, and `tidy` removes it.
+            fs::remove_file(&self.name).ok();
         }
     }
+}
+
+/// A name beside this one that is no object's.
+fn temporary(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "it has no name"))?;
+    Ok(path.with_file_name(format!("{}.{}", unfinished_prefix(name), Uuid::new_v4().simple())))
 }
 
 /// Whether an object may take the place of another one.
@@ -366,18 +415,14 @@ enum Publish {
 /// A file that has no name of its own yet. Dropping it removes it.
 struct Unfinished {
     file: File,
-    temporary: PathBuf,
+    /// Behind the file, as with [`Locked`].
+    temporary: Link,
     path: PathBuf,
-    published: bool,
 }
 
 impl Unfinished {
     fn create(root: &Path, path: &Path) -> io::Result<Self> {
-        let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
-        else {
-            return Err(io::Error::new(ErrorKind::InvalidInput, "the name has no folder"));
-        };
-        let temporary = folder.join(format!("{}.{}", unfinished_prefix(name), Uuid::new_v4().simple()));
+        let temporary = temporary(path)?;
         let open = || File::options().write(true).create_new(true).open(&temporary);
         // The folder is nearly always there. It may be tidied away by another writer even while and after it is made.
         let mut tries_left = 10;
@@ -385,27 +430,30 @@ impl Unfinished {
             match open() {
                 Err(error) if error.kind() == ErrorKind::NotFound && tries_left > 0 => {
                     tries_left -= 1;
-                    match make_folders(root, folder) {
-                        Err(error) if error.kind() == ErrorKind::NotFound => {}
-                        made => made?,
+                    match temporary.parent().map(|folder| make_folders(root, folder)) {
+                        Some(Err(error)) if error.kind() != ErrorKind::NotFound => return Err(error),
+                        _ => {}
                     }
                 }
                 file => break file?,
             }
         };
-        let unfinished = Self { file, temporary, path: path.to_owned(), published: false };
+        let temporary = Link { name: temporary, is_there: true };
+        let unfinished = Self { file, temporary, path: path.to_owned() };
         unfinished.file.set_permissions(fs::Permissions::from_mode(FILE_MODE))?;
         Ok(unfinished)
     }
 
-    fn publish(mut self, publish: Publish) -> io::Result<()> {
-        self.file.sync_all()?;
+    fn publish(self, publish: Publish) -> io::Result<()> {
+        let Self { file, mut temporary, path } = self;
+        file.sync_all()?;
+        drop(file);
         match publish {
-            Publish::Over => fs::rename(&self.temporary, &self.path)?,
-            Publish::New => rename_new(&self.temporary, &self.path)?,
+            Publish::Over => fs::rename(&temporary.name, &path)?,
+            Publish::New => rename_new(&temporary.name, &path)?,
         }
-        self.published = true;
-        sync_folder(&self.path)
+        temporary.is_there = false;
+        sync_folder(&path)
     }
 }
 
@@ -450,15 +498,6 @@ fn link(root: &Path, from: &Path, to: &Path) -> io::Result<bool> {
                 | Errno::OPNOTSUPP,
             ) => return Ok(false),
             _ => return Err(error),
-        }
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if !self.published {
-            // What stays behind is hidden, and `tidy` removes it.
-            fs::remove_file(&self.temporary).ok();
         }
     }
 }

@@ -1,43 +1,38 @@
-//! A share of an NFS server, as far as there is one without a server, for which not every kernel has the client: something else
-//! is mounted under its name, and strace refuses what NFS refuses, which is to rename only where nothing is replaced.
+//! A share of an NFS server, in a Linux of its own, which `dev/nfs.sh` has: this program runs there again.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Command, Output};
 
 use backhaul::store::Share;
 
-/// Says to a test that was started again below which folder the share is mounted.
-const BASE_VARIABLE: &str = "BACKHAUL_TEST_SHARE_BASE";
+/// Says to a test that it runs there.
+const THERE_VARIABLE: &str = "BACKHAUL_TEST_ON_NFS";
 
-/// The name of the share, which is asked of no server: it is mounted already.
-pub(crate) const SHARE: &str = "nfs.example.org:/backups";
-
-/// The share as ours to mount, on a folder below `base`.
-pub(crate) fn ours(base: &Path) -> Share {
-    Share::Ours { share: SHARE.into(), options: None, base: base.into() }
+/// The share as ours to mount with these options, where it is mounted with no others.
+pub(crate) fn ours(options: Option<&str>) -> Share {
+    let base = PathBuf::from("/var/tmp/mounts").join(options.unwrap_or("none"));
+    Share::Ours { share: "nfs.example.org:/backups".into(), options: options.map(Into::into), base }
 }
 
-/// Below which folder the share is mounted for this process, if it is.
-pub(crate) fn base() -> Option<PathBuf> {
-    std::env::var_os(BASE_VARIABLE).map(PathBuf::from)
+/// Whether this process runs where the share is.
+pub(crate) fn is_there() -> bool {
+    std::env::var_os(THERE_VARIABLE).is_some()
 }
 
-/// This program, to which arguments may be added, in a namespace with the share mounted below `base`. What was refused stands
-/// in `log` then.
-pub(crate) fn command_on_share(base: &Path, log: &Path) -> Command {
-    let folder = ours(base).folder();
-    fs::create_dir_all(&folder).unwrap();
-    let mut command = Command::new("unshare");
-    // Root may mount without being root of a user namespace of its own, which not every place allows.
-    if fs::metadata("/proc/self").unwrap().uid() != 0 {
-        command.args(["--user", "--map-root-user"]);
+/// Runs tests of this program where the share is; none if this machine cannot, which `make test` then says.
+pub(crate) fn run_there(arguments: &[&str]) -> Option<Output> {
+    if std::env::var_os("BACKHAUL_TEST_NO_NFS").is_some() {
+        return None;
     }
-    let script = "mount -t tmpfs \"$0\" \"$1\" && shift && exec \"$@\"";
-    command.args(["--mount", "sh", "-c", script, SHARE]).arg(folder);
-    command.args(["strace", "--follow-forks", "--seccomp-bpf", "--quiet=all", "--trace=renameat2"]);
-    command.args(["--inject=renameat2:error=EINVAL", "--output"]).arg(log);
-    command.arg(std::env::current_exe().unwrap()).env(BASE_VARIABLE, base);
-    command
+    let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/nfs.sh"));
+    command.arg(std::env::current_exe().unwrap()).args(arguments).env(THERE_VARIABLE, "1");
+    Some(command.output().unwrap())
+}
+
+/// Runs the one test of this name there, which must pass.
+pub(crate) fn passes_there(test: &str) {
+    let Some(output) = run_there(&[test, "--exact", "--nocapture"]) else { return };
+    let told = [output.stdout, output.stderr].concat();
+    let told = String::from_utf8_lossy(&told);
+    assert!(output.status.success() && told.contains("1 passed"), "{told}");
 }
