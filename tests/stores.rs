@@ -742,7 +742,14 @@ async fn tidying_removes_what_was_never_finished_and_nothing_else(#[case] kind: 
         assert!(is_missing(bench.read(&bench.name("a-1")).await));
     }
     drop(writers);
-    assert_eq!(bench.left().await, BTreeSet::new());
+    // What was removed while it was open a client of NFS has under another name, until a moment after it is closed.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while let left = bench.left().await
+        && !left.is_empty()
+    {
+        assert!(Instant::now() < deadline, "{left:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     bench.clean().await;
 }
 
