@@ -125,6 +125,8 @@ rbd_pool = volumes
 rbd_ceph_conf = $ceph_conf
 rbd_user = cinder
 rbd_cluster_name = $(<"$dir/cluster")
+# The scheduler would refuse more volumes than this many times what is free.
+max_over_subscription_ratio = 1000
 [nfs1]
 volume_driver = cinder.volume.drivers.nfs.NfsDriver
 volume_backend_name = nfs1

@@ -50,7 +50,8 @@ if [[ $(dpkg --print-architecture) != amd64 ]]; then export BACKHAUL_TEST_NO_NFS
     dev/barbican.sh up "$work/barbican" "$work/swift" >/dev/null
 } &
 openstack=$!
-dev/ceph.sh up "$work/ceph-1" >/dev/null &
+# What tests leave there is more than the usual 10 GiB.
+dev/ceph.sh up "$work/ceph-1" "bluestore block size = $((30 << 30))" >/dev/null &
 first_cluster=$!
 dev/ceph.sh up "$work/ceph-2" >/dev/null &
 second_cluster=$!

@@ -1945,7 +1945,7 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint(#[case] bench:
         assert_eq!(completion.outcome, Outcome::Succeeded);
         let counts = completion.account.counts;
         assert!(
-            (checkpoint.bytes_done..64 * MIB).contains(&counts.bytes_reused),
+            (checkpoint.bytes_done..=64 * MIB).contains(&counts.bytes_reused),
             "{checkpoint:?} {counts:?}"
         );
         assert!(bench.restored(job.backup_id()).await == at_first);
@@ -1988,7 +1988,7 @@ async fn a_backup_that_had_become_a_full_one_is_gone_on_with_as_such() {
     assert_eq!(completion.outcome, Outcome::Succeeded);
     assert_eq!(completion.account.method, Some(full));
     let counts = completion.account.counts;
-    assert!((checkpoint.bytes_done..64 * MIB).contains(&counts.bytes_reused), "{checkpoint:?} {counts:?}");
+    assert!((checkpoint.bytes_done..=64 * MIB).contains(&counts.bytes_reused), "{checkpoint:?} {counts:?}");
     assert!(bench.restored(job.backup_id()).await == at_first);
     assert!(reason.to_string().contains("is gone"), "{reason}");
     assert_eq!(completion.account.fallback_reason.as_ref(), Some(&reason));

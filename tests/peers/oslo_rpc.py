@@ -76,7 +76,9 @@ def main():
     url, exchange, *options = sys.argv[1:]
     conf = cfg.CONF
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-        file.write("\n".join(["[DEFAULT]", f"control_exchange = {exchange}", "[oslo_messaging_rabbit]", *options]))
+        # The manager of queues counts in a file, which it locks.
+        locks = ["[oslo_concurrency]", f"lock_path = {tempfile.gettempdir()}"]
+        file.write("\n".join(["[DEFAULT]", f"control_exchange = {exchange}", *locks, "[oslo_messaging_rabbit]", *options]))
         file.flush()
         conf(["--config-file", file.name])
     trusted = ["cinder.exception", "oslo_messaging.rpc.dispatcher"]
