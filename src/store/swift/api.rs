@@ -87,17 +87,18 @@ impl Api {
         &self,
         request: &Request<'_>,
     ) -> std::result::Result<(HeaderMap, Bytes), Failure> {
-        self.http.until_answered(|| self.call_once(request)).await
+        let (_, headers, body) = self.http.until_answered(|| self.call_once(request)).await?;
+        Ok((headers, body))
     }
 
-    /// The same, but gives up at the first failure.
+    /// The same, with the status, but gives up at the first failure.
     pub(super) async fn call_once(
         &self,
         request: &Request<'_>,
-    ) -> std::result::Result<(HeaderMap, Bytes), Failure> {
+    ) -> std::result::Result<(StatusCode, HeaderMap, Bytes), Failure> {
         let mut answer = self.send(request).await?;
-        let headers = std::mem::take(answer.headers_mut());
-        Ok((headers, self.http.whole(answer).await?))
+        let (status, headers) = (answer.status(), std::mem::take(answer.headers_mut()));
+        Ok((status, headers, self.http.whole(answer).await?))
     }
 
     /// Sends a request until there is an answer, and leaves its body to be read.

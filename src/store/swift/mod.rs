@@ -205,15 +205,14 @@ impl Swift {
                 _ => {}
             }
             let failure = match self.api.call_once(&request).await {
-                Ok((headers, _)) if headers.get(ETAG).is_some_and(|etag| is_md5(etag.as_bytes(), md5)) => {
+                Ok((_, headers, _)) if headers.get(ETAG).is_some_and(|etag| is_md5(etag.as_bytes(), md5)) => {
                     return Ok(());
                 }
-                // The object has a write or a delete that the server dates later than ours, which it has not kept: it answers
-                // 202 then, without an ETag.
-                Ok((headers, _)) if !headers.contains_key(ETAG) => {
+                // The object has a write or a delete that the server dates later than ours, which it has not kept.
+                Ok((StatusCode::ACCEPTED, ..)) => {
                     Failure::passing(io::Error::other("the server has a write or a delete of a later moment"))
                 }
-                Ok((headers, _)) => {
+                Ok((_, headers, _)) => {
                     // The server has looked at what we say it is; so it must be something else that it keeps.
                     let text = format!("the server keeps {:?} for an MD5 of {md5}", headers.get(ETAG));
                     Failure::unusable(ErrorKind::InvalidData, text)
