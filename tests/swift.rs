@@ -202,11 +202,13 @@ async fn a_volume_with_too_long_a_list_of_digests_is_refused_before_it_is_read(
     #[case] bytes: u64,
     #[case] refused: bool,
 ) {
-    let store = Swift::new(swift::settings(&swift::url(), &swift::new_container())).unwrap();
+    let container = swift::new_container();
+    let store = Swift::new(swift::settings(&swift::url(), &container)).unwrap();
     let settings = settings(Compression::None);
     let chunked = Chunked::new(Arc::new(store), settings, Cpu::start(1).unwrap(), Budget::new(MEMORY_BYTES));
-    let job = backup_job(VolumeId::random(), Path::new("/nowhere"), Parent::None);
-    let Work::Backup(work) = &job.work else { unreachable!() };
+    let mut job = backup_job(VolumeId::random(), Path::new("/nowhere"), Parent::None);
+    let Work::Backup(work) = &mut job.work else { unreachable!() };
+    work.container = Some(container.parse().unwrap());
     let method = Method { strategy: Strategy::Chunked, mode: Some(Mode::Full) };
     let mut record = chunked.begin(job.id, work, None, bytes, method).unwrap();
     chunked.name(&mut record);
