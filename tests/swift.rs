@@ -60,8 +60,9 @@ async fn a_write_that_the_server_dates_before_another_one_is_made_again(
     let mut settings = swift::settings(&swift::url(), swift::CONTAINER);
     settings.http.retries_max = 30;
     let store = Swift::new(settings).unwrap();
-    store.reach().await.unwrap();
     let object = Folder::own("stores").object(&format!("later-{}", Uuid::new_v4())).unwrap();
+    // The container is there then.
+    store.put(&object, Bytes::from_static(b"first")).await.unwrap();
     let (token, account) = swift::token(&swift::url()).await;
     let url = format!("{account}/{}/{object}", swift::CONTAINER);
     let (client, later) = (reqwest::Client::new(), Timestamp::now() + Duration::from_secs(3));
