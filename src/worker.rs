@@ -298,7 +298,7 @@ impl Jobs {
     fn take_cancel(&mut self, id: JobId) -> Option<Timestamp> {
         let index = self.cancelled.iter().position(|(other, _)| *other == id)?;
         let (_, heard) = self.cancelled.remove(index)?;
-        Some(heard).filter(|heard| Timestamp::now().duration_since(*heard) < CANCEL_KEPT_MAX)
+        Some(heard).filter(|heard| Self::is_lately(*heard))
     }
 
     /// Remembers that somebody asked for the end of a job.
@@ -312,8 +312,12 @@ impl Jobs {
 
     /// Whether somebody asked for the end of a job lately that has not ended for that yet.
     fn is_cancelled(&self, id: JobId) -> bool {
-        let is_late = |heard: Timestamp| Timestamp::now().duration_since(heard) >= CANCEL_KEPT_MAX;
-        self.cancelled.iter().any(|(other, heard)| *other == id && !is_late(*heard))
+        self.cancelled.iter().any(|(other, heard)| *other == id && Self::is_lately(*heard))
+    }
+
+    /// Whether a cancel that was heard then still counts here.
+    fn is_lately(heard: Timestamp) -> bool {
+        Timestamp::now().duration_since(heard) < CANCEL_KEPT_MAX
     }
 
     /// Whether another job waits for one of these names for longer.

@@ -129,7 +129,8 @@ pub enum Ended {
     Untold(event::Error),
 }
 
-/// Runs a job by the first method that can do it. Fire `ctx.hand_back` before `ctx.cancel` to have it stop as for a cancel, but without being ended.
+/// Runs a job by the first method that can do it. Fire `ctx.hand_back` before `ctx.cancel` to have it stop as for a cancel, but
+/// without being ended.
 ///
 /// When this returns [`Ended::Over`], data and record are safe and the completion event is with the broker: the
 /// delivery may be acknowledged, and after it the outcome [settled](crate::engine::Catalog::settle). `ctx.cancel` has fired by

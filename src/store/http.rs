@@ -357,6 +357,11 @@ impl Payload {
 }
 
 impl Failure {
+    /// Whether the server says that what is asked for is not there: no such object, or no such container or bucket.
+    pub(crate) fn is_missing(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.status == StatusCode::NOT_FOUND)
+    }
+
     pub(super) fn passing(error: io::Error) -> Self {
         Self::Passing { error: Arc::new(error), pause: None }
     }

@@ -285,7 +285,6 @@ impl Barbican {
 
     /// Removes a key that nobody else has said to need.
     async fn remove(&self, access: &Access, id: &str) -> Result<(), Failure> {
-        let is_missing = |failure: &Failure| matches!(failure, Failure::Refused(refusal) if refusal.status == StatusCode::NOT_FOUND);
         match self.describe(access, id).await {
             Ok(Description { consumers, .. }) if consumers.is_empty() => {}
             Ok(Description { consumers, .. }) => {
@@ -295,11 +294,11 @@ impl Barbican {
                 );
                 return Err(Failure::unusable(ErrorKind::ResourceBusy, text));
             }
-            Err(failure) if is_missing(&failure) => return Ok(()),
+            Err(failure) if failure.is_missing() => return Ok(()),
             Err(failure) => return Err(failure),
         }
         match self.ask(access, Method::DELETE, &[checked(id)?], &[], None).await {
-            Err(failure) if is_missing(&failure) => Ok(()),
+            Err(failure) if failure.is_missing() => Ok(()),
             answer => answer.map(drop),
         }
     }

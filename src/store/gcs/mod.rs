@@ -106,8 +106,8 @@ impl Gcs {
         let bucket = &self.api.settings.bucket;
         let request = Request::objects(Method::GET, bucket).query("maxResults", "1");
         match self.api.http.soon(server_of(&self.api.settings.endpoint), self.api.call_once(&request)).await {
-            Err(failure) if is_missing(&failure) && self.api.settings.create_buckets => Ok(()),
-            Err(failure) if is_missing(&failure) => Err(self.no_bucket(bucket)),
+            Err(failure) if failure.is_missing() && self.api.settings.create_buckets => Ok(()),
+            Err(failure) if failure.is_missing() => Err(self.no_bucket(bucket)),
             answer => answer.map(drop),
         }
         .map_err(|failure| explain("reach", format!("bucket {bucket}"), bucket, failure))
@@ -139,11 +139,11 @@ impl Gcs {
         F: Future<Output = std::result::Result<T, Failure>>,
     {
         match request().await {
-            Err(failure) if is_missing(&failure) && self.api.settings.create_buckets => {
+            Err(failure) if failure.is_missing() && self.api.settings.create_buckets => {
                 self.make_bucket(bucket).await?;
                 request().await
             }
-            Err(failure) if is_missing(&failure) => Err(self.no_bucket(bucket)),
+            Err(failure) if failure.is_missing() => Err(self.no_bucket(bucket)),
             answer => answer,
         }
     }
@@ -218,7 +218,7 @@ impl Gcs {
         let request = Request::object(Method::GET, place).query("fields", "md5Hash,metadata");
         match self.api.call(&request).await {
             Ok(body) => parse(&body).map(Some),
-            Err(failure) if is_missing(&failure) => Ok(None),
+            Err(failure) if failure.is_missing() => Ok(None),
             Err(failure) => Err(failure),
         }
     }
@@ -245,11 +245,6 @@ impl Gcs {
         let gone = statuses.filter(|status| status.starts_with('2') || *status == "404").count();
         Ok(gone == places.len())
     }
-}
-
-/// Whether there is no such object, or no such bucket.
-fn is_missing(failure: &Failure) -> bool {
-    matches!(failure, Failure::Refused(refusal) if refusal.status == StatusCode::NOT_FOUND)
 }
 
 /// What is said of an object that is written.
@@ -283,7 +278,7 @@ impl ObjectStore for Gcs {
         let failed = |failure| explain("read", &place, &place.bucket, failure);
         let request = Request::object(Method::GET, &place).query("alt", "media");
         let (_, headers, there) = match self.api.http.until_answered(|| self.api.call_once(&request)).await {
-            Err(failure) if is_missing(&failure) => return Ok(false),
+            Err(failure) if failure.is_missing() => return Ok(false),
             answer => answer.map_err(failed)?,
         };
         let Some(generation) = headers.get(GENERATION).and_then(|generation| generation.to_str().ok()) else {
@@ -337,7 +332,7 @@ impl ObjectStore for Gcs {
             }
             let failed = |failure| explain("copy", &from, &from.bucket, failure);
             let answer = match self.api.call(&request).await {
-                Err(failure) if is_missing(&failure) => return Ok(false),
+                Err(failure) if failure.is_missing() => return Ok(false),
                 answer => answer.map_err(failed)?,
             };
             let Copied { done, rewrite_token } = parse(&answer).map_err(failed)?;
@@ -366,7 +361,7 @@ impl ObjectStore for Gcs {
                 request = request.query("pageToken", token);
             }
             let page = match self.api.call(&request).await {
-                Err(failure) if is_missing(&failure) => return Ok(()),
+                Err(failure) if failure.is_missing() => return Ok(()),
                 page => page.map_err(failed)?,
             };
             let page: Page = parse(&page).map_err(failed)?;
@@ -393,7 +388,7 @@ impl ObjectStore for Gcs {
     async fn delete(&self, object: &ObjectName) -> Result<()> {
         let place = self.object("delete", object)?;
         match self.api.call(&Request::object(Method::DELETE, &place)).await {
-            Err(failure) if is_missing(&failure) => Ok(()),
+            Err(failure) if failure.is_missing() => Ok(()),
             answer => answer.map(drop).map_err(|failure| explain("delete", &place, &place.bucket, failure)),
         }
     }

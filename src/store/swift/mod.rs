@@ -157,7 +157,7 @@ impl Swift {
         let answer = self.api.http.soon(servers, self.api.call_once(&request)).await;
         let object = format!("container {container}");
         match answer {
-            Err(failure) if is_missing(&failure) && self.create_containers => Ok(()),
+            Err(failure) if failure.is_missing() && self.create_containers => Ok(()),
             Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => {
                 Err(no_container("reach", object, container, &refusal))
             }
@@ -256,7 +256,7 @@ impl Swift {
                 let id = headers.get(WRITE_ID).and_then(|id| id.to_str().ok());
                 Ok(Some(id.unwrap_or_default().to_owned()))
             }
-            Err(failure) if is_missing(&failure) => Ok(None),
+            Err(failure) if failure.is_missing() => Ok(None),
             Err(failure) => Err(failure),
         }
     }
@@ -288,11 +288,6 @@ impl Swift {
         };
         Ok(answer.response_status.starts_with("200") && answer.errors.is_empty())
     }
-}
-
-/// Whether there is no such object, or no such container.
-fn is_missing(failure: &Failure) -> bool {
-    matches!(failure, Failure::Refused(refusal) if refusal.status == StatusCode::NOT_FOUND)
 }
 
 fn no_container(action: &'static str, object: impl ToString, container: &str, refusal: &Refusal) -> Error {
@@ -331,7 +326,7 @@ impl ObjectStore for Swift {
         let place = self.object("read", object)?;
         let request = Request::new(Method::GET, &place.container, &place.key);
         let there = match self.api.call(&request).await {
-            Err(failure) if is_missing(&failure) => return Ok(false),
+            Err(failure) if failure.is_missing() => return Ok(false),
             answer => answer.map_err(|failure| explain("read", &place, &place.container, failure))?.1,
         };
         if there != was {
@@ -357,7 +352,7 @@ impl ObjectStore for Swift {
         let request =
             Request::new(method, &from.container, &from.key).header("destination", target.trim_end());
         match self.api.call(&request).await {
-            Err(failure) if is_missing(&failure) => Ok(false),
+            Err(failure) if failure.is_missing() => Ok(false),
             answer => {
                 answer.map(|_| true).map_err(|failure| explain("copy", &from, &from.container, failure))
             }
@@ -402,7 +397,7 @@ impl ObjectStore for Swift {
                 request = request.query(&[("marker", &marker)]);
             }
             let page = match self.api.call(&request).await {
-                Err(failure) if is_missing(&failure) => return Ok(()),
+                Err(failure) if failure.is_missing() => return Ok(()),
                 page => page.map_err(failed)?.1,
             };
             // An answer without a body says the same as an empty list.
@@ -428,7 +423,7 @@ impl ObjectStore for Swift {
         loop {
             let failure =
                 match self.api.call(&Request::new(Method::DELETE, &place.container, &place.key)).await {
-                    Err(failure) if is_missing(&failure) => return Ok(()),
+                    Err(failure) if failure.is_missing() => return Ok(()),
                     Ok(_) => return Ok(()),
                     // Somebody writes it at the same time.
                     Err(Failure::Refused(refusal)) if refusal.status == StatusCode::CONFLICT => {
