@@ -15,9 +15,7 @@ const MIB: usize = 1 << 20;
 /// Each of the cases of a folder.
 #[test]
 fn a_share_keeps_objects_as_a_folder_does() {
-    let Some(output) = run_there(&["case_1_posix", "--skip", "resume::", "--test-threads", "2"]) else {
-        return;
-    };
+    let output = run_there(&["case_1_posix", "--skip", "resume::", "--test-threads", "2"]);
     let told = String::from_utf8_lossy(&output.stdout);
     let passed = told.rsplit_once(" passed").and_then(|(before, _)| before.rsplit(' ').next()?.parse().ok());
     let warned = String::from_utf8_lossy(&output.stderr);

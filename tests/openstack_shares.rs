@@ -25,8 +25,8 @@ fn write(file: &Path, parts: &[(u64, &[u8])]) {
 
 #[rstest]
 fn a_volume_on_a_share_is_backed_up_and_restored(#[values("posix", "ceph")] driver: &str) {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let Some((volume, file)) = openstack.volume_on_share() else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
+    let (volume, file) = openstack.volume_on_share();
     let worker = openstack.backhaul_by(&openstack.python(), driver, ceph.conf());
 
     write(&file, &[(0, &noise(1, 3 * MIB)), (500 << 20, &noise(2, MIB))]);
@@ -62,8 +62,8 @@ fn a_volume_on_a_share_is_backed_up_and_restored(#[values("posix", "ceph")] driv
 
 #[test]
 fn an_image_is_restored_to_a_share_also_with_os_brick_at_hand() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let Some((volume, file)) = openstack.volume_on_share() else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
+    let (volume, file) = openstack.volume_on_share();
     let _worker = openstack.backhaul_by(&openstack.python(), "posix", ceph.conf());
     let from = openstack.volume();
     let image = crate::support::openstack::image(&ceph, &from);
@@ -78,8 +78,8 @@ fn an_image_is_restored_to_a_share_also_with_os_brick_at_hand() {
 
 #[test]
 fn a_worker_goes_on_with_what_one_was_attaching_that_was_killed() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let Some((volume, file)) = openstack.volume_on_share() else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
+    let (volume, file) = openstack.volume_on_share();
     write(&file, &[(0, &noise(1, 2 * MIB))]);
     let content = Content::of_file(&file);
     let (python, asked) = stuck(&openstack);
@@ -98,8 +98,8 @@ fn a_worker_goes_on_with_what_one_was_attaching_that_was_killed() {
 
 #[test]
 fn a_backup_is_deleted_by_force_while_its_volume_is_attached() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let Some((volume, _)) = openstack.volume_on_share() else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
+    let (volume, _) = openstack.volume_on_share();
     let (python, asked) = stuck(&openstack);
     let worker = openstack.backhaul_by(&python, "posix", ceph.conf());
     let backup = openstack.begin_backup(&volume, &[]);
@@ -115,8 +115,8 @@ fn a_backup_is_deleted_by_force_while_its_volume_is_attached() {
 
 #[test]
 fn without_os_brick_and_of_a_file_that_is_not_raw_it_is_told_what_to_do() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
-    let Some((volume, file)) = openstack.volume_on_share() else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
+    let (volume, file) = openstack.volume_on_share();
     let worker = openstack.backhaul_by(Path::new("/nowhere/python3"), "posix", ceph.conf());
     let failed = openstack.backup(&volume, &[]);
     assert_eq!(failed["status"], "error", "{failed}");

@@ -42,7 +42,7 @@ fn events_up_to(listener: &mut Oslo, last: &str) -> Vec<String> {
 
 #[test]
 fn a_backup_of_another_driver_is_left_alone_and_the_volume_says_that_nothing_was_restored() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
     let mut listener = openstack.listen();
     let worker = openstack.backhaul("posix", ceph.conf());
     let (_, backup) = volume_and_backup(&ceph, &mut openstack);
@@ -70,7 +70,7 @@ fn a_backup_of_another_driver_is_left_alone_and_the_volume_says_that_nothing_was
 
 #[test]
 fn a_restore_of_a_backup_that_is_damaged_fails_and_says_so() {
-    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
+    let (ceph, mut openstack, worker) = backhaul_beside_cinder("posix");
     let (_, backup) = volume_and_backup(&ceph, &mut openstack);
     let target = openstack.volume();
     let object = openstack.files().into_iter().find(|path| path.ends_with("-00001")).unwrap();
@@ -93,7 +93,7 @@ fn a_restore_of_a_backup_that_is_damaged_fails_and_says_so() {
 
 #[test]
 fn an_incremental_backup_that_becomes_a_full_one_warns_the_user() {
-    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("ceph") else { return };
+    let (ceph, mut openstack, worker) = backhaul_beside_cinder("ceph");
     let (volume, full) = volume_and_backup(&ceph, &mut openstack);
     let image = image(&ceph, &volume);
     ceph.rbd(&["snap", "purge", "--no-progress", image.spec()]);
@@ -114,7 +114,7 @@ fn an_incremental_backup_that_becomes_a_full_one_warns_the_user() {
 
 #[test]
 fn a_restore_that_comes_when_nobody_waits_for_it_changes_no_volume_that_is_in_use() {
-    let (ceph, Some(mut openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
     let worker = openstack.backhaul("posix", ceph.conf());
     let (volume, first) = volume_and_backup(&ceph, &mut openstack);
     let second = text(&openstack.backup(&volume, &[])["id"]);
@@ -144,7 +144,7 @@ fn a_restore_that_comes_when_nobody_waits_for_it_changes_no_volume_that_is_in_us
 
 #[test]
 fn the_worker_answers_what_it_does_not_know_as_oslo_does_and_the_scheduler_when_it_asks() {
-    let (ceph, Some(openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let (ceph, openstack) = (Ceph::shared(), Openstack::shared());
     // Otherwise it would tell the scheduler without being asked.
     let _worker = openstack.backhaul_with("ceph", ceph.conf(), "backup_driver_stats_polling_interval = 3600");
     let mut oslo = openstack.oslo();
@@ -170,7 +170,7 @@ fn the_worker_answers_what_it_does_not_know_as_oslo_does_and_the_scheduler_when_
 
 #[test]
 fn the_scheduler_knows_of_a_worker_within_a_second_of_its_start() {
-    let (ceph, Some(openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let (ceph, openstack) = (Ceph::shared(), Openstack::shared());
     let worker = openstack.start_backhaul("posix", ceph.conf());
     until("it has started", || worker.log().contains("worker started"));
     let began = Instant::now();
@@ -182,7 +182,7 @@ fn the_scheduler_knows_of_a_worker_within_a_second_of_its_start() {
 
 #[test]
 fn the_volume_service_is_told_of_each_volume_that_it_is_used_no_more() {
-    let Some((ceph, mut openstack, worker)) = backhaul_beside_cinder("posix") else { return };
+    let (ceph, mut openstack, worker) = backhaul_beside_cinder("posix");
     let (_, backup) = volume_and_backup(&ceph, &mut openstack);
     let target = openstack.volume();
     openstack.ok(&["restore", &backup, &target]);
@@ -209,7 +209,7 @@ fn the_volume_service_is_told_of_each_volume_that_it_is_used_no_more() {
 #[case("backup_workers = 4", "backup_workers")]
 #[case("quota_backups = 3", "quota_backups")]
 fn an_option_that_is_not_obeyed_is_told_of_once_at_the_start(#[case] line: &str, #[case] option: &str) {
-    let (ceph, Some(openstack)) = (Ceph::shared(), Openstack::shared()) else { return };
+    let (ceph, openstack) = (Ceph::shared(), Openstack::shared());
     let worker = openstack.backhaul_with("posix", ceph.conf(), line);
     let log = worker.log();
     let told: Vec<_> =

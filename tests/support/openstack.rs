@@ -20,12 +20,11 @@ use super::oslo::Oslo;
 use super::stack::until;
 use super::{s3, swift};
 
-/// Our worker with this driver beside the control plane and the cluster that all tests share; none where `make test` says that
-/// there is no control plane.
-pub(crate) fn backhaul_beside_cinder(driver: &str) -> Option<(Ceph, Openstack, Service)> {
-    let (ceph, openstack) = (Ceph::shared(), Openstack::shared()?);
+/// Our worker with this driver beside the control plane and the cluster that all tests share.
+pub(crate) fn backhaul_beside_cinder(driver: &str) -> (Ceph, Openstack, Service) {
+    let (ceph, openstack) = (Ceph::shared(), Openstack::shared());
     let worker = openstack.backhaul(driver, ceph.conf());
-    Some((ceph, openstack, worker))
+    (ceph, openstack, worker)
 }
 
 fn backhaul_cinder() -> Command {
@@ -59,11 +58,8 @@ pub(crate) struct Openstack {
 }
 
 impl Openstack {
-    /// Takes the one that all tests share; none where `make test` says that there is none.
-    pub(crate) fn shared() -> Option<Self> {
-        if std::env::var_os("BACKHAUL_TEST_NO_CINDER_STACK").is_some() {
-            return None;
-        }
+    /// Takes the one that all tests share.
+    pub(crate) fn shared() -> Self {
         let folder = std::env::var_os("BACKHAUL_TEST_CINDER_STACK")
             .expect("BACKHAUL_TEST_CINDER_STACK names no control plane: run `make test`, which starts one");
         let mut api = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/cinder-stack.sh"))
@@ -77,7 +73,7 @@ impl Openstack {
         let name = format!("node-{}", Uuid::new_v4().simple());
         let work = TempDir::new().unwrap();
         let answers = BufReader::new(answers);
-        Some(Self { folder: folder.into(), work, name, further: String::new(), api, requests, answers })
+        Self { folder: folder.into(), work, name, further: String::new(), api, requests, answers }
     }
 
     /// Asks for something, as `dev/cinder-api` lists it.
@@ -102,18 +98,15 @@ impl Openstack {
         text(&volume["id"])
     }
 
-    /// The same on the share, and its file; none where nothing can be mounted.
-    pub(crate) fn volume_on_share(&mut self) -> Option<(String, PathBuf)> {
+    /// The same on the share, and its file.
+    pub(crate) fn volume_on_share(&mut self) -> (String, PathBuf) {
         let share = fs::read_to_string(self.folder.join("share")).unwrap();
-        if std::env::var_os("BACKHAUL_TEST_NO_BLOCK_DEVICES").is_some() {
-            return None;
-        }
         assert_ne!(share, "", "dev/cinder-stack.sh could mount nothing");
         let volume = self.ok(&["create-volume", "1", "nfs"]);
         assert_eq!(volume["status"], "available", "{volume}");
         let id = text(&volume["id"]);
         let file = Path::new(share.trim()).join(format!("volume-{id}"));
-        Some((id, file))
+        (id, file)
     }
 
     /// Asks for a backup by this test's own backup service, and gives its id.
