@@ -98,8 +98,8 @@ async fn many_requests_whose_token_has_expired_share_one_renewal() {
     store.put(&name, Bytes::from_static(b"first")).await.unwrap();
     assert_eq!(tokens.given(), 1);
 
-    // There is no new token before all have been refused with the old one.
-    let held = tokens.hold();
+    // None is refused before all have asked with the old token.
+    link.stall(true);
     let refused = "HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
     link.answer(vec![refused.to_owned(); 24]);
     let gets = (0..24).map(|_| {
@@ -107,8 +107,8 @@ async fn many_requests_whose_token_has_expired_share_one_renewal() {
         tokio::spawn(async move { store.get(&name).await.unwrap().collect(&name, 100).await.unwrap() })
     });
     let gets: Vec<_> = gets.collect();
-    until("all are refused", || link.answers_left() == 0);
-    drop(held);
+    until("all have asked", || link.answers_left() == 0);
+    link.stall(false);
     for get in gets {
         assert_eq!(get.await.unwrap(), "first");
     }

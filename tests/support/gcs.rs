@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use backhaul::store::{GcsSettings, HttpSettings};
@@ -92,7 +92,7 @@ pub(crate) struct Tokens {
     state: Arc<Mutex<State>>,
 }
 
-pub(crate) struct State {
+struct State {
     good_for_seconds: u64,
     refuses: bool,
     assertions: Vec<String>,
@@ -143,11 +143,6 @@ impl Tokens {
     /// How many it has given.
     pub(crate) fn given(&self) -> usize {
         self.state.lock().unwrap().assertions.len()
-    }
-
-    /// Gives none until what is returned is dropped.
-    pub(crate) fn hold(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
     }
 
     /// Gives no more from now on.

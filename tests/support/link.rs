@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -70,7 +70,13 @@ impl Link {
             for client in listener.incoming() {
                 let client = client.unwrap();
                 match of_connections.next_answer() {
-                    Some(answer) => drop(thread::spawn(move || refuse(client, &answer))),
+                    Some(answer) => {
+                        let faults = of_connections.clone();
+                        thread::spawn(move || {
+                            drop(faults.wait_while_stalled());
+                            refuse(client, &answer);
+                        });
+                    }
                     // A server that is away is away for whoever connects.
                     None => match TcpStream::connect(&address) {
                         Ok(server) => of_connections.connect(client, server),
@@ -158,7 +164,7 @@ impl Link {
         self.faults.state.lock().unwrap().waiting.1
     }
 
-    /// Passes nothing on, until told otherwise.
+    /// Passes nothing on and answers nothing, until told otherwise.
     pub(crate) fn stall(&self, stalled: bool) {
         self.faults.state.lock().unwrap().stalled = stalled;
         self.faults.changed.notify_all();
@@ -186,6 +192,10 @@ impl Faults {
         let answer = state.answers.pop_front();
         state.fault_count += usize::from(answer.is_some());
         answer
+    }
+
+    fn wait_while_stalled(&self) -> MutexGuard<'_, State> {
+        self.changed.wait_while(self.state.lock().unwrap(), |state| state.stalled).unwrap()
     }
 
     fn connect(self: &Arc<Self>, client: TcpStream, server: TcpStream) {
@@ -271,8 +281,7 @@ impl Faults {
 
     /// Holds these bytes up for as long as is due, and says whether they come to nothing.
     fn breaks_at(&self, bytes: usize, side: From) -> bool {
-        let state = self.state.lock().unwrap();
-        let mut state = self.changed.wait_while(state, |state| state.stalled).unwrap();
+        let mut state = self.wait_while_stalled();
         if side == From::Server && state.lost_answers > 0 {
             state.lost_answers -= 1;
             state.fault_count += 1;
