@@ -28,6 +28,11 @@ finish() {
 }
 trap finish EXIT
 
+free_gib=$(df --output=avail --block-size=1G "$work" | tail -1)
+if ((free_gib < 28)); then
+  echo "test.sh: $((free_gib)) GiB are free below $work: the tests take 18 there, and what is built and installed 10 in target" >&2
+fi
+
 unfit=() # the filters of those tests
 truncate -s 1M "$work/device"
 if device=$(PATH=$PATH:/usr/sbin losetup --find --show "$work/device"); then

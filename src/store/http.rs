@@ -220,9 +220,9 @@ impl Http {
         let server = server_of(request.url());
         let answer = client.execute(request);
         tokio::pin!(answer);
-        loop {
+        let answer = loop {
             let moving = tokio::select! {
-                answer = &mut answer => return answer.map_err(|error| self.lost(&server, error)),
+                answer = &mut answer => break answer,
                 moving = timeout(self.idle_max, moves.changed()) => moving,
             };
             match moving {
@@ -230,12 +230,22 @@ impl Http {
                 // All has been sent.
                 Ok(Err(_)) => {
                     let answer = timeout(self.idle_max, &mut answer).await;
-                    let answer = answer.map_err(|_| self.silent(&server))?;
-                    return answer.map_err(|error| self.lost(&server, error));
+                    break answer.map_err(|_| self.silent(&server))?;
                 }
                 Err(_) => return Err(self.silent(&server)),
             }
+        };
+        let answer = answer.map_err(|error| self.lost(&server, error))?;
+        // Before the rest is read: a proxy that has heard enough may cut the connection.
+        if answer.status() == StatusCode::PROXY_AUTHENTICATION_REQUIRED {
+            let text = format!(
+                "the proxy on the way to {server} does not let us through ({}): let proxy have a user and a password that it \
+                 accepts",
+                answer.status()
+            );
+            return Err(Failure::unusable(ErrorKind::PermissionDenied, text));
         }
+        Ok(answer)
     }
 
     /// The next bytes of an answer; none at its end.
@@ -375,13 +385,6 @@ impl Failure {
 
     /// An answer that is no success: some of them pass.
     pub(crate) fn answer(refusal: Refusal, headers: &HeaderMap) -> Self {
-        if refusal.status == StatusCode::PROXY_AUTHENTICATION_REQUIRED {
-            let text = format!(
-                "the proxy on the way to {} does not accept the user and the password in proxy ({})",
-                refusal.server, refusal.status
-            );
-            return Self::unusable(ErrorKind::PermissionDenied, text);
-        }
         if !refusal.may_pass() {
             return Self::Refused(refusal);
         }

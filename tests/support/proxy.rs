@@ -52,12 +52,12 @@ impl Proxy {
 
     /// The URL by which whoever may use it does.
     pub(crate) fn url(&self) -> String {
-        self.url_with(PASSWORD)
+        format!("http://{USER}:{PASSWORD}@127.0.0.1:{}", self.port)
     }
 
-    /// The same with another password.
-    pub(crate) fn url_with(&self, password: &str) -> String {
-        format!("http://{USER}:{password}@127.0.0.1:{}", self.port)
+    /// The same without saying who asks.
+    pub(crate) fn url_of_nobody(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
     }
 
     /// What it has logged, each request with its first line.
