@@ -52,12 +52,12 @@ if [[ $(id -u) != 0 ]]; then
   left_out+=("the worker in the place of cinder-backup: Cinder's volume service wants root here")
 fi
 {
-  echo '[profile.default]'
+  echo '[profile.here]'
   printf "default-filter = 'not (none()"
   ((${#unfit[@]} == 0)) || printf ' + %s' "${unfit[@]}"
   echo ")'"
 } >"$work/nextest.toml"
-nextest=(cargo nextest run --locked --tool-config-file "test:$work/nextest.toml")
+nextest=(cargo nextest run --locked --tool-config-file "test:$work/nextest.toml" --profile here)
 
 # The clusters start, and what is of OpenStack is installed and started, while the tests are built.
 {
