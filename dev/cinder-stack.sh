@@ -40,7 +40,8 @@ running() {
 
 # Each in a session of its own, so that its own processes end with it.
 start() {
-    PYTHONWARNINGS=ignore PATH=$PATH:/usr/sbin:/sbin setsid "$python" "${python%/*}/cinder-$1" --config-file="$conf" >"$dir/log/$1.log" 2>&1 </dev/null &
+    local program=${2:-${python%/*}/cinder-$1}
+    PYTHONWARNINGS=ignore PATH=$PATH:/usr/sbin:/sbin setsid "$python" "$program" --config-file="$conf" >"$dir/log/$1.log" 2>&1 </dev/null &
     echo $! >"$dir/run/$1.pid"
     disown
 }
@@ -83,6 +84,18 @@ start_api() {
     done
     tail -n 20 "$dir/log/api.log" >&2
     die "cinder-api did not start, see $dir/log"
+}
+
+# Starts what takes requests for others, each of which would else be seconds at loading Cinder.
+start_requests() {
+    start requests "$here/cinder-api"
+    for _ in {1..600}; do
+        if [[ -S $dir/requests ]]; then return; fi
+        running requests >/dev/null || break
+        sleep 0.2
+    done
+    tail -n 20 "$dir/log/requests.log" >&2
+    die "dev/cinder-api did not start, see $dir/log"
 }
 
 # Mounts something under the name of a share, where cinder-volume would mount the share, and says which; nothing where that cannot be.
@@ -165,7 +178,7 @@ up() {
     mkdir -p "$dir" /etc/ceph
     touch "$dir/.cinder"
     if [[ -e $dir/cluster ]]; then down; fi
-    rm -rf "$dir"/{run,log,state,locks,coordination,ready,url}
+    rm -rf "$dir"/{run,log,state,locks,coordination,ready,url,requests}
     mkdir -p "$dir"/{run,log,state,locks,coordination}
     "$here/cinder.sh" >"$dir/python"
     python=$(<"$dir/python")
@@ -184,6 +197,7 @@ up() {
     start scheduler
     start volume
     start_api "$port"
+    start_requests
     await_report rbd1
     if [[ -s $dir/share ]]; then await_report nfs1; fi
     touch "$dir/ready"
@@ -191,6 +205,7 @@ up() {
 }
 
 down() {
+    stop requests
     stop api
     stop volume
     stop scheduler
@@ -211,7 +226,7 @@ if [[ $command != up ]]; then
 fi
 case "$command $#" in
 "up 1") up "$@" ;;
-"api 0") PYTHONWARNINGS=ignore exec "$python" "$here/cinder-api" "$conf" 2>>"$dir/log/requests.log" ;;
+"api 0") exec "$python" "$here/cinder-api" "$dir/requests" ;;
 "down 0") down ;;
 *) usage ;;
 esac
