@@ -21,7 +21,6 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use quick_xml::escape::escape;
-use reqwest::StatusCode;
 use reqwest::header::{ETAG, IF_MATCH};
 use rusty_s3::Method;
 use url::Url;
@@ -213,7 +212,7 @@ impl S3 {
                 let id = headers.get(WRITE_ID).and_then(|id| id.to_str().ok());
                 Ok(Some(id.unwrap_or_default().to_owned()))
             }
-            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(None),
+            Err(failure) if failure.is_missing() => Ok(None),
             Err(failure) => Err(failure),
         }
     }
@@ -223,7 +222,7 @@ impl S3 {
         let request =
             Request::new(Method::Delete, &place.bucket, &place.key).query(&[("uploadId", upload_id)]);
         match self.api.call(&request).await {
-            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(()),
+            Err(failure) if failure.is_missing() => Ok(()),
             answer => answer.map(drop),
         }
     }
@@ -252,7 +251,7 @@ impl ObjectStore for S3 {
         let place = self.object("read", object)?;
         let (headers, there) =
             match self.api.call(&Request::of_bytes(Method::Get, &place.bucket, &place.key)).await {
-                Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => {
+                Err(failure) if failure.is_missing() => {
                     return Ok(false);
                 }
                 answer => answer.map_err(|failure| explain("read", &place, &place.bucket, failure))?,
@@ -305,7 +304,7 @@ impl ObjectStore for S3 {
         let mut request = Request::of_bytes(Method::Put, &to.bucket, &to.key);
         request.headers.extend(self.api.source(&from.bucket, &from.key));
         match self.api.call(&request).await {
-            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(false),
+            Err(failure) if failure.is_missing() => Ok(false),
             answer => answer.map(|_| true).map_err(|failure| explain("copy", &from, &from.bucket, failure)),
         }
     }
@@ -348,7 +347,7 @@ impl ObjectStore for S3 {
     async fn delete(&self, object: &ObjectName) -> Result<()> {
         let place = self.object("delete", object)?;
         match self.api.call(&Request::new(Method::Delete, &place.bucket, &place.key)).await {
-            Err(Failure::Refused(refusal)) if refusal.status == StatusCode::NOT_FOUND => Ok(()),
+            Err(failure) if failure.is_missing() => Ok(()),
             answer => answer.map(drop).map_err(|failure| explain("delete", &place, &place.bucket, failure)),
         }
     }
