@@ -126,6 +126,31 @@ fn is_last_step(call: &str) -> bool {
     call.starts_with("swap .backhaul/records/")
 }
 
+/// OpenStack's Swift lists what was written later when it is busy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_parent_whose_delete_would_not_see_the_child_in_a_listing_is_not_built_on_yet() {
+    let scene = Scene::new(Kind::Memory, true).await;
+    let job = scene.backup_job();
+    let counting = Faulty::counting(scene.bench.store());
+    run(&scene.bench.engine_on(Arc::new(counting.clone()), SETTINGS, MEMORY_BYTES), &job).await.unwrap();
+    delete(&scene.engine(), job.backup_id()).await.unwrap();
+    let calls = counting.names();
+    let begun =
+        calls.iter().position(|call| *call == format!("put .backhaul/records/{}.json", job.backup_id()));
+    let at = begun.unwrap()
+        + calls[begun.unwrap()..].iter().position(|call| call.starts_with("list ")).unwrap()
+        + 1;
+
+    let (faulty, engine) = scene.faulty_engine(at, Fault::ListsNothing);
+    let error = run(&engine, &job).await.unwrap_err();
+
+    assert_eq!(error.class(), Class::Transient, "{error} at {}", faulty.broke_at());
+    assert!(error.to_string().contains("does not list .backhaul/records/"), "{error}");
+    scene.check_invisible(&job, "").await;
+    run(&scene.engine(), &job).await.unwrap();
+    scene.check_whole(&job, "").await;
+}
+
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_that_fails_at_any_call_is_unseen_and_the_next_try_makes_it_whole(

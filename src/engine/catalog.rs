@@ -232,6 +232,17 @@ impl Catalog {
         Ok(others.iter().filter(|r| r.parent_id == Some(id)).map(|record| record.backup_id).collect())
     }
 
+    /// Fails, in a way that passes, while listings do not have the record of a backup that was written: [`Catalog::children`]
+    /// does not find it then.
+    pub async fn check_listed(&self, id: BackupId) -> Result<(), Error> {
+        let name = record_name(id)?;
+        let listed = self.store.list(&name.folder, &name.name).await?;
+        match listed.iter().any(|listed| listed.name == name.name) {
+            true => Ok(()),
+            false => Err(Error::NotListedYet { object: name.to_string() }),
+        }
+    }
+
     /// Writes the record of a new backup; fails when there is one of that id.
     pub async fn create(&self, record: &Record) -> Result<(), Error> {
         let name = record_name(record.backup_id)?;

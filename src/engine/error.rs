@@ -331,6 +331,16 @@ pub enum Error {
         source: Broken,
     },
 
+    /// A record was written, and is in no listing yet.
+    #[error(
+        "the store does not list {object} yet, which was written just now: without that a delete of the parent would not \
+         see that another backup builds on it"
+    )]
+    NotListedYet {
+        /// The record.
+        object: String,
+    },
+
     /// A backup was looked at as a whole, and this is all that is wrong with it.
     #[error("backup {backup_id} is damaged: {faults}{shared}")]
     DamagedBackup {
@@ -466,7 +476,9 @@ impl Error {
                 Class::Transient => Class::Transient,
                 _ => Class::Unsuitable,
             },
-            Self::ImageInUse { .. } | Self::RestoredOthers { .. } => Class::Transient,
+            Self::ImageInUse { .. } | Self::RestoredOthers { .. } | Self::NotListedYet { .. } => {
+                Class::Transient
+            }
             Self::ParentUnsuitable { .. } | Self::UnseenChange { .. } => Class::Unsuitable,
             #[cfg(feature = "ceph")]
             Self::GivenUp(_) => Class::Unsuitable,

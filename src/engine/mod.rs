@@ -215,15 +215,16 @@ impl Engine {
             _ => self.begin(ctx, job_id, work, parent.as_ref(), &source, method, earlier).await?,
         };
         record.fallback_reason = ctx.fallback_reason.clone().or(record.fallback_reason);
-        // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
-        if let Some(parent) = &parent
-            && let Err(error) = self.parent(parent.backup_id, work.volume_id).await
-        {
-            return Err(match work.parent {
-                // Nobody asked for just this one.
-                Parent::None | Parent::Latest => error.of_chosen_parent(),
-                Parent::Given(_) => error,
-            });
+        if let Some(parent) = &parent {
+            self.catalog.check_listed(work.backup_id).await?;
+            // From now on a delete of the parent sees its child; one that had begun before has left its mark on the parent.
+            if let Err(error) = self.parent(parent.backup_id, work.volume_id).await {
+                return Err(match work.parent {
+                    // Nobody asked for just this one.
+                    Parent::None | Parent::Latest => error.of_chosen_parent(),
+                    Parent::Given(_) => error,
+                });
+            }
         }
 
         let copied = self.copy(ctx, &mut record, work, parent.as_ref(), source).await;

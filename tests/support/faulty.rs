@@ -20,6 +20,8 @@ pub(crate) enum Fault {
     Refused(Errno),
     /// All is done, and the call fails all the same.
     AnswerLost(Errno),
+    /// If it is a listing, what it should have is not in it yet.
+    ListsNothing,
     /// All is done, and if it is a swap it is said that another one was faster.
     SaidNot,
     /// What is read comes in small pieces, and the second half fails.
@@ -122,7 +124,7 @@ impl State {
             }
             Fault::Cancel(token) => token.cancel(),
             // Whoever made the call sees to it.
-            Fault::WrongByte | Fault::SaidNot | Fault::BreaksOff(_) => {}
+            Fault::WrongByte | Fault::SaidNot | Fault::ListsNothing | Fault::BreaksOff(_) => {}
             Fault::Pause(reached, go_on) => {
                 reached.notify_one();
                 go_on.notified().await;
@@ -242,8 +244,11 @@ impl ObjectStore for Faulty {
     async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
         let path = folder.as_str().to_owned();
+        let is_late = matches!(self.state.fault, Fault::ListsNothing) && self.state.is_next();
         let listed = self.state.pass("list", path, async move { inner.list(&folder, &prefix).await }).await?;
-        listed.into_iter().for_each(take);
+        if !is_late {
+            listed.into_iter().for_each(take);
+        }
         Ok(())
     }
 
