@@ -125,6 +125,10 @@ full() {
     rm volumes/restored.img
     measure 'delete' delete --backup-id "$backup_id" >/dev/null
   done
+  # A restore can be no faster than the disk takes what it writes.
+  sync
+  timed dd if=volumes/volume.img of=volumes/copy.img bs=4M conv=fsync status=none
+  row 'copy to the same disk, by dd' "$wall" "$(jq --null-input "8192 / $wall * 10 | round / 10")" "$cores" "$mib" ''
   rm -f volumes/*
 }
 
