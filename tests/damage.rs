@@ -404,6 +404,24 @@ async fn a_damaged_backup_can_be_deleted(
     shelf.all_whole(&shelf.chain, "after the delete").await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_that_a_listing_does_not_have_yet_is_neither_missing_nor_left_behind() {
+    let mut shelf = Shelf::new(Kind::Posix, Compression::Zstd).await;
+    let late = Arc::new(Faulty::late(shelf.bench.store()));
+    shelf.engine = shelf.bench.engine_on(late, settings(Compression::Zstd), MEMORY_BYTES);
+    shelf.all_whole(&shelf.chain, "listings are late").await;
+
+    let first = &shelf.chain[0];
+    fs::remove_file(shelf.bench.root().join(first.path(Part::Data))).unwrap();
+    for error in shelf.refused(first, "an object is gone").await {
+        assert!(text(&error).contains(&first.path(Part::Data)), "{}", text(&error));
+    }
+    for point in shelf.chain.iter().rev().chain(shelf.other.iter().rev()) {
+        delete(&shelf.engine, point.id()).await.unwrap();
+    }
+    assert_eq!(shelf.bench.everything([]).await, BTreeSet::new());
+}
+
 /// A backup by Cinder has no record of ours whose digests would tell: its lists are read as they are. What they say
 /// wrong may stop a restore, but never makes it give back other bytes.
 #[rstest]

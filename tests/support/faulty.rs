@@ -24,6 +24,8 @@ pub(crate) enum Fault {
     ListsNothing,
     /// All is done, and if it is a swap it is said that another one was faster.
     SaidNot,
+    /// No listing of a container has the newest of a backup's data objects, at whatever call.
+    Late,
     /// What is read comes in small pieces, and the second half fails.
     BreaksOff(Errno),
     /// Somebody asks for the end of the job, and the call succeeds.
@@ -67,6 +69,11 @@ impl Faulty {
             under_way: TaskTracker::new(),
         };
         Self { inner, state: Arc::new(state) }
+    }
+
+    /// Never breaks, but its listings are late.
+    pub(crate) fn late(inner: Arc<dyn ObjectStore>) -> Self {
+        Self::new(inner, usize::MAX, Fault::Late)
     }
 
     /// Never breaks; counts only.
@@ -124,7 +131,7 @@ impl State {
             }
             Fault::Cancel(token) => token.cancel(),
             // Whoever made the call sees to it.
-            Fault::WrongByte | Fault::SaidNot | Fault::ListsNothing | Fault::BreaksOff(_) => {}
+            Fault::WrongByte | Fault::SaidNot | Fault::ListsNothing | Fault::BreaksOff(_) | Fault::Late => {}
             Fault::Pause(reached, go_on) => {
                 reached.notify_one();
                 go_on.notified().await;
@@ -244,9 +251,15 @@ impl ObjectStore for Faulty {
     async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
         let (inner, folder, prefix) = (self.inner.clone(), folder.clone(), prefix.to_owned());
         let path = folder.as_str().to_owned();
-        let is_late = matches!(self.state.fault, Fault::ListsNothing) && self.state.is_next();
-        let listed = self.state.pass("list", path, async move { inner.list(&folder, &prefix).await }).await?;
-        if !is_late {
+        let lists_nothing = matches!(self.state.fault, Fault::ListsNothing) && self.state.is_next();
+        let is_late = matches!(self.state.fault, Fault::Late) && !path.starts_with(".backhaul");
+        let list = async move { inner.list(&folder, &prefix).await };
+        let mut listed = self.state.pass("list", path, list).await?;
+        let newest = listed.iter().rposition(|object| object.name.ends_with(|c: char| c.is_ascii_digit()));
+        if let Some(newest) = newest.filter(|_| is_late) {
+            listed.remove(newest);
+        }
+        if !lists_nothing {
             listed.into_iter().for_each(take);
         }
         Ok(())

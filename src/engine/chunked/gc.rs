@@ -145,7 +145,7 @@ impl Chunked {
             self.each_name(&folder, &start, &mut take).await?;
         }
         for prefix in prefixes {
-            self.remove_objects(&Names::new(&record.container, &prefix)?, ctx).await?;
+            self.remove_objects(&Names::new(&record.container, &prefix)?, 0, ctx).await?;
         }
         Ok(())
     }
@@ -166,7 +166,7 @@ impl Chunked {
 
     /// Removes what an attempt has stored.
     pub async fn remove_attempt(&self, attempt: &Attempt) -> Result<(), Error> {
-        self.remove_objects(&Names::new(&attempt.container, &attempt.prefix)?, &Context::default()).await
+        self.remove_objects(&Names::new(&attempt.container, &attempt.prefix)?, 0, &Context::default()).await
     }
 
     /// Hands over all names of a folder that begin with `prefix`.

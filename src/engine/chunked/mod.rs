@@ -29,7 +29,7 @@ pub use memory::Budget;
 
 use std::sync::Arc;
 
-use futures_util::stream::{self, TryStreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -236,17 +236,21 @@ impl Chunked {
         self.has(&Names::of(record)?.metadata).await
     }
 
+    /// Asks for the object itself: a listing may not have it yet.
     async fn has(&self, object: &ObjectName) -> Result<bool, Error> {
-        let listed = self.store.list(&object.folder, &object.name).await?;
-        Ok(listed.iter().any(|listed| listed.name == object.name))
+        match self.store.get(object).await {
+            Err(error) if matches!(error.reason(), Reason::Missing) => Ok(false),
+            found => Ok(found.map(|_| true)?),
+        }
     }
 
     /// Removes all objects of a backup, the one that makes it visible first, and counts what that frees.
     pub async fn remove(&self, record: &Record, ctx: &Context) -> Result<(), Error> {
-        self.remove_objects(&Names::of(record)?, ctx).await
+        self.remove_objects(&Names::of(record)?, record.counts.object_count, ctx).await
     }
 
-    async fn remove_objects(&self, names: &Names, ctx: &Context) -> Result<(), Error> {
+    /// Removes what the listing has of an attempt, and so many objects by their numbers where it has not.
+    async fn remove_objects(&self, names: &Names, object_count: u64, ctx: &Context) -> Result<(), Error> {
         self.store.delete(&names.metadata).await?;
         self.store.delete(&names.sha256_file).await?;
         let objects = self.data_objects(names, |_| {}).await?;
@@ -262,6 +266,17 @@ impl Chunked {
                     ..Counts::default()
                 });
                 Ok(())
+            })
+            .await?;
+        let is_unlisted =
+            |number: &u64| objects.binary_search_by_key(number, |object| object.number).is_err();
+        stream::iter((1..=object_count).filter(is_unlisted))
+            .chunks(DELETES_AT_ONCE)
+            .map(Ok::<_, Error>)
+            .try_for_each_concurrent(DELETES_MAX, |numbers| async move {
+                ctx.check()?;
+                let some: Result<Vec<_>, _> = numbers.into_iter().map(|number| names.data(number)).collect();
+                Ok(self.store.delete_all(&some?).await?)
             })
             .await?;
         self.store.tidy(&names.folder, names.prefix()).await?;

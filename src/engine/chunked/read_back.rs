@@ -12,7 +12,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt};
 use md5::Digest as _;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -24,7 +24,7 @@ use super::layers::{Broken, Item, LayerEntry, Layers};
 use super::lists::{DigestList, nobody_listens, read_full};
 use super::restored::Restored;
 use super::stored::StoredReader;
-use super::{Chunked, Error, Lost, Names, blocking, damaged};
+use super::{Chunked, Error, Lost, Names, REQUESTS_MAX, blocking, damaged};
 use crate::engine::Faults;
 use crate::job::{Context, Counts, Record, Sample};
 use crate::store::{Listed, ObjectName, Pieces};
@@ -84,9 +84,16 @@ impl Chunked {
         for (layer, (record, names)) in chain.iter().zip(&names).enumerate() {
             ctx.check()?;
             self.check_lists(record).await?;
-            for (number, error) in self.check_objects(record, names).await? {
-                fault(error)?;
-                known_bad.insert((layer, number));
+            let wrong = stream::iter(self.check_objects(record, names).await?)
+                .map(|wrong| self.unless_late(names, wrong))
+                .buffered(REQUESTS_MAX);
+            let mut wrong = std::pin::pin!(wrong);
+            while let Some(wrong) = wrong.next().await {
+                ctx.check()?;
+                if let Some((number, error)) = wrong {
+                    fault(error)?;
+                    known_bad.insert((layer, number));
+                }
             }
         }
 
@@ -190,12 +197,8 @@ impl Chunked {
     }
 
     /// Checks, without reading the data, that the lists are whole, and that the store has the objects that they name,
-    /// at their sizes, and no others. Gives what is wrong, with the number of the object if the lists have it.
-    async fn check_objects(
-        &self,
-        record: &Record,
-        names: &Names,
-    ) -> Result<Vec<(Option<u64>, Error)>, Error> {
+    /// at their sizes, and no others, by its listing. Gives what is wrong.
+    async fn check_objects(&self, record: &Record, names: &Names) -> Result<Vec<Wrong>, Error> {
         let mut wrong = Vec::new();
         let other = |object: Listed| {
             if object.name != names.metadata.name && object.name != names.sha256_file.name {
@@ -242,6 +245,19 @@ impl Chunked {
         }
         Ok(wrong)
     }
+
+    /// Asks for an object itself that the listing does not have, which may be late: nothing is wrong if it is there.
+    async fn unless_late(&self, names: &Names, (number, error): Wrong) -> Option<Wrong> {
+        let (Error::MissingObject { .. }, Some(missing)) = (&error, number) else {
+            return Some((number, error));
+        };
+        let found = async { self.has(&names.data(missing)?).await };
+        match found.await {
+            Ok(true) => None,
+            Ok(false) => Some((number, error)),
+            Err(unknown) => Some((number, unknown)),
+        }
+    }
 }
 
 fn extra_object(record: &Record, names: &Names, name: &str) -> Error {
@@ -256,6 +272,9 @@ fn broken_chain(chain: &[Record], broken: Broken) -> Error {
     };
     Error::BrokenChain { backup_id: chain[layer].backup_id, source: broken }
 }
+
+/// What is wrong with a backup, with the number of the object if the lists have it.
+type Wrong = (Option<u64>, Error);
 
 /// The number of an object that was read, and what was counted of it.
 type ObjectRead = (u64, Counts);
