@@ -17,7 +17,7 @@ use crate::support::volume::{Deadly, Fill, Volume};
 use backhaul::engine::chunked::{Budget, Chunked, Compression};
 use backhaul::engine::{Cpu, Error};
 use backhaul::error::{Causes, Class};
-use backhaul::job::{Context, Method, Mode, Parent, Strategy, VolumeId, Work};
+use backhaul::job::{Container, Context, Method, Mode, Parent, Strategy, VolumeId, Work};
 use backhaul::store::{Endpoint, Folder, ObjectStore, Swift, SwiftSettings};
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -165,6 +165,34 @@ async fn many_requests_whose_token_has_expired_share_one_renewal() {
     }
     assert_eq!(link.counted(), 1);
     assert_eq!(store.list(&folder, "").await.unwrap().len(), 1);
+}
+
+/// A server that has not heard of the last write would answer with what was there before.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_over_is_asked_of_all_who_have_it() {
+    let (link, container) = (Link::to(&swift::url()), swift::new_container());
+    let mut settings = swift::settings(&swift::url(), &container);
+    let mut account: url::Url = link.url().parse().unwrap();
+    account.set_username("").unwrap();
+    account.set_password(None).unwrap();
+    account.set_path("/v1/AUTH_backup");
+    settings.endpoint = Endpoint::At(account);
+    let store = Swift::new(settings).unwrap();
+    let bytes = Bytes::from_static;
+    let own = Folder::own("swift").object("a").unwrap();
+    let data = Folder::from(&container.parse::<Container>().unwrap()).object("a").unwrap();
+    for (object, newest) in [(own, true), (data, false)] {
+        link.count("x-newest: true");
+        store.put(&object, bytes(b"first")).await.unwrap();
+        let written = link.counted();
+        assert!(store.swap(&object, bytes(b"first"), bytes(b"second")).await.unwrap());
+        let swapped = link.counted() - written;
+        assert_eq!(store.get(&object).await.unwrap().collect(&object, 100).await.unwrap(), "second");
+        let read = link.counted() - swapped - written;
+        // A put looks first, once more where it makes the container, and a swap reads and writes.
+        let expected = if newest { (true, 2, 1) } else { (false, 0, 0) };
+        assert_eq!((written > 0, swapped, read), expected, "{object}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

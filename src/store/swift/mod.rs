@@ -130,6 +130,8 @@ pub struct Swift {
 struct Place {
     container: String,
     key: String,
+    /// Whether it is in a folder of our own.
+    is_own: bool,
 }
 
 impl fmt::Display for Place {
@@ -138,6 +140,15 @@ impl fmt::Display for Place {
             "" => write!(f, "container {}", self.container),
             key => write!(f, "{key} in container {}", self.container),
         }
+    }
+}
+
+impl Place {
+    /// A request that reads an object. Those of our own folders are written over, and the first server that answers may not have
+    /// heard of the last write: with that header all that have the object are asked, and the newest is answered.
+    fn reading(&self, method: Method) -> Request<'_> {
+        let request = Request::new(method, &self.container, &self.key);
+        if self.is_own { request.header("x-newest", "true") } else { request }
     }
 }
 
@@ -166,9 +177,10 @@ impl Swift {
     }
 
     fn place(&self, action: &'static str, folder: &Folder, name: &str) -> Result<Place> {
-        if folder.is_own() {
+        let is_own = folder.is_own();
+        if is_own {
             let key = format!("{}/{name}", folder.as_str());
-            return Ok(Place { container: self.container.clone(), key });
+            return Ok(Place { container: self.container.clone(), key, is_own });
         }
         let (container, key) = (folder.as_str().to_owned(), name.to_owned());
         if container.contains('/') {
@@ -176,7 +188,7 @@ impl Swift {
             let reason = Reason::Other(Arc::new(io::Error::new(ErrorKind::InvalidInput, text)));
             return Err(Error::new(action, format!("{container}/{key}"), reason));
         }
-        Ok(Place { container, key })
+        Ok(Place { container, key, is_own })
     }
 
     fn object(&self, action: &'static str, object: &ObjectName) -> Result<Place> {
@@ -251,7 +263,7 @@ impl Swift {
 
     /// The id of the write that an object is of, empty if somebody else wrote it; none if it is not there.
     async fn write_id(&self, place: &Place) -> std::result::Result<Option<String>, Failure> {
-        match self.api.call(&Request::new(Method::HEAD, &place.container, &place.key)).await {
+        match self.api.call(&place.reading(Method::HEAD)).await {
             Ok((headers, _)) => {
                 let id = headers.get(WRITE_ID).and_then(|id| id.to_str().ok());
                 Ok(Some(id.unwrap_or_default().to_owned()))
@@ -324,8 +336,7 @@ impl ObjectStore for Swift {
     /// Swift writes on no condition but that there is nothing, so somebody else may write between the look and the write.
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
         let place = self.object("read", object)?;
-        let request = Request::new(Method::GET, &place.container, &place.key);
-        let there = match self.api.call(&request).await {
+        let there = match self.api.call(&place.reading(Method::GET)).await {
             Err(failure) if failure.is_missing() => return Ok(false),
             answer => answer.map_err(|failure| explain("read", &place, &place.container, failure))?.1,
         };
@@ -369,7 +380,7 @@ impl ObjectStore for Swift {
             open: Box::new(move |rest| {
                 let (api, place) = (api.clone(), place.clone());
                 Box::pin(async move {
-                    let mut request = Request::new(Method::GET, &place.container, &place.key);
+                    let mut request = place.reading(Method::GET);
                     request.headers.extend(rest.map(Rest::headers).unwrap_or_default());
                     api.open(&request).await
                 })
