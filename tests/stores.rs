@@ -1735,6 +1735,34 @@ mod network {
         bench.clean().await;
     }
 
+    #[rstest]
+    #[case::not_known("501 Not Implemented", "<Error><Code>NotImplemented</Code></Error>")]
+    #[case::not_allowed("405 Method Not Allowed", "")]
+    #[case::not_found("404 Not Found", "<html>")]
+    #[case::of_no_key("200 OK", "<DeleteResult><Error><Code>InternalError</Code></Error></DeleteResult>")]
+    #[case::of_another_key(
+        "200 OK",
+        "<DeleteResult><Error><Key>x</Key><Code>AccessDenied</Code></Error></DeleteResult>"
+    )]
+    #[tokio::test(flavor = "multi_thread")]
+    async fn objects_that_a_server_does_not_delete_at_once_are_deleted_one_by_one(
+        #[case] status: &str,
+        #[case] body: &str,
+    ) {
+        let link = Link::to(&url_of(Kind::S3));
+        let bench = Far::behind(Kind::S3, &link).bench();
+        let names: Vec<_> = (0..40).map(|number| bench.name(&number.to_string())).collect();
+        for name in &names {
+            bench.store.put(name, junk(1)).await.unwrap();
+        }
+        link.answer([http(status, "", body)]);
+
+        bench.store.delete_all(&names).await.unwrap();
+
+        assert_eq!((link.answers_left(), bench.list("").await), (0, Vec::new()));
+        bench.clean().await;
+    }
+
     /// Told as another one's, it would be removed by who wrote it.
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]

@@ -344,5 +344,6 @@ pub(super) struct Deleted {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct NotDeleted {
+    #[serde(default)]
     pub(super) key: String,
 }

@@ -20,19 +20,22 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::stream::{self, TryStreamExt};
 use quick_xml::escape::escape;
 use reqwest::header::{ETAG, IF_MATCH};
 use rusty_s3::Method;
 use url::Url;
 use uuid::Uuid;
 
-use self::api::{Api, Deleted, ObjectsPage, Request, Upload, UploadsPage, endless, explain, parse};
+use self::api::{
+    Api, Deleted, NotDeleted, ObjectsPage, Request, Upload, UploadsPage, endless, explain, parse,
+};
 use self::upload::Writer;
 use super::http::{Failure, HttpSettings, Refusal, server_of};
 use super::reading::{Reader, Rest};
 use super::{
-    Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Reason, Result, Secret,
-    SecretFrom, TakeListed,
+    DELETES_MAX, Error, Folder, Listed, ObjectName, ObjectStore, ObjectWriter, Partial, Pieces, Reason,
+    Result, Secret, SecretFrom, TakeListed,
 };
 
 /// Says which write an object is of.
@@ -368,17 +371,24 @@ impl ObjectStore for S3 {
                 .body(format!("<Delete>{keys}<Quiet>true</Quiet></Delete>").into())
                 .await;
             let failed = |failure| explain("delete", format!("objects in bucket {bucket}"), bucket, failure);
-            let (_, answer) = match self.api.call(&request).await {
-                Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => continue,
-                answer => answer.map_err(failed)?,
+            let deleted =
+                match self.api.call(&request).await.and_then(|(_, answer)| parse::<Deleted>(&answer)) {
+                    Err(Failure::Refused(refusal)) if refusal.code == NO_BUCKET => continue,
+                    Err(failure @ Failure::Passing { .. }) => return Err(failed(failure)),
+                    // Not every server can do that, or lets us.
+                    Err(_) => None,
+                    Ok(deleted) => Some(deleted),
+                };
+            let ours = |error: &NotDeleted| {
+                places.iter().find(|(_, place)| place.key == error.key).map(|(object, _)| *object)
             };
-            let deleted: Deleted = parse(&answer).map_err(failed)?;
-            // Alone it is tried again, or says why it cannot be.
-            for error in deleted.errors {
-                if let Some((object, _)) = places.iter().find(|(_, place)| place.key == error.key) {
-                    self.delete(object).await?;
-                }
-            }
+            // An error that is about none of ours is about any of them.
+            let alone = deleted.and_then(|deleted| deleted.errors.iter().map(ours).collect());
+            let alone: Vec<_> = alone.unwrap_or_else(|| objects.iter().collect());
+            // Alone each is tried again, or says why it cannot be deleted.
+            stream::iter(alone.into_iter().map(Ok))
+                .try_for_each_concurrent(DELETES_MAX, |object| self.delete(object))
+                .await?;
         }
         Ok(())
     }
