@@ -1763,6 +1763,30 @@ mod network {
         bench.clean().await;
     }
 
+    /// It would have been taken for a backup that is not there, or for a delete that is done.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_404_that_is_not_the_servers_own_says_nothing_of_objects() {
+        let link = Link::to(&url_of(Kind::S3));
+        let bench = Far::behind(Kind::S3, &link).bench();
+        let name = bench.name("a");
+        let not_its_own = || link.answer([http("404 Not Found", "", "default backend - 404")]);
+        bench.store.put(&name, junk(10)).await.unwrap();
+
+        not_its_own();
+        let read = bench.read(&name).await.unwrap_err();
+        not_its_own();
+        let deleted = bench.store.delete(&name).await.unwrap_err();
+        not_its_own();
+        let swapped = bench.store.swap(&name, junk(10), junk(11)).await.unwrap_err();
+
+        assert!(matches!(read, Reason::Other(_)), "{read:?}");
+        for error in [deleted, swapped] {
+            assert!(told(&error).contains("404 Not Found, and not as S3 does"), "{}", told(&error));
+        }
+        assert!(bench.read(&name).await.unwrap() == junk(10));
+        bench.clean().await;
+    }
+
     /// Told as another one's, it would be removed by who wrote it.
     #[rstest]
     #[tokio::test(flavor = "multi_thread")]

@@ -206,7 +206,20 @@ impl Api {
         }
         let (server, status, headers) = (server_of(answer.url()), answer.status(), answer.headers().clone());
         let body = self.http.whole(answer).await?;
-        Err(refused(server, status, &headers, &String::from_utf8_lossy(&body)))
+        let failure = refused(server, status, &headers, &String::from_utf8_lossy(&body));
+        match failure {
+            // Whoever stands in front of the server may say that, too, and knows nothing of objects. An answer to HEAD has no body.
+            Failure::Refused(refusal)
+                if status == StatusCode::NOT_FOUND
+                    && refusal.code.is_empty()
+                    && request.method != Method::Head =>
+            {
+                let text =
+                    format!("{refusal}, and not as S3 does: is endpoint the URL of a server that speaks S3?");
+                Err(Failure::unusable(io::ErrorKind::InvalidData, text))
+            }
+            failure => Err(failure),
+        }
     }
 }
 
