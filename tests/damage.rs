@@ -14,8 +14,9 @@ use backhaul::error::{Causes, Class, Problem};
 use backhaul::job::{
     BackupId, Context, JobId, Method, Parent, Record, RecordState, Strategy, VerifyWork, VolumeId, Work,
 };
-use backhaul::store::{Posix, Reason};
+use backhaul::store::{Folder, ObjectStore as _, Posix, Reason};
 use backhaul::volume::{self, FileRoots, FileTarget, VolumeSource as _};
+use bytes::Bytes;
 use jiff::SignedDuration;
 use rstest::rstest;
 use rustix::fs::{CWD, FileType, Mode};
@@ -972,6 +973,59 @@ fn a_restore_into_another_mount_of_a_store_is_refused() {
         assert!(matches!(error, volume::Error::InStore { .. }), "{target}: {error}");
     }
     FileTarget::open(&folder.join("new"), 6, &roots, "of a job").unwrap();
+}
+
+/// It is a folder of the machine itself then, where backups would be written and none are found.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_folder_whose_file_system_was_unmounted_is_not_taken_for_the_store() {
+    let Some(folder) = folder_of_again() else {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "mount -t tmpfs none \"$0\" || exit 77; shift; exec \"$@\"";
+        let command = in_own_mounts(script, folder.path());
+        let test = "damage::a_folder_whose_file_system_was_unmounted_is_not_taken_for_the_store";
+        return again(command, test, folder.path());
+    };
+    let bytes = Bytes::from_static;
+    let run = |program: &mut Command| assert!(program.status().unwrap().success(), "{program:?}");
+    for below in ["", "deep"] {
+        let share = folder.join(format!("share{below}"));
+        let mount = || {
+            run(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&share));
+            fs::create_dir_all(share.join(below)).unwrap();
+        };
+        fs::create_dir(&share).unwrap();
+        mount();
+        let store = Posix::open(&share.join(below)).unwrap();
+        let own = Folder::own("records");
+        let (there, new) = (own.object("there").unwrap(), own.object("new").unwrap());
+        store.put(&there, bytes(b"old")).await.unwrap();
+        run(Command::new("umount").arg(&share));
+
+        for error in [
+            store.get(&there).await.err().unwrap(),
+            store.list(&own, "").await.err().unwrap(),
+            store.partials(&own, "").await.err().unwrap(),
+            store.tidy(&own, "").await.unwrap_err(),
+            store.put(&new, bytes(b"new")).await.unwrap_err(),
+            store.replace(&there, bytes(b"new")).await.unwrap_err(),
+            store.swap(&there, bytes(b"old"), bytes(b"new")).await.unwrap_err(),
+            store.create(&new).await.err().unwrap(),
+            store.copy(&there, &new).await.unwrap_err(),
+            store.delete(&there).await.unwrap_err(),
+        ] {
+            let told = Causes(&error).to_string();
+            assert_eq!(error.class(), Class::Transient, "{told}");
+            assert!(
+                told.contains(share.to_str().unwrap()) && told.contains("mount its file system again"),
+                "{told}"
+            );
+        }
+        assert_eq!(fs::read_dir(&share).unwrap().count(), 0);
+
+        mount();
+        store.put(&new, bytes(b"new")).await.unwrap();
+        assert_eq!(store.list(&own, "").await.unwrap().len(), 1);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

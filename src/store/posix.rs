@@ -39,30 +39,89 @@ const CHANGES_MAX: Duration = Duration::from_secs(60);
 /// Objects as files below a root folder.
 #[derive(Debug, Clone)]
 pub struct Posix {
-    root: PathBuf,
+    root: Root,
+}
+
+/// The folder that all objects are below.
+#[derive(Debug, Clone)]
+struct Root {
+    path: PathBuf,
+    /// The nearest folder above it on another file system, of which it is itself while its own one is not mounted. None where
+    /// all are on one.
+    outside: Option<PathBuf>,
+}
+
+impl Root {
+    fn open(path: PathBuf) -> io::Result<Self> {
+        let own = device(&path)?;
+        for folder in path.ancestors().skip(1) {
+            if device(folder)? != own {
+                let outside = Some(folder.to_owned());
+                return Ok(Self { path, outside });
+            }
+        }
+        Ok(Self { path, outside: None })
+    }
+
+    /// Fails while the file system is not mounted.
+    fn check(&self) -> io::Result<()> {
+        match self.is_mounted() {
+            Ok(true) => return Ok(()),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let text = format!(
+            "the store in {} is not there any more: mount its file system again, and let it stay mounted",
+            self.path.display()
+        );
+        Err(io::Error::new(ErrorKind::ResourceBusy, text))
+    }
+
+    fn is_mounted(&self) -> io::Result<bool> {
+        let own = device(&self.path)?;
+        // One that is mounted again may have another number than before.
+        Ok(match &self.outside {
+            Some(outside) => device(outside)? != own,
+            None => true,
+        })
+    }
+
+    /// Looks, where something is not there, whether that is for want of the file system.
+    fn check_missing<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        match result {
+            Err(error) if error.kind() == ErrorKind::NotFound => self.check().and(Err(error)),
+            result => result,
+        }
+    }
+}
+
+/// The number of the file system that a folder is on.
+fn device(folder: &Path) -> io::Result<u64> {
+    // With the dot behind it, what is mounted on demand is mounted.
+    Ok(fs::metadata(folder.join("."))?.dev())
 }
 
 impl Posix {
     /// Opens the store in `root`, which must be a folder. Does not create it: a file system that is not mounted must
     /// not be taken for an empty store.
     pub fn open(root: &Path) -> Result<Self> {
-        let root = root.canonicalize().map_err(|e| Error::io("open the store", root.display(), e))?;
-        if !root.is_dir() {
-            let error = io::Error::new(ErrorKind::NotADirectory, "it is no folder");
-            return Err(Error::io("open the store", root.display(), error));
+        let at = |error| Error::io("open the store", root.display(), error);
+        let path = root.canonicalize().map_err(at)?;
+        if !path.is_dir() {
+            return Err(at(io::Error::new(ErrorKind::NotADirectory, "it is no folder")));
         }
-        Ok(Self { root })
+        Ok(Self { root: Root::open(path).map_err(at)? })
     }
 
     /// Finds out whether the folder can be written.
     pub fn reach(&self) -> Result<()> {
         let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-        rustix::fs::access(&self.root, access)
-            .map_err(|errno| Error::io("write the store", self.root.display(), errno.into()))
+        rustix::fs::access(&self.root.path, access)
+            .map_err(|errno| Error::io("write the store", self.root.path.display(), errno.into()))
     }
 
     fn folder_path(&self, folder: &Folder) -> PathBuf {
-        self.root.join(folder.as_str())
+        self.root.path.join(folder.as_str())
     }
 
     fn path(&self, object: &ObjectName) -> PathBuf {
@@ -116,8 +175,8 @@ impl ObjectStore for Posix {
     }
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
-        let path = self.path(object);
-        let mut file = blocking("read", object, move || File::open(path)).await?;
+        let (root, path) = (self.root.clone(), self.path(object));
+        let mut file = blocking("read", object, move || root.check_missing(File::open(path))).await?;
         let (sender, pieces) = Pieces::channel();
         let object = object.clone();
         tokio::task::spawn_blocking(move || {
@@ -150,10 +209,10 @@ impl ObjectStore for Posix {
     }
 
     async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {
-        let (path, prefix) = (self.folder_path(folder), prefix.to_owned());
+        let (root, path, prefix) = (self.root.clone(), self.folder_path(folder), prefix.to_owned());
         let (sender, mut listed) = mpsc::channel(LISTED_AHEAD_MAX);
         let listing = blocking("list", folder.as_str(), move || {
-            for name in names(&path)? {
+            for name in names(&root, &path)? {
                 let name = name?;
                 if !name.starts_with(&prefix) || name.starts_with('.') {
                     continue;
@@ -184,8 +243,8 @@ impl ObjectStore for Posix {
     }
 
     async fn delete(&self, object: &ObjectName) -> Result<()> {
-        let path = self.path(object);
-        blocking("delete", object, move || match remove(&path)? {
+        let (root, path) = (self.root.clone(), self.path(object));
+        blocking("delete", object, move || match remove(&root, &path)? {
             true => sync_folder(&path),
             false => Ok(()),
         })
@@ -196,14 +255,14 @@ impl ObjectStore for Posix {
         let (root, path, prefix) = (self.root.clone(), self.folder_path(folder), unfinished_prefix(prefix));
         blocking("tidy", folder.as_str(), move || {
             // All of them first: not every file system tells of all where some are removed meanwhile.
-            for name in names(&path)?.collect::<io::Result<Vec<_>>>()? {
+            for name in names(&root, &path)?.collect::<io::Result<Vec<_>>>()? {
                 if name.starts_with(&prefix) {
-                    remove(&path.join(name))?;
+                    remove(&root, &path.join(name))?;
                 }
             }
             // Only empty folders go, from the innermost outwards.
             let mut folder = path.as_path();
-            while folder != root && folder.starts_with(&root) && fs::remove_dir(folder).is_ok() {
+            while folder != root.path && folder.starts_with(&root.path) && fs::remove_dir(folder).is_ok() {
                 let Some(parent) = folder.parent() else { break };
                 folder = parent;
             }
@@ -213,11 +272,11 @@ impl ObjectStore for Posix {
     }
 
     async fn partials(&self, folder: &Folder, prefix: &str) -> Result<Vec<Partial>> {
-        let (path, folder, prefix) = (self.folder_path(folder), folder.clone(), prefix.to_owned());
-        let listed = folder.clone();
+        let (root, path) = (self.root.clone(), self.folder_path(folder));
+        let (folder, prefix, listed) = (folder.clone(), prefix.to_owned(), folder.clone());
         blocking("list", listed.as_str(), move || {
             let mut found = Vec::new();
-            for id in names(&path)? {
+            for id in names(&root, &path)? {
                 let id = id?;
                 // What is not named as ours are is none of ours.
                 let Some(object) = finished_name(&id).filter(|name| name.starts_with(&prefix)) else {
@@ -240,8 +299,9 @@ impl ObjectStore for Posix {
     }
 
     async fn discard(&self, partial: &Partial) -> Result<()> {
+        let root = self.root.clone();
         let path = self.folder_path(&partial.object.folder).join(&partial.id);
-        blocking("discard", &partial.object, move || remove(&path).map(drop)).await
+        blocking("discard", &partial.object, move || remove(&root, &path).map(drop)).await
     }
 }
 
@@ -256,7 +316,8 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// The names in a folder, as they are read; none when it is not there.
-fn names(folder: &Path) -> io::Result<impl Iterator<Item = io::Result<String>>> {
+fn names(root: &Root, folder: &Path) -> io::Result<impl Iterator<Item = io::Result<String>> + use<>> {
+    root.check()?;
     let entries = match fs::read_dir(folder) {
         Ok(entries) => Some(entries),
         Err(error) if error.kind() == ErrorKind::NotFound => None,
@@ -282,10 +343,10 @@ fn modified(metadata: &fs::Metadata) -> Option<Timestamp> {
 }
 
 /// Removes a file; false if it is not there, or not any more.
-fn remove(path: &Path) -> io::Result<bool> {
+fn remove(root: &Root, path: &Path) -> io::Result<bool> {
     match fs::remove_file(path) {
         Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == ErrorKind::NotFound => root.check().map(|()| false),
         Err(error) => Err(error),
     }
 }
@@ -303,8 +364,8 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 }
 
 /// Makes the folders below `root` that are missing, durably.
-fn make_folders(root: &Path, folder: &Path) -> io::Result<()> {
-    if folder == root || folder.is_dir() {
+fn make_folders(root: &Root, folder: &Path) -> io::Result<()> {
+    if folder == root.path || folder.is_dir() {
         return Ok(());
     }
     if let Some(parent) = folder.parent() {
@@ -328,11 +389,11 @@ struct Locked {
 
 impl Locked {
     /// Locks the file that has this name, and begins what may take its place; none if there is none.
-    fn find(root: &Path, path: &Path) -> io::Result<Option<(Self, Unfinished)>> {
+    fn find(root: &Root, path: &Path) -> io::Result<Option<(Self, Unfinished)>> {
         let begun = Instant::now();
         loop {
             match Self::try_find(root, path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::NotFound => return root.check().map(|()| None),
                 Err(error)
                     if error.kind() == ErrorKind::StaleNetworkFileHandle && begun.elapsed() < CHANGES_MAX =>
                 {
@@ -345,7 +406,7 @@ impl Locked {
 
     /// Fails with [`ErrorKind::StaleNetworkFileHandle`] if the name was given to another file meanwhile, by whoever held the lock:
     /// ours is then on one that nobody finds any more.
-    fn try_find(root: &Path, path: &Path) -> io::Result<(Self, Unfinished)> {
+    fn try_find(root: &Root, path: &Path) -> io::Result<(Self, Unfinished)> {
         let (begun, locked) = (Instant::now(), Self::open(path)?);
         while let Err(errno) = rustix::fs::flock(&locked.file, FlockOperation::NonBlockingLockExclusive) {
             if errno != Errno::WOULDBLOCK {
@@ -421,7 +482,8 @@ struct Unfinished {
 }
 
 impl Unfinished {
-    fn create(root: &Path, path: &Path) -> io::Result<Self> {
+    fn create(root: &Root, path: &Path) -> io::Result<Self> {
+        root.check()?;
         let temporary = temporary(path)?;
         let open = || File::options().write(true).create_new(true).open(&temporary);
         // The folder is nearly always there. It may be tidied away by another writer even while and after it is made.
@@ -470,7 +532,7 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Gives a file another name. Says whether it did, which it does not if the file is not there, or the file system cannot.
-fn link(root: &Path, from: &Path, to: &Path) -> io::Result<bool> {
+fn link(root: &Root, from: &Path, to: &Path) -> io::Result<bool> {
     // A folder may be tidied away by another writer even while and after it is made.
     let mut tries_left = 10;
     loop {
@@ -479,7 +541,7 @@ fn link(root: &Path, from: &Path, to: &Path) -> io::Result<bool> {
             Err(error) => error,
         };
         match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::NOENT) if !from.try_exists()? => return Ok(false),
+            Some(Errno::NOENT) if !from.try_exists()? => return root.check().map(|()| false),
             Some(Errno::NOENT) if tries_left > 0 => {
                 tries_left -= 1;
                 match to.parent().map(|folder| make_folders(root, folder)) {
