@@ -14,7 +14,7 @@ use backhaul::error::{Causes, Class, Problem};
 use backhaul::job::{
     BackupId, Context, JobId, Method, Parent, Record, RecordState, Strategy, VerifyWork, VolumeId, Work,
 };
-use backhaul::store::{Folder, ObjectStore as _, Posix, Reason};
+use backhaul::store::{Folder, ObjectStore as _, Posix, Reason, Swift};
 use backhaul::volume::{self, FileRoots, FileTarget, VolumeSource as _};
 use bytes::Bytes;
 use jiff::SignedDuration;
@@ -27,6 +27,7 @@ use crate::support::engine::{
     restore, run, run_in, verify,
 };
 use crate::support::faulty::{Fault, Faulty};
+use crate::support::swift;
 use crate::support::volume::{Deadly, Fill, Volume, junk};
 
 const BLOCK_BYTES: usize = 512;
@@ -1026,6 +1027,27 @@ async fn a_folder_whose_file_system_was_unmounted_is_not_taken_for_the_store() {
         store.put(&new, bytes(b"new")).await.unwrap();
         assert_eq!(store.list(&own, "").await.unwrap().len(), 1);
     }
+}
+
+/// Other jobs gather there as well, and end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_is_put_off_while_there_is_no_room_to_gather_its_lists_for_swift() {
+    let Some(folder) = folder_of_again() else {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "mount -t tmpfs -o size=1m,mode=0777 none \"$0\" || exit 77; export TMPDIR=\"$0\"; shift; exec \"$@\"";
+        let command = in_own_mounts(script, folder.path());
+        let test = "damage::a_job_is_put_off_while_there_is_no_room_to_gather_its_lists_for_swift";
+        return again(command, test, folder.path());
+    };
+    // Nobody listens there, and nobody is asked before all is gathered.
+    let store = Swift::new(swift::settings("http://user:key@127.0.0.1:1/auth/v1.0", "tests")).unwrap();
+    let mut writer = store.create(&Folder::own("tests").object("list").unwrap()).await.unwrap();
+
+    let error = writer.write(vec![1; 9 << 20].into()).await.unwrap_err();
+
+    let told = Causes(&error).to_string();
+    assert_eq!(error.class(), Class::Transient, "{told}");
+    assert!(told.contains(&format!("{}, where it is gathered first", folder.display())), "{told}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,6 +11,7 @@ use md5::{Digest, Md5};
 use tokio::task::spawn_blocking;
 
 use super::Swift;
+use crate::error::Class;
 use crate::store::http::Payload;
 use crate::store::{Error, ObjectName, ObjectStore, ObjectWriter, Reason, Result};
 
@@ -62,12 +63,12 @@ impl Writer {
                 "{}, where it is gathered first, cannot be written ({error}): let TMPDIR name a folder with room for it",
                 folder().display()
             );
-            let kind = match error.kind() {
-                // That is not the store.
-                ErrorKind::StorageFull => ErrorKind::Other,
-                kind => kind,
-            };
-            Error::new("write", &self.object, Reason::Other(Arc::new(io::Error::new(kind, text))))
+            let told = Arc::new(io::Error::new(error.kind(), text));
+            // Others that gather something there will end, and leave room.
+            let is_full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+            let passes = is_full || Error::io("write", &self.object, error).class() == Class::Transient;
+            let reason = if passes { Reason::Passing(told) } else { Reason::Other(told) };
+            Error::new("write", &self.object, reason)
         })?;
         self.store.check_size(&self.object, spool.bytes)?;
         self.spool = Some(spool);
