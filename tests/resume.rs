@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use backhaul::engine::chunked::{Compression, Settings};
 use backhaul::engine::{Engine, Receipt};
-use backhaul::error::Class;
+use backhaul::error::{Causes, Class};
 use backhaul::job::{Container, Context, Job, Parent, Record, RecordState, VolumeId, Work};
 use backhaul::store::{Folder, ObjectName};
 use bytes::Bytes;
@@ -155,6 +155,22 @@ async fn what_an_attempt_that_died_has_stored_is_not_stored_again(#[case] kind: 
     scene.check_whole("").await;
     delete(&scene.engine(), scene.job.backup_id()).await.unwrap();
     assert_eq!(scene.everything().await, BTreeSet::new());
+}
+
+/// As by a store that was asked twice, since its first answer was lost, and had lost what it was to copy in between.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_object_that_is_copied_and_said_not_to_be_puts_the_job_off() {
+    let (_, calls) = Scene::after_death(Kind::Posix).await.run_again().await;
+    let at = calls.iter().position(|call| call.starts_with("copy ")).unwrap() + 1;
+    let scene = Scene::after_death(Kind::Posix).await;
+    let faulty = Faulty::new(scene.bench.store(), at, Fault::SaidNot);
+
+    let error = run(&scene.engine_on(&faulty), &scene.job).await.unwrap_err();
+
+    assert!(faulty.broke_at().starts_with("copy "), "{}", faulty.broke_at());
+    assert_eq!(error.class(), Class::Transient, "{}", Causes(&error));
+    scene.run_again().await;
+    scene.check_whole("after the next attempt").await;
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ pub(crate) enum Fault {
     AnswerLost(Errno),
     /// If it is a listing, what it should have is not in it yet.
     ListsNothing,
-    /// All is done, and if it is a swap it is said that another one was faster.
+    /// All is done, and if it is a swap or a copy it is said that it is not.
     SaidNot,
     /// No listing of a container has the newest of a backup's data objects, at whatever call.
     Late,
@@ -156,6 +156,11 @@ impl State {
         matches!(self.fault, Fault::WrongByte) && self.is_next()
     }
 
+    /// Whether the next call says what was done.
+    fn says_what_is(&self) -> bool {
+        !(matches!(self.fault, Fault::SaidNot) && self.is_next())
+    }
+
     fn is_next(&self) -> bool {
         self.calls.load(Ordering::SeqCst) + 1 == self.at
     }
@@ -216,7 +221,7 @@ impl ObjectStore for Faulty {
 
     async fn swap(&self, object: &ObjectName, was: Bytes, bytes: Bytes) -> Result<bool> {
         let bytes = self.state.written(bytes);
-        let is_said = !(matches!(self.state.fault, Fault::SaidNot) && self.state.is_next());
+        let is_said = self.state.says_what_is();
         pass!(self, swap, object, was, bytes).map(|done: bool| done && is_said)
     }
 
@@ -245,7 +250,10 @@ impl ObjectStore for Faulty {
 
     async fn copy(&self, from: &ObjectName, to: &ObjectName) -> Result<bool> {
         let (inner, from, to) = (self.inner.clone(), from.clone(), to.clone());
-        self.state.pass("copy", to.to_string(), async move { inner.copy(&from, &to).await }).await
+        let is_said = self.state.says_what_is();
+        let copied =
+            self.state.pass("copy", to.to_string(), async move { inner.copy(&from, &to).await }).await;
+        copied.map(|copied| copied && is_said)
     }
 
     async fn list_each(&self, folder: &Folder, prefix: &str, take: &mut TakeListed<'_>) -> Result<()> {

@@ -35,7 +35,7 @@ use super::stored::Checksum;
 use super::{Chunked, Compression, Error, Names, REQUESTS_MAX, Settings, check_size, checksums, sha256_file};
 use crate::error::{Causes, Class};
 use crate::job::{Context, Counts, RbdImage, Record};
-use crate::store::{self, ObjectName, ObjectStore, ObjectWriter};
+use crate::store::{self, ObjectName, ObjectStore, ObjectWriter, Reason};
 use crate::volume::{Read, VolumeSource};
 
 /// Bytes that are read from a volume at once, at most.
@@ -383,10 +383,17 @@ impl Chunked {
         object.entry.number = segment.number;
         let (name, store) = (names.data(segment.number)?, self.store.clone());
         // As for a put.
+        let to = name.clone();
         let copied =
-            puts.spawn(async move { store.copy(&from, &name).await }).await.map_err(|_| super::Lost)?;
+            puts.spawn(async move { store.copy(&from, &to).await }).await.map_err(|_| super::Lost)?;
         match copied {
             Ok(true) => Ok(Tried::TakenOver(object)),
+            // The answer to an earlier try was lost, and the attempt still lives, and has removed what was copied: nothing else can
+            // be put under that name, and the next attempt has others.
+            Ok(false) if self.has(&name).await? => {
+                let error = Arc::new(io::Error::other("it is there, and what it was copied from is gone"));
+                Err(store::Error::new("copy", &name, Reason::Passing(error)).into())
+            }
             // The attempt still lives, and has removed it.
             Ok(false) => Ok(Tried::ToStore(segment)),
             // It may have been copied, so that it cannot be put under that name.
