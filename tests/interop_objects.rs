@@ -49,13 +49,17 @@ fn cinder(kind: Kind, container: &str, tokens: &Tokens) -> Cinder {
         Kind::Gateway => swift::gateway_url(),
         _ => {
             let (user, key) = swift::user_and_key(&s3::url());
-            let options = [
+            let mut options = vec![
                 format!("backup_s3_endpoint_url={}", s3::settings(&s3::url(), container).endpoint),
                 format!("backup_s3_store_bucket={container}"),
                 format!("backup_s3_store_access_key={user}"),
                 format!("backup_s3_store_secret_key={key}"),
                 format!("backup_s3_object_size={OBJECT_BYTES}"),
             ];
+            if kind == Kind::Encrypted {
+                options.push("backup_s3_sse_customer_algorithm=AES256".into());
+                options.push(format!("backup_s3_sse_customer_key={}", s3::SSE_C_KEY));
+            }
             return Cinder::start("cinder.backup.drivers.s3.S3BackupDriver", &options);
         }
     };
@@ -118,6 +122,7 @@ async fn a_chain_made_by_turns_is_restored_and_deleted_by_both(
         (Kind::S3, "bz2"),
         (Kind::S3, "bzip2"),
         (Kind::S3, "zstd"),
+        (Kind::Encrypted, "zstd"),
         (Kind::Swift, "none"),
         (Kind::Swift, "zlib"),
         (Kind::Swift, "gzip"),

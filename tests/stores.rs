@@ -2006,7 +2006,7 @@ mod network {
         let error = S3::new(settings.clone()).unwrap_err();
         assert!(told(&error).contains("9 bytes: a key is 32 bytes"), "{}", told(&error));
 
-        std::fs::write(&key_file, "0123456789abcdef0123456789abcdef\n").unwrap();
+        std::fs::write(&key_file, format!("{}\n", s3::SSE_C_KEY)).unwrap();
         let store: Arc<dyn ObjectStore> = Arc::new(open(settings));
         let bench = Bench { store, ..plain };
         let (small, large) = (bench.name("a"), bench.name("b"));

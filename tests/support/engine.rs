@@ -12,7 +12,7 @@ use backhaul::job::{
     Parent, Record, RestoreWork, VolumeId, Work,
 };
 use backhaul::runner::plan;
-use backhaul::store::{Folder, Gcs, Memory, ObjectName, ObjectStore, Posix, S3, Swift};
+use backhaul::store::{Folder, Gcs, Memory, ObjectName, ObjectStore, Posix, S3, Secret, SecretFrom, Swift};
 use backhaul::volume::FileRoots;
 use bytes::Bytes;
 use tempfile::TempDir;
@@ -44,6 +44,8 @@ pub(crate) enum Kind {
     Posix,
     Memory,
     S3,
+    /// The same, encrypted by the gateway with [`s3::SSE_C_KEY`].
+    Encrypted,
     /// OpenStack's own.
     Swift,
     /// Ceph's gateway, spoken to as Swift.
@@ -75,10 +77,13 @@ impl Bench {
         let (store, root, naming): (Arc<dyn ObjectStore>, _, _) = match kind {
             Kind::Posix => (Arc::new(Posix::open(&root).unwrap()), Some(root), Naming::Folders),
             Kind::Memory => (Arc::new(Memory::default()), None, Naming::Folders),
-            Kind::S3 => {
+            Kind::S3 | Kind::Encrypted => {
                 let usual = s3::new_bucket();
-                let store = S3::new(s3::settings(&s3::url(), &usual)).unwrap();
-                (Arc::new(store), None, Naming::Buckets { usual })
+                let mut settings = s3::settings(&s3::url(), &usual);
+                if kind == Kind::Encrypted {
+                    settings.sse_c_key = Some(SecretFrom::Setting(Secret::new(s3::SSE_C_KEY.into())));
+                }
+                (Arc::new(S3::new(settings).unwrap()), None, Naming::Buckets { usual })
             }
             Kind::Swift | Kind::Gateway => {
                 let usual = swift::new_container();

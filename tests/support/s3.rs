@@ -15,6 +15,9 @@ use uuid::Uuid;
 /// The bucket of tests that need none of their own; every test needs names of its own in it.
 pub(crate) const BUCKET: &str = "tests";
 
+/// A key for what the gateway encrypts with a key of ours.
+pub(crate) const SSE_C_KEY: &str = "0123456789abcdef0123456789abcdef";
+
 /// The URL of the gateway that `make test` starts for all tests, with the keys of its user.
 pub(crate) fn url() -> String {
     variable("BACKHAUL_TEST_S3")
