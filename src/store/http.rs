@@ -27,7 +27,7 @@ use crate::error::Causes;
 
 /// The first pause before another try; each later one is twice as long, and all are stretched by chance.
 const PAUSE: Duration = Duration::from_millis(200);
-/// No pause is longer, whatever the server asks for.
+/// No pause is longer before chance stretches it, nor is one that the server asks for.
 const PAUSE_MAX: Duration = Duration::from_secs(20);
 /// What is handed to a connection at a time: whether bytes move is seen by these pieces.
 const SENT_AT_ONCE_BYTES: usize = 256 << 10;
