@@ -9,7 +9,7 @@ repository=$PWD
 export LC_ALL=C
 unset "${!BACKHAUL_@}" "${!RESTIC_@}" "${!BORG_@}" CEPH_ARGS CEPH_CONF
 mib=1048576
-cinders_object_bytes=52428800 # its default
+cinders_object_bytes=52428800 # the default of its drivers for S3 and Swift
 die() { echo "bench-peers.sh: $*" >&2; exit 1; }
 
 gib=2
@@ -407,7 +407,8 @@ over_s3
 printf '\nOn %s cores. "x" is how many times quicker Backhaul is, "of limit" its share of what all cores can do with the same\n' \
   "$(nproc)"
 echo 'digests and compression on data in memory, "memory" the peak of the process. Cinder is its driver alone, in a process'
-echo 'that runs already; each has objects of its own default size, over S3 those of Cinder. restic encrypts besides.'
+echo "that runs already. Backhaul's objects are of 16 MiB, its default, and Cinder's of 50 MiB, the default of its drivers for"
+echo 'S3 and Swift; over S3 both are of 50 MiB. restic encrypts besides.'
 cp figures.tsv "$target/bench-peers.tsv"
 "$repository/dev/draw-figures.py" figures.tsv >"$target/bench-peers.svg"
 echo "These figures are in $target/bench-peers.tsv, and drawn in $target/bench-peers.svg."
