@@ -89,15 +89,6 @@ impl Cluster {
         self.0.seconds_max
     }
 
-    /// The cluster's own id, which tells it from every other one.
-    pub fn fsid(&self) -> Result<String, Error> {
-        let mut text = [0; 64];
-        // SAFETY: the handle is connected, and the buffer has the length that is told.
-        check(unsafe { rados::rados_cluster_fsid(self.0.handle, text.as_mut_ptr(), text.len()) })
-            .map_err(|code| Error::operation("get the id of the cluster of", &self.0.name, code))?;
-        Ok(text_of(&text))
-    }
-
     /// The names of all its pools.
     pub fn pools(&self) -> Result<Vec<String>, Error> {
         let mut text: Vec<u8> = Vec::new();
