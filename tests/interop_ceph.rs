@@ -36,6 +36,7 @@ const POOL: &str = "backups";
 struct Stage {
     ceph: Ceph,
     engine: Engine,
+    memory: Budget,
     folder: TempDir,
 }
 
@@ -45,6 +46,7 @@ impl Stage {
         let access = Access { conf: ceph.conf().into(), user: "cinder".into(), operation_seconds_max: 60 };
         let clusters = Clusters::new(BTreeMap::from([("main".into(), access)]));
         let folder = tempfile::tempdir().unwrap();
+        let memory = Budget::new(MEMORY_BYTES);
         let rbd = Rbd::new(
             Arc::new(Memory::default()),
             clusters.clone(),
@@ -57,7 +59,7 @@ impl Stage {
                 checkpoint_bytes: CHECKPOINT_BYTES,
             },
             Cpu::start(2).unwrap(),
-            Budget::new(MEMORY_BYTES),
+            memory.clone(),
         );
         let file_roots = FileRoots::new(&[folder.path().to_owned()]);
         let options = [
@@ -66,7 +68,7 @@ impl Stage {
             format!("backup_ceph_pool={POOL}"),
         ];
         let cinder = Cinder::start(SERVICE, &options);
-        (Self { engine: Engine::new(rbd, Volumes { file_roots, clusters }), ceph, folder }, cinder)
+        (Self { engine: Engine::new(rbd, Volumes { file_roots, clusters }), ceph, memory, folder }, cinder)
     }
 
     /// A volume of 1 GiB that both know, with some data.
@@ -103,11 +105,18 @@ impl Stage {
         let mut job = backup_job_of(volume_id, source, parent);
         let Work::Backup(work) = &mut job.work else { unreachable!() };
         work.volume_meta = Some("{}".into());
-        // What is there already is not written again.
-        self.ceph.rados(&["-p", POOL, "create", &format!("backup.{}.meta", job.backup_id())]);
-        let error = self.run(&job).await.unwrap_err();
+        let held = self.memory.reserve(MEMORY_BYTES).await;
+        let (result, ()) = tokio::join!(self.run(&job), async {
+            // Sooner, the backup would not be begun.
+            while self.engine.catalog().record(job.backup_id()).await.unwrap().is_none() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // What is there already is not written again.
+            self.ceph.rados(&["-p", POOL, "create", &format!("backup.{}.meta", job.backup_id())]);
+            drop(held);
+        });
         cancel(&self.engine, &job).await;
-        error
+        result.unwrap_err()
     }
 
     async fn record(&self, id: BackupId) -> Record {

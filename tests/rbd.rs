@@ -259,6 +259,14 @@ impl Bench {
         (self.record(job.backup_id()).await, method, completion.account.fallback_reason)
     }
 
+    /// Runs the job as a worker does, and tells why it failed.
+    async fn failure_of(&self, job: &Job) -> String {
+        match self.complete(job).await.outcome {
+            Outcome::Failed(problem) => problem.to_string(),
+            outcome => panic!("{outcome:?}"),
+        }
+    }
+
     /// Restores into a new file, and reads that.
     async fn restored(&self, id: BackupId) -> Vec<u8> {
         let file = self.folder.path().join(format!("restored-{id}"));
@@ -1057,10 +1065,40 @@ async fn the_metadata_of_a_volume_is_kept_beside_its_backup_as_cinder_keeps_it()
     let other = bench.file("other", b"{}");
     bench.main.rados(&["-p", "backups", "put", &object, other.to_str().unwrap()]);
     let again = Job { id: JobId::random(), ..job };
-    let error = bench.run(&again).await.unwrap_err();
-    let told = Problem::new(error.class(), &error).to_string();
-    assert!(told.contains(&object) && told.contains("File exists"), "{told}");
+    let told = bench.failure_of(&again).await;
+    assert!(told.contains(&format!("there is backups/{object} already")), "{told}");
     assert_eq!(bench.main.rados(&["-p", "backups", "get", &object, "-"]), "{}");
+}
+
+/// It is one of Cinder's, or of another store. The job would have removed it when it failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_in_the_pool_without_a_record_is_not_harmed_by_a_job_with_its_id() {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(16 * MIB);
+    let source = location("main", volume.spec());
+    let mut made = Vec::new();
+    for (seed, parent) in [(1, Parent::None), (2, Parent::Latest)] {
+        volume.write(&[(seed * MIB, &noise(seed, 1 << 20))]);
+        made.push((bench.backup(volume_id, &source, parent).await.unwrap(), volume.read(), parent));
+    }
+    let catalog = bench.engine.catalog();
+    for (record, _, parent) in made.iter().rev() {
+        catalog.remove(record.backup_id).await.unwrap();
+        let traces = bench.traces(volume_id, &volume).await;
+        let mut job = backup_job_of(volume_id, source.clone(), *parent);
+        let Work::Backup(work) = &mut job.work else { unreachable!() };
+        work.backup_id = record.backup_id;
+
+        let told = bench.failure_of(&job).await;
+
+        assert!(told.contains(&format!("there is {}", base(&made[0].0))), "{told}");
+        assert!(told.contains("is not in this store"), "{told}");
+        assert_eq!(bench.traces(volume_id, &volume).await, traces);
+    }
+    for (record, expected, _) in made {
+        catalog.create(&record).await.unwrap();
+        assert!(bench.restored(record.backup_id).await == expected);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1959,6 +1997,48 @@ async fn a_job_that_is_run_again_goes_on_from_its_last_checkpoint(#[case] bench:
         delete(&bench.engine, record.backup_id).await.unwrap();
         let lists = bench.store.list(&Folder::own("digests"), &record.backup_id.to_string()).await.unwrap();
         assert_eq!(lists, []);
+    }
+}
+
+/// What the other one wrote below the checkpoint would show in this one, whose digests say otherwise, or none at all where
+/// the parent is one of Cinder's.
+#[rstest]
+#[case::with_digests(false)]
+#[case::on_one_of_cinders(true)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_not_gone_on_with_when_another_one_wrote_into_its_chain_meanwhile(
+    #[case] of_cinder: bool,
+) {
+    let bench = Bench::new();
+    let (volume_id, volume) = bench.volume(64 * MIB);
+    let source = location("main", volume.spec());
+    volume.write(&[(0, &noise(1, 64 << 20))]);
+    let full = bench.backup(volume_id, &source, Parent::None).await.unwrap();
+    if of_cinder {
+        overwrite(&bench.engine, &Record { object_digests: Vec::new(), digest: None, ..full.clone() }).await;
+    }
+    let given = Parent::Given(full.backup_id);
+    volume.write(&[(4 * MIB, &noise(2, 60 << 20))]);
+    let first = backup_job_of(volume_id, source.clone(), given);
+    let ctx = Context::default();
+    tokio::select! {
+        result = bench.engine.run(&ctx, &first, bench.methods(&first)[0]) => panic!("{result:?}"),
+        _ = bench.checkpoint_of(first.backup_id()) => {}
+    }
+    volume.write(&[(0, &noise(3, 6 << 20))]);
+    let at_second = volume.read();
+    let second = backup_job_of(volume_id, source, given);
+    assert_eq!(bench.complete(&second).await.outcome, Outcome::Succeeded);
+    volume.write(&[(2 * MIB, &noise(4, 1 << 20))]);
+
+    let completion = bench.complete(&first).await;
+
+    assert_eq!(completion.outcome, Outcome::Succeeded);
+    assert_eq!(completion.account.counts.bytes_reused, 0);
+    // It is of a new snapshot, as it was begun anew.
+    for (id, expected) in [(first.backup_id(), volume.read()), (second.backup_id(), at_second)] {
+        verify(&bench.engine, id).await.unwrap();
+        assert!(bench.restored(id).await == expected);
     }
 }
 

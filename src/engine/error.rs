@@ -80,6 +80,18 @@ pub enum Error {
     #[error("there is a backup {0} already: give the new one an id of its own, or delete the old one first")]
     BackupExists(BackupId),
 
+    /// There is something under the id that a new backup was to get, of which this store has no record.
+    #[error(
+        "there is {found} already, and backup {backup_id} is not in this store: give the new one an id of its own; \
+         `backhaul record import` takes in one of Cinder's, and `backhaul gc` removes what a job has left that died"
+    )]
+    NotRecorded {
+        /// The backup that was to be made.
+        backup_id: BackupId,
+        /// What is there: an image, a snapshot or an object.
+        found: String,
+    },
+
     /// The backup is not whole.
     #[error("backup {backup_id} cannot be used: it is {state}")]
     NotAvailable {

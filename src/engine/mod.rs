@@ -367,12 +367,12 @@ impl Engine {
                 }
                 Ok(record)
             }
-            None => match self.catalog.create(&record).await {
-                Err(Error::BackupExists(id)) => {
-                    let current = self.catalog.record(id).await?;
+            None => match self.create(&record).await {
+                Err(error @ (Error::BackupExists(_) | Error::NotRecorded { .. })) => {
+                    let current = self.catalog.record(work.backup_id).await?;
                     // Another worker may have begun the same job since we looked.
                     let same_job = current.is_some_and(|current| current.job_id == Some(job_id));
-                    Err(if same_job { Error::TakenOver(id) } else { Error::BackupExists(id) })
+                    Err(if same_job { Error::TakenOver(work.backup_id) } else { error })
                 }
                 Err(error) => Err(error),
                 // Another run may have ended the job, and have left no record of the backup.
@@ -385,6 +385,15 @@ impl Engine {
                 },
             },
         }
+    }
+
+    /// Makes the record of a backup. There must be nothing of it yet: what is there would be removed as this one's own.
+    async fn create(&self, record: &Record) -> Result<(), Error> {
+        #[cfg(feature = "ceph")]
+        if let Format::Rbd(rbd) = &self.format {
+            rbd.check_unused(record).await?;
+        }
+        self.catalog.create(record).await
     }
 
     /// Removes the record of a backup that was begun and that nobody wants any more, before there is anything of it.
@@ -593,7 +602,8 @@ impl Engine {
         }
     }
 
-    /// Reads a backup, or a sample of it, to find all that is wrong with it. Keeps when it was found whole.
+    /// Reads a backup, or a sample of it, to find what is wrong with it: in objects all of it, in RBD images the first. Keeps when
+    /// it was found whole.
     async fn verify(&self, ctx: &Context, job_id: JobId, work: VerifyWork) -> Result<Receipt, Error> {
         let chain = self.catalog.chain(work.backup_id).await?;
         // A job that is tried again takes the same sample, the next job another one.

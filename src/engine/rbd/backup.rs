@@ -14,7 +14,7 @@ use super::digests::DigestWriter;
 use super::pieces::{BLOCK_BYTES, pieces};
 use super::transfer::{From, Task, To, Transfer};
 use super::{Rbd, digest, is_differential, names, open, snapshot_of};
-use crate::ceph::{Extent, Features, Image, Mode, NewImage, Pool};
+use crate::ceph::{Extent, Features, Image, Mode, NewImage, Pool, Snapshot};
 use crate::engine::cpu::{Lost, blocking};
 use crate::engine::error::Error;
 use crate::engine::source::Source;
@@ -160,6 +160,7 @@ impl Rbd {
         ctx.check()?;
         let pool = self.pool(&self.connect()?, record)?;
         // The parent must be usable before anything is made.
+        let parent_record = parent;
         let (parent, begun) = match (parent, &source, method.mode) {
             (Some(parent), Source::Rbd(origin), Some(Share::Incremental)) if origin.is_head() => {
                 let (snapshot, image) = self.parent_snapshot(&pool, parent, origin)?;
@@ -188,7 +189,7 @@ impl Rbd {
             // A snapshot is mostly waiting for the monitors.
             Some(image) => {
                 let frozen = thread::scope(|scope| {
-                    let taken = scope.spawn(|| self.take_over(&image, record));
+                    let taken = scope.spawn(|| self.take_over(&image, record, parent_record));
                     let frozen = freeze();
                     taken.join().map_err(|_| Lost)??;
                     frozen
@@ -233,11 +234,16 @@ impl Rbd {
     }
 
     /// Makes the image of the parent, or of the attempt before, this attempt's to write.
-    fn take_over(&self, image: &Image, record: &Record) -> Result<(), Error> {
+    fn take_over(&self, image: &Image, record: &Record, parent: Option<&Record>) -> Result<(), Error> {
         if record.checkpoint.is_some() {
             shut_out(image, record)?;
         }
-        self.lock(image, record)
+        lock(image)?;
+        // Since this was looked at, and before the lock. The next try begins anew.
+        if record.checkpoint.is_some() && !is_last_writer(image, record, parent)? {
+            return Err(Error::ImageInUse { image: image.path().into() });
+        }
+        sign(image, record)
     }
 
     fn new_image(&self, pool: &Pool, record: &Record, bytes: u64) -> Result<Image, Error> {
@@ -257,21 +263,9 @@ impl Rbd {
             created => created?,
         }
         let image = pool.open_image(&name, None, Mode::Write)?;
-        self.lock(&image, record)?;
+        lock(&image)?;
+        sign(&image, record)?;
         Ok(image)
-    }
-
-    /// Makes sure that no other job writes to the image.
-    fn lock(&self, image: &Image, record: &Record) -> Result<(), Error> {
-        image.lock().map_err(|source| match source.kind() {
-            ErrorKind::ReadOnlyFilesystem | ErrorKind::ResourceBusy => {
-                Error::ImageInUse { image: image.path().into() }
-            }
-            _ => source.into(),
-        })?;
-        let job = record.job_id.map_or_else(String::new, |id| id.to_string());
-        image.set_metadata(JOB_KEY, &job)?;
-        Ok(image.set_metadata(WRITER_KEY, &record.writer)?)
     }
 
     /// Finds the snapshots of the parent on both sides, and makes sure that they are what they were. Opens its image to write.
@@ -372,13 +366,14 @@ impl Rbd {
             return Ok(None);
         }
         let (engine, origin, mut record) = (self.clone(), origin.clone(), earlier.clone());
+        let parent = parent.cloned();
         blocking(move || {
             let head = origin.head();
             let taken = head.snapshots()?.into_iter().any(|s| Some(s.id) == source.snapshot_id);
             let pool = engine.pool(&engine.connect()?, &record)?;
-            let image = open(&pool, &names::image(&record), None)?;
+            let Some(image) = open(&pool, &names::image(&record), None)? else { return Ok(None) };
             let written =
-                image.map(|image| image.id()).transpose()?.is_some_and(|id| Some(id) == record.image_id);
+                Some(image.id()?) == record.image_id && is_last_writer(&image, &record, parent.as_ref())?;
             if !taken || !written || head.id()? != source.image_id {
                 return Ok(None);
             }
@@ -476,6 +471,36 @@ pub fn given_up(earlier: &Record, method: Method) -> Option<Problem> {
     earlier.checkpoint?;
     let order = |method: Method| (!is_differential(method), method.mode == Some(Share::Full));
     earlier.fallback_reason.clone().filter(|_| earlier.method.is_some_and(|made| order(method) < order(made)))
+}
+
+/// Makes sure that no other job writes to the image.
+fn lock(image: &Image) -> Result<(), Error> {
+    image.lock().map_err(|source| match source.kind() {
+        ErrorKind::ReadOnlyFilesystem | ErrorKind::ResourceBusy => {
+            Error::ImageInUse { image: image.path().into() }
+        }
+        _ => source.into(),
+    })
+}
+
+/// Says on an image that is locked who writes to it from now on.
+fn sign(image: &Image, record: &Record) -> Result<(), Error> {
+    let job = record.job_id.map_or_else(String::new, |id| id.to_string());
+    image.set_metadata(JOB_KEY, &job)?;
+    Ok(image.set_metadata(WRITER_KEY, &record.writer)?)
+}
+
+/// Whether no other job has written to the image since an attempt of this one has: that would show in what the attempt has
+/// copied, which is not compared with the parent again. Cinder signs nothing, but leaves its snapshot.
+fn is_last_writer(image: &Image, record: &Record, parent: Option<&Record>) -> Result<bool, Error> {
+    if image.metadata(JOB_KEY)? != record.job_id.map(|id| id.to_string()) {
+        return Ok(false);
+    }
+    let Some(parent) = parent else { return Ok(true) };
+    let snapshots = image.snapshots()?;
+    let of = |id| move |snapshot: &&Snapshot| names::backup_of(&snapshot.name) == Some(id);
+    let since = snapshots.iter().filter(of(parent.backup_id)).map(|snapshot| snapshot.id).max();
+    Ok(!snapshots.iter().any(|found| Some(found.id) > since && !of(record.backup_id)(&found)))
 }
 
 /// Takes the image away from an attempt of the same job that may still live: the cluster is to refuse all that it

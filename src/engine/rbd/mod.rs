@@ -139,6 +139,30 @@ impl Rbd {
         })
     }
 
+    /// Makes sure that the pool has nothing of the id of a backup that is to be made: it would be one of Cinder's, or of
+    /// another store.
+    pub async fn check_unused(&self, record: &Record) -> Result<(), Error> {
+        let (engine, record) = (self.clone(), record.clone());
+        blocking(move || {
+            let Some(pool) = engine.pool_if_there(&record)? else { return Ok(()) };
+            let (name, metadata) = (names::image(&record), names::metadata_object(record.backup_id));
+            let found = match open(&pool, &name, None)? {
+                Some(image) if is_made_by(&name, &record) => Some(image.path().to_owned()),
+                Some(image) => {
+                    let snapshot = snapshot_of(&image, &record)?;
+                    snapshot.map(|snapshot| format!("{}@{}", image.path(), snapshot.name))
+                }
+                None => None,
+            };
+            let metadata = pool.object_bytes(&metadata)?.map(|_| format!("{}/{metadata}", pool.name()));
+            match found.or(metadata) {
+                Some(found) => Err(Error::NotRecorded { backup_id: record.backup_id, found }),
+                None => Ok(()),
+            }
+        })
+        .await?
+    }
+
     /// Looks at a backup that Cinder made, and completes its record with the exact size of the volume and with the image
     /// that holds it.
     pub async fn inspect(&self, record: &mut Record) -> Result<(), Error> {
