@@ -19,9 +19,10 @@
 //!
 //! Not in the model: the parking of a delivery whose job runs elsewhere (it comes back as it was, and the question may go
 //! unanswered, so that here it always does), the waiting for another job of the volume (likewise: the turns may be lost),
-//! deadlines, which end a job as an error does, parents and children of a backup, jobs that people bring back, the
-//! checkpoints of an RBD backup, and what a backup in objects copies from the attempts before it: it has names of its own then
-//! as well, and what is gone is put anew. A message that is put off comes back at any time.
+//! deadlines, which end a job as an error does, what a restore writes to (of two runs only one has that, and the other one is
+//! put off), parents and children of a backup, jobs that people bring back, the checkpoints of an RBD backup, and what a backup
+//! in objects copies from the attempts before it: it has names of its own then as well, and what is gone is put anew. A message
+//! that is put off comes back at any time.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};

@@ -434,6 +434,97 @@ async fn a_job_whose_store_is_away_is_not_put_off_beyond_its_deadline() {
     assert!(problem.message.contains("deadline") && problem.causes.len() == 1, "{problem}");
 }
 
+/// A restore of a backup, and the scene that it is in.
+async fn ready_to_restore() -> Scene {
+    let mut scene = ready(false).await;
+    let ended = scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 1, 1).await;
+    assert!(matches!(ended, Ended::Over(_)), "{ended:?}");
+    scene.job = restore_job(scene.job.backup_id(), &scene.bench.volumes().join("target"));
+    scene
+}
+
+/// A worker that stands still at the first data object of a restore.
+async fn paused_in_a_restore(scene: &Scene) -> (Engine, Arc<Notify>, Arc<Notify>) {
+    let other = ready_to_restore().await;
+    let (counting, engine) = other.faulty(usize::MAX);
+    assert!(matches!(other.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let is_data = |name: &String| name.starts_with("get") && name.ends_with("-00001");
+    let at = counting.names().iter().rposition(is_data).unwrap() + 1;
+    let (reached, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (_, engine) = scene.faulty_by(at, Fault::Pause(reached.clone(), go_on.clone()));
+    (engine, reached, go_on)
+}
+
+/// The first one was cut off from the broker, and goes on for longer than all tries of the second one take.
+#[tokio::test]
+async fn a_restore_that_another_run_still_does_waits_for_its_end_and_is_not_told_as_failed() {
+    let scene = ready_to_restore().await;
+    let (engine, reached, go_on) = paused_in_a_restore(&scene).await;
+    let (sink, other_engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+    let mut attempts = Attempts { redelivered: true, max: 3, seconds_max: 3600, ..Attempts::one() };
+    let others = async {
+        reached.notified().await;
+        for current in 1..=4 {
+            let ended = scene.run_as(&other_engine, &sink, &attempts).await;
+            let Ended::Later(problem) = ended else { panic!("{current}: {ended:?}") };
+            assert!(problem.to_string().contains("in use"), "{problem}");
+            let earlier = attempts.clone().and_this(&problem);
+            attempts = Attempts { current: current + 1, earlier, redelivered: false, ..attempts.clone() };
+        }
+        go_on.notify_one();
+    };
+    let (first, ()) = tokio::join!(scene.run(&engine, &sink, 1, 3), others);
+
+    // It leaves what there is to whoever has the job now.
+    assert!(matches!(&first, Ended::Later(problem) if problem.message.contains("taken over")), "{first:?}");
+    assert!(!scene.bench.volumes().join("target").exists());
+    assert!(scene.bench.volume_names().iter().any(|name| name.starts_with(".target")));
+    let Ended::Over(completion) = scene.run_as(&other_engine, &sink, &attempts).await else {
+        panic!("it ends")
+    };
+    assert_eq!((completion.outcome, sink.ends()), (Outcome::Succeeded, 1));
+    let [restored, volume] = ["target", "volume"].map(|name| fs::read(scene.bench.volumes().join(name)));
+    assert_eq!(restored.unwrap(), volume.unwrap());
+}
+
+#[tokio::test]
+async fn a_restore_that_was_told_as_failed_meanwhile_makes_nothing_visible() {
+    let scene = ready_to_restore().await;
+    let (engine, reached, go_on) = paused_in_a_restore(&scene).await;
+    let (sink, other_engine) = (Recorder::default(), scene.bench.engine(SETTINGS));
+    let again = Attempts { redelivered: true, max: 3, seconds_max: 3600, ..Attempts::one() };
+    let other = async {
+        reached.notified().await;
+        let ended = scene.run_as(&other_engine, &sink, &again).await;
+        let Ended::Later(problem) = ended else { panic!("{ended:?}") };
+        // No time is left.
+        let attempts =
+            Attempts { current: 2, seconds_max: 0, earlier: again.and_this(&problem), ..Attempts::one() };
+        let ended = scene.run_as(&other_engine, &sink, &attempts).await;
+        go_on.notify_one();
+        ended
+    };
+    let (first, other) = tokio::join!(scene.run(&engine, &sink, 1, 3), other);
+
+    let Ended::Over(completion) = other else { panic!("{other:?}") };
+    assert!(matches!(completion.outcome, Outcome::Failed(_)), "{completion:?}");
+    assert!(matches!(first, Ended::Later(_)) && sink.ends() == 1, "{first:?}");
+    assert_eq!(scene.bench.volume_names(), ["volume".to_owned()].into());
+}
+
+#[tokio::test]
+async fn a_restore_onto_what_somebody_uses_who_is_no_run_of_the_job_fails_after_all_tries() {
+    let scene = ready_to_restore().await;
+    let target = fs::File::create(scene.bench.volumes().join("target")).unwrap();
+    target.lock().unwrap();
+
+    let ended = scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 3, 3).await;
+
+    let Ended::Over(completion) = ended else { panic!("{ended:?}") };
+    let Outcome::Failed(problem) = completion.outcome else { panic!("{:?}", completion.outcome) };
+    assert!(problem.to_string().contains("in use"), "{problem}");
+}
+
 /// A worker stands still at each of its calls, is cut off, and goes on when another one, which was handed its job, has done
 /// that; then the message comes once more. One of the two may be asked to end the job.
 #[rstest]

@@ -22,8 +22,6 @@ use uuid::Uuid;
 const VOLUME_BYTES: usize = 8 << 20;
 /// With which it does, and the other one does not.
 const SLOW: (&str, &str) = ("BACKHAUL_WORKER__JOB_BYTES_PER_SECOND_MAX", "1048576");
-/// The first worker may hold what is restored to for as long as it goes on.
-const WORKER: &str = "attempts_max = 100";
 /// What `basic.ack` begins with behind its channel: the length of the frame, the class, and the method (AMQP 0-9-1, 4.2.3).
 const ACK: &[u8] = &[0, 0, 0, 13, 0, 60, 0, 80];
 const CHUNKS: &str = "object_bytes = 1048576\nsha_block_bytes = 4096\n";
@@ -69,7 +67,7 @@ impl Scene {
             #[cfg(feature = "ceph")]
             Kind::Rbd => ("images", images()),
         };
-        let stack = Stack::new(rabbit.url(), WORKER, &section);
+        let stack = Stack::new(rabbit.url(), "", &section);
         let place = match kind {
             Kind::Posix | Kind::S3 => {
                 fs::write(stack.volume("a.img"), &bytes).unwrap();

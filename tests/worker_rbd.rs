@@ -189,12 +189,14 @@ enum Doing {
     Full,
     Incremental,
     Restore,
+    /// To an image that was there before.
+    RestoreOnto,
 }
 
 // One test, because most of it is waiting: Ceph forgets who died, and had an image open, only half a minute later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_worker_that_is_killed_in_the_middle_leaves_the_job_to_another_one() {
-    let all = [Doing::Full, Doing::Incremental, Doing::Restore];
+    let all = [Doing::Full, Doing::Incremental, Doing::Restore, Doing::RestoreOnto];
     for one in all.map(|doing| tokio::spawn(kill_while(doing))) {
         one.await.unwrap();
     }
@@ -202,7 +204,7 @@ async fn a_worker_that_is_killed_in_the_middle_leaves_the_job_to_another_one() {
 
 async fn kill_while(doing: Doing) {
     let (rabbit, ceph) = (Rabbit::shared(), Ceph::shared());
-    let stack = Stack::new(rabbit.url(), "attempts_max = 100", &stores(ceph.conf(), ""));
+    let stack = Stack::new(rabbit.url(), "", &stores(ceph.conf(), ""));
     let image = filled(&ceph);
     let [volume_id, full_id, incremental_id] = [(); 3].map(|()| Uuid::new_v4().to_string());
     let (source, chain) =
@@ -215,13 +217,17 @@ async fn kill_while(doing: Doing) {
     let restore = ["restore", "--backup-id", &full_id, "--target", &target].to_vec();
     let (job, slow) = match doing {
         Doing::Full => (full, image.spec()),
-        Doing::Incremental | Doing::Restore => {
+        Doing::Incremental | Doing::Restore | Doing::RestoreOnto => {
             stack.ok(&[&["run"], &full[..]].concat());
-            if doing == Doing::Restore { (restore.clone(), &*chain) } else { (incremental, image.spec()) }
+            if doing == Doing::Incremental { (incremental, image.spec()) } else { (restore.clone(), &*chain) }
         }
     };
     if doing == Doing::Incremental {
         image.write(&[(8 << 20, &noise(3, 48 * MIB))]);
+    }
+    if doing == Doing::RestoreOnto {
+        ceph.rbd(&["create", "--size", "64M", &restored]);
+        ceph.existing(&restored).write(&[(30 << 20, &noise(4, MIB))]);
     }
     ceph.existing(slow).slow_down(MIB as u64);
     let (broker, mut events) = listen(&rabbit, &stack).await;
@@ -240,8 +246,11 @@ async fn kill_while(doing: Doing) {
         bytes_done = now;
     }
     first.kill();
-    let written =
-        if doing == Doing::Restore { format!("{restored}.backhaul-partial") } else { chain.clone() };
+    let written = match doing {
+        Doing::Restore => format!("{restored}.backhaul-partial"),
+        Doing::RestoreOnto => restored.clone(),
+        Doing::Full | Doing::Incremental => chain.clone(),
+    };
     let ids = [volume_id.clone(), full_id.clone(), incremental_id.clone(), ceph.existing(&written).id()];
     ceph.existing(slow).hurry();
     let mut second = stack.worker();
@@ -270,7 +279,7 @@ async fn kill_while(doing: Doing) {
         stack.ok(&["run", "verify", "--backup-id", id]);
         assert_eq!(digest_lists(&ceph, id).len(), 1, "{:?}", digest_lists(&ceph, id));
     }
-    if doing != Doing::Restore {
+    if !matches!(doing, Doing::Restore | Doing::RestoreOnto) {
         stack.ok(&["run", "restore", "--backup-id", made[made.len() - 1], "--target", &target]);
     }
     assert!(ceph.existing(&restored).read() == image.read());

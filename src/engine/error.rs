@@ -472,6 +472,16 @@ impl Error {
         matches!(self, Self::Store(error) if matches!(error.reason(), store::Reason::Full))
     }
 
+    /// Whether what is to be restored onto is in use, perhaps by another run of the same job.
+    pub(crate) fn is_target_in_use(&self) -> bool {
+        match self {
+            Self::Volume(volume::Error::InUse { .. }) => true,
+            #[cfg(feature = "ceph")]
+            Self::Volume(volume::Error::ImageInUse { .. }) => true,
+            _ => false,
+        }
+    }
+
     /// What it means for the job.
     pub fn class(&self) -> Class {
         match self {

@@ -35,7 +35,6 @@ use crate::job::Location;
 use crate::volume::rbd::RbdOrigin;
 
 use chunked::Chunked;
-#[cfg(feature = "ceph")]
 use cpu::blocking;
 #[cfg(feature = "ceph")]
 use rbd::Rbd;
@@ -581,20 +580,32 @@ impl Engine {
         let target = self.volumes.target(&work.target, record.volume_bytes, restore).await?;
         let chain = self.catalog.chain(work.backup_id).await?;
         let volume = target.clone().into_volume();
-        let read = match &self.format {
-            Format::Chunked(chunked) => chunked.restore(ctx, &chain, volume.clone()).await.map(Some),
-            #[cfg(feature = "ceph")]
-            Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into(), None).await,
+        let restored = async {
+            let digest = match &self.format {
+                Format::Chunked(chunked) => Some(chunked.restore(ctx, &chain, volume.clone()).await?),
+                #[cfg(feature = "ceph")]
+                Format::Rbd(rbd) => rbd.read_back(ctx, &chain, target.into(), None).await?,
+            };
+            // Whoever has the job by now may have told that it failed, and nothing is to appear after that.
+            self.catalog.check_held(job_id, work.backup_id, &ctx.hold).await?;
+            ctx.check()?;
+            let volume = volume.clone();
+            let finished = blocking(move || volume.finish()).await?;
+            finished.map(|()| digest).map_err(|source| Error::FinishVolume { source })
         };
-        match read {
+        match restored.await {
             Ok(digest) => Ok(read_receipt(ctx, &chain[0], digest)),
             Err(error) => {
                 if error.is_damage() {
                     // Somebody may have begun to delete it.
                     self.catalog.chain(work.backup_id).await?;
                 }
+                let goes_on = match &error {
+                    Error::TakenOver(_) => self.catalog.is_claimed(job_id).await.unwrap_or(false),
+                    error => error.class() == Class::Cancelled && ctx.hand_back.is_cancelled(),
+                };
                 // After any other error this is the end of the job, or it begins anew.
-                if error.class() == Class::Cancelled && ctx.hand_back.is_cancelled() {
+                if goes_on {
                     volume.leave();
                 }
                 Err(error)

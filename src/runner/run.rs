@@ -81,10 +81,13 @@ impl Attempts {
     }
 
     fn is_last(&self) -> bool {
-        let is_late = |first: &Attempt| {
+        self.current >= self.max || self.is_out_of_time()
+    }
+
+    fn is_out_of_time(&self) -> bool {
+        self.earlier.first().is_some_and(|first| {
             Timestamp::now().duration_since(first.time) >= SignedDuration::from_secs(self.seconds_max.into())
-        };
-        self.current >= self.max || self.earlier.first().is_some_and(is_late)
+        })
     }
 
     /// The attempts with this one, which failed so.
@@ -233,6 +236,11 @@ pub async fn run(
             }
             // Whoever took over ends the job; giving up here would take it from under them.
             _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
+            // A worker that had the job is gone, or cut off and still at it: however few tries there may be, its hold on the
+            // target ends by itself.
+            _ if error.is_target_in_use() && restart_count > 0 && !attempts.is_out_of_time() => {
+                return Ended::Later(problem);
+            }
             (Class::Transient, _) if !attempts.is_last() => return Ended::Later(problem),
             (Class::Unsuitable | Class::Transient | Class::Permanent, _) => break Outcome::Failed(problem),
         }

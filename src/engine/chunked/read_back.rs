@@ -43,8 +43,8 @@ const ZERO_OBJECTS_MAX: usize = 64;
 const ENTRIES_AHEAD_MAX: usize = 256;
 
 impl Chunked {
-    /// Reads the backup `chain[0]`, which builds on those behind it, checks all of it, and writes it to the target. Ends
-    /// with the first fault. Returns the digest over the block digests.
+    /// Reads the backup `chain[0]`, which builds on those behind it, checks all of it, and writes it to the target, which is
+    /// not finished by that. Ends with the first fault. Returns the digest over the block digests.
     pub async fn restore(
         &self,
         ctx: &Context,
@@ -186,12 +186,11 @@ impl Chunked {
         result?;
 
         let digest = window.finish(&names[0], record).await?;
-        if let (Some(target), Some(restored)) = (target, restored) {
+        if let Some(restored) = restored {
             let (restored_bytes, volume_bytes) = (restored.bytes(), record.volume_bytes);
             if restored_bytes != volume_bytes {
                 return Err(Error::RestoredOthers { restored_bytes, volume_bytes });
             }
-            blocking(move || target.finish()).await?.map_err(|source| Error::FinishVolume { source })?;
         }
         Ok(digest)
     }

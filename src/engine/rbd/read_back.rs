@@ -20,7 +20,7 @@ use crate::volume::{Before, VolumeTarget};
 
 impl Rbd {
     /// Reads the whole backup, the first of `chain`, or a sample of its pieces, and writes it to the target, where there is
-    /// one. Returns its digest, if it has one. The number beside the sample is its seed.
+    /// one, which is not finished by that. Returns its digest, if it has one. The number beside the sample is its seed.
     pub async fn read_back(
         &self,
         ctx: &Context,
@@ -99,7 +99,14 @@ impl Rbd {
         // What is deleted while it is read looks damaged, or like zeros.
         blocking(move || still_there(&pool, &name, &image_id, snapshot_id)).await??;
         read?;
-        finish(to, before, volume_bytes).await?;
+        if let To::Rbd(target) = to
+            && before == Before::Anything
+            && target.bytes() > volume_bytes
+        {
+            let image = target.image().map_err(|source| Error::FinishVolume { source })?;
+            // What the image held behind the end of the volume is not the volume's.
+            zero(&image, volume_bytes..target.bytes()).await?;
+        }
         Ok(record.digest.clone())
     }
 
@@ -240,21 +247,4 @@ fn with_holes(data: &[Range<u64>], window: Range<u64>) -> Vec<Extent> {
     }
     add(at..window.end, false);
     extents
-}
-
-/// Makes what was written durable.
-async fn finish(to: To, before: Before, volume_bytes: u64) -> Result<(), Error> {
-    let failed = |source| Error::FinishVolume { source };
-    match to {
-        To::Nowhere => Ok(()),
-        To::Image(image) => Ok(image.flush().await?),
-        To::Volume(volume) => blocking(move || volume.finish()).await?.map_err(failed),
-        To::Rbd(target) => {
-            if before == Before::Anything && target.bytes() > volume_bytes {
-                // What the image held behind the end of the volume is not the volume's.
-                zero(&*target.image().map_err(failed)?, volume_bytes..target.bytes()).await?;
-            }
-            blocking(move || target.finish()).await?.map_err(failed)
-        }
-    }
 }
