@@ -455,6 +455,55 @@ async fn paused_in_a_restore(scene: &Scene) -> (Engine, Arc<Notify>, Arc<Notify>
     (engine, reached, go_on)
 }
 
+/// What a job does when something happens to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    Backup,
+    Restore,
+    Delete,
+}
+
+/// What was under way at the store when the cancel came failed, and might have succeeded later: the job was put off, for as long as
+/// the next attempt has to wait.
+#[rstest]
+#[case::backup(Doing::Backup)]
+#[case::restore(Doing::Restore)]
+#[case::delete(Doing::Delete)]
+#[tokio::test]
+async fn a_cancel_while_a_request_fails_that_may_be_tried_again_ends_the_job_now(#[case] doing: Doing) {
+    let ready = async || match doing {
+        Doing::Backup => ready(false).await,
+        Doing::Restore => ready_to_restore().await,
+        Doing::Delete => ready(true).await,
+    };
+    let other = ready().await;
+    let (counting, engine) = other.faulty(usize::MAX);
+    assert!(matches!(other.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let action = match doing {
+        Doing::Backup => "put",
+        Doing::Restore => "get",
+        Doing::Delete => "delete",
+    };
+    let is_of_data = |name: &String| name.starts_with(action) && name.ends_with("-00001");
+    let at = counting.names().iter().rposition(is_of_data).unwrap() + 1;
+    let scene = ready().await;
+    let (ctx, sink) = (Context::default(), Recorder::default());
+    let failing = Faulty::new(scene.bench.store(), at, Fault::Refused(Errno::IO));
+    let cancelling = Faulty::new(Arc::new(failing.clone()), at, Fault::Cancel(ctx.cancel.clone()));
+    let engine = scene.bench.engine_on(Arc::new(cancelling), SETTINGS, MEMORY_BYTES);
+    let (report, attempts) = (Report::new(&sink, &scene.job), Attempts { max: 3, ..Attempts::one() });
+
+    let ended = runner::run(&ctx, &engine, &scene.job, &attempts, NEVER, &report).await;
+
+    let Ended::Over(completion) = ended else { panic!("{}: {ended:?}", failing.broke_at()) };
+    assert_eq!((completion.outcome, sink.ends()), (Outcome::Cancelled, 1), "{}", failing.broke_at());
+    assert_eq!(scene.bench.volume_names(), ["volume".to_owned()].into());
+    if doing == Doing::Backup {
+        engine.catalog().settle(scene.job.id).await.unwrap();
+        assert_eq!(scene.bench.everything([]).await, [].into());
+    }
+}
+
 /// The first one was cut off from the broker, and goes on for longer than all tries of the second one take.
 #[tokio::test]
 async fn a_restore_that_another_run_still_does_waits_for_its_end_and_is_not_told_as_failed() {

@@ -236,6 +236,12 @@ pub async fn run(
             }
             // Whoever took over ends the job; giving up here would take it from under them.
             _ if matches!(error, engine::Error::TakenOver(_)) => return Ended::Later(problem),
+            // Whoever asked for its end is not to wait for another try. What was written all the same, and could not be told, is
+            // found below.
+            (Class::Transient, _) if ctx.cancel.is_cancelled() && !ctx.hand_back.is_cancelled() => {
+                info!(%method, error = %Causes(&error), "cancelled when it was to be tried again later");
+                break Outcome::Cancelled;
+            }
             // A worker that had the job is gone, or cut off and still at it: however few tries there may be, its hold on the
             // target ends by itself.
             _ if error.is_target_in_use() && restart_count > 0 && !attempts.is_out_of_time() => {
