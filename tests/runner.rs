@@ -504,6 +504,28 @@ async fn a_cancel_while_a_request_fails_that_may_be_tried_again_ends_the_job_now
     }
 }
 
+/// Its worker died right behind its end, and the sender, who did not know that the message had arrived, had sent it once more.
+#[tokio::test]
+async fn how_a_job_ended_is_not_forgotten_when_a_copy_is_told_it_before_its_own_message_comes_again() {
+    let scene = ready_to_restore().await;
+    let engine = scene.bench.engine(SETTINGS);
+    let deaf = Recorder { deaf: true.into(), ..Recorder::default() };
+    assert!(matches!(scene.run(&engine, &deaf, 1, 3).await, Ended::Untold(_)));
+    let sink = Recorder::default();
+
+    let copy = scene.run(&engine, &sink, 1, 3).await;
+
+    // What is kept is left alone by whoever settles its message.
+    assert!(matches!(copy, Ended::OverBefore(_)), "{copy:?}");
+    fs::remove_file(scene.bench.volumes().join("target")).unwrap();
+    let again = Attempts { redelivered: true, ..Attempts::one() };
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &again).await else { panic!("it is over") };
+    assert_eq!((completion.outcome, sink.ends()), (Outcome::Succeeded, 1));
+    assert!(!scene.bench.volumes().join("target").exists(), "it was written again");
+    engine.catalog().sweep(Timestamp::now()).await.unwrap();
+    assert_eq!(engine.catalog().outcome(scene.job.id).await.unwrap(), None, "it would stay for ever");
+}
+
 /// The first one was cut off from the broker, and goes on for longer than all tries of the second one take.
 #[tokio::test]
 async fn a_restore_that_another_run_still_does_waits_for_its_end_and_is_not_told_as_failed() {
@@ -699,7 +721,8 @@ async fn an_end_that_could_not_be_told_is_told_later_without_doing_the_job_again
     let before = scene.bench.everything([]).await;
 
     sink.deaf.store(false, Ordering::SeqCst);
-    let Ended::Over(completion) = scene.run(&engine, &sink, 1, 3).await else { panic!("told now") };
+    let again = Attempts { redelivered: true, ..Attempts::one() };
+    let Ended::Over(completion) = scene.run_as(&engine, &sink, &again).await else { panic!("told now") };
 
     assert_eq!(completion.outcome, Outcome::Succeeded);
     assert_eq!(completion.account.counts.bytes_read, 5_000);
@@ -768,7 +791,8 @@ async fn a_job_that_is_brought_back_is_done_anew_and_not_told_again() {
     let Ended::Over(failed) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
     assert!(matches!(failed.outcome, Outcome::Failed(_)), "{failed:?}");
     // How it ended is not forgotten yet: a delivery of before only tells it again.
-    let Ended::Over(again) = scene.run(&engine, &sink, 1, 1).await else { panic!("it ends") };
+    let redelivered = Attempts { redelivered: true, ..Attempts::one() };
+    let Ended::Over(again) = scene.run_as(&engine, &sink, &redelivered).await else { panic!("it ends") };
     assert_eq!(again, failed);
 
     std::fs::rename(&away, &path).unwrap();

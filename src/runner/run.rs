@@ -489,7 +489,17 @@ async fn tell_kept(engine: &Engine, report: &Report<'_>, kept: KeptOutcome, is_a
     if let Err(error) = engine.catalog().finish(&kept.completion).await {
         return Ended::Later(Problem::new(error.class(), &error));
     }
-    tell(report, kept.completion).await
+    let ended = tell(report, kept.completion).await;
+    if is_again {
+        return ended;
+    }
+    // It was sent twice, and the other message, of which this is the end, may still come: it is to find that.
+    if let Ended::Over(completion) = &ended
+        && let Err(error) = engine.catalog().keep_told(completion).await
+    {
+        warn!(error = %Causes(&error), "that the end of the job was told could not be kept");
+    }
+    untouched(ended)
 }
 
 async fn tell(report: &Report<'_>, completion: Completion) -> Ended {
