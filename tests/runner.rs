@@ -526,6 +526,38 @@ async fn how_a_job_ended_is_not_forgotten_when_a_copy_is_told_it_before_its_own_
     assert_eq!(engine.catalog().outcome(scene.job.id).await.unwrap(), None, "it would stay for ever");
 }
 
+/// It was told all the same: had the ack been lost, the restore would have been written again, over what somebody used by then.
+#[tokio::test]
+async fn a_job_whose_end_a_full_store_cannot_keep_is_not_told_while_it_may_be_tried_again() {
+    for (current, is_last) in [(1, false), (3, true)] {
+        let other = ready_to_restore().await;
+        let (counting, engine) = other.faulty(usize::MAX);
+        assert!(matches!(other.run(&engine, &Recorder::default(), current, 3).await, Ended::Over(_)));
+        let is_written = |name: &String| name.contains(" .backhaul/outcomes/") && !name.starts_with("get");
+        let at = counting.names().iter().rposition(is_written).unwrap() + 1;
+        let (scene, sink) = (ready_to_restore().await, Recorder::default());
+        let (faulty, engine) = scene.faulty_by(at, Fault::Refused(Errno::NOSPC));
+
+        let ended = scene.run(&engine, &sink, current, 3).await;
+
+        let told = faulty.broke_at();
+        assert!(told.contains(" .backhaul/outcomes/"), "{told}");
+        match ended {
+            Ended::Later(problem) => {
+                assert_eq!((is_last, problem.class, sink.ends()), (false, Class::Transient, 0), "{problem}");
+            }
+            Ended::Over(completion) => {
+                assert_eq!(
+                    (is_last, completion.outcome, sink.ends()),
+                    (true, Outcome::Succeeded, 1),
+                    "{told}"
+                );
+            }
+            ended => panic!("{ended:?}"),
+        }
+    }
+}
+
 /// The first one was cut off from the broker, and goes on for longer than all tries of the second one take.
 #[tokio::test]
 async fn a_restore_that_another_run_still_does_waits_for_its_end_and_is_not_told_as_failed() {

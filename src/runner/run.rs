@@ -286,9 +286,9 @@ pub async fn run(
             let problem = Problem::new(error.class(), &error);
             refuse_with(job, problem, attempts, completion.account, report).await
         }
-        // Run again, the job is found done.
-        Err(error) if error.class() == Class::Transient && !attempts.is_last() => {
-            Ended::Later(Problem::new(error.class(), &error))
+        // Run again, a backup is found done. A restore is done anew: better now than after it was told. There may be room later.
+        Err(error) if (error.class() == Class::Transient || error.is_full()) && !attempts.is_last() => {
+            Ended::Later(Problem { class: Class::Transient, ..Problem::new(error.class(), &error) })
         }
         // Better told and not kept than not told at all.
         Err(error) => {
