@@ -895,6 +895,35 @@ async fn a_broker_that_takes_no_quorum_queue_for_jobs_that_wait_has_a_classic_on
     again.ack().await.unwrap();
 }
 
+/// RabbitMQ 4 gives up what was delivered 20 times unless told otherwise, and whoever looks for jobs to end gives all others back:
+/// some ten cancels sent all that waited back before its time.
+#[tokio::test]
+async fn what_waits_may_be_looked_at_without_limit_and_a_queue_made_with_one_is_used_on() {
+    let rabbit = Rabbit::start();
+    let settings = settings(rabbit.url());
+    let channel = raw(&settings, rabbit.url()).await;
+    let text = |text: &str| AMQPValue::LongString(text.into());
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("quorum"));
+    arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(1000));
+    arguments.insert("x-dead-letter-exchange".into(), text(&format!("{}.jobs", settings.prefix)));
+    arguments.insert("x-dead-letter-routing-key".into(), text("job"));
+    arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+    arguments.insert("x-overflow".into(), text("reject-publish"));
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    let [old, new] = ["1s", "4s"].map(|wait| format!("{}.delay.{wait}", settings.prefix));
+    channel.queue_declare(old.as_str().into(), durable, arguments).await.unwrap();
+
+    Broker::connect(settings).await.unwrap();
+
+    let listed = rabbit.ctl(&["list_queues", "--quiet", "name", "arguments"]);
+    let is_limitless = |queue: &str| {
+        let arguments = listed.lines().find(|line| line.starts_with(queue));
+        arguments.unwrap_or_else(|| panic!("no {queue}: {listed}")).contains("x-delivery-limit")
+    };
+    assert!(is_limitless(&new) && !is_limitless(&old), "{listed}");
+}
+
 #[tokio::test]
 async fn who_cannot_get_in_is_told_why_and_never_the_password() {
     let url = Rabbit::shared().url().replace(":guest@", ":hush@");

@@ -164,7 +164,8 @@ impl Topology {
         let mut quorum = waiting(self.typed(QueueKind::Quorum));
         quorum.insert("x-dead-letter-strategy".into(), AMQPValue::LongString("at-least-once".into()));
         quorum.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
-        vec![quorum, classic]
+        // Whoever looks for jobs that are to end gives all others back. A queue that is there without this is used as it is.
+        vec![self.limitless(quorum.clone()), quorum, classic]
     }
 }
 
