@@ -736,6 +736,7 @@ impl Worker {
             waited: delivery.properties.waits_since.is_some(),
             revival_count: delivery.properties.revival_count,
             revived_at: delivery.properties.revived_at,
+            target_unfinished: delivery.properties.unfinished,
         }
     }
 
@@ -828,7 +829,10 @@ impl Worker {
             _ => String::new(),
         };
         let mut settled = Ok(());
-        for delivery in std::iter::once(delivery).chain(adopted) {
+        for mut delivery in std::iter::once(delivery).chain(adopted) {
+            if ctx.progress.is_target_unfinished() {
+                delivery.note_unfinished();
+            }
             settled = match &ended {
                 Ended::Over(completion) | Ended::OverBefore(completion) => match &completion.outcome {
                     // For people to look at, and to bring back when they have mended what was wrong.

@@ -870,6 +870,29 @@ async fn classic_queues_heed_priorities() {
     }
 }
 
+#[tokio::test]
+async fn that_a_job_left_something_half_done_goes_with_its_message_wherever_that_goes() {
+    let (broker, _) = shared().await;
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(1, 0);
+    let mut first = next(&mut jobs).await;
+    assert!(!first.properties.unfinished);
+    first.note_unfinished();
+    first.retry_later("").await.unwrap();
+    let second = next(&mut jobs).await;
+    assert!(second.properties.unfinished);
+    second.hand_back().await.unwrap();
+    let third = next(&mut jobs).await;
+    assert!(third.properties.unfinished && third.properties.attempt == 2);
+    third.dead_letter("bad").await.unwrap();
+    let mut letters = broker.dead_letters().await.unwrap();
+    let letter = letters.next().await.unwrap().unwrap();
+    letters.retry(letter).await.unwrap();
+    let fourth = next(&mut jobs).await;
+    assert!(fourth.properties.unfinished && fourth.properties.revival_count == 1);
+    fourth.ack().await.unwrap();
+}
+
 /// As with one older than 3.10, whose quorum queues have no time to live.
 #[tokio::test]
 async fn a_broker_that_takes_no_quorum_queue_for_jobs_that_wait_has_a_classic_one() {

@@ -628,6 +628,53 @@ async fn a_restore_onto_what_somebody_uses_who_is_no_run_of_the_job_fails_after_
     assert!(problem.to_string().contains("in use"), "{problem}");
 }
 
+#[tokio::test]
+async fn a_restore_that_left_a_part_of_the_backup_on_what_was_there_says_so_and_no_other_does() {
+    let other = ready_to_restore().await;
+    let (counting, engine) = other.faulty(usize::MAX);
+    assert!(matches!(other.run(&engine, &Recorder::default(), 1, 1).await, Ended::Over(_)));
+    let is_last_object = |name: &String| name.starts_with("get") && name.ends_with("-00003");
+    let at = counting.names().iter().rposition(is_last_object).unwrap() + 1;
+    let (one, more) = (Attempts::one(), Attempts { max: 3, seconds_max: 3600, ..Attempts::one() });
+    let again = Attempts { redelivered: true, ..Attempts::one() };
+    let before_that = Attempts { current: 2, target_unfinished: true, ..more.clone() };
+    for (was_there, is_cancelled, attempts, expected) in [
+        (true, false, &one, Some(true)),
+        (false, false, &one, Some(false)),
+        (true, true, &one, Some(false)),
+        // It may be told later.
+        (true, false, &more, None),
+        (true, true, &before_that, Some(true)),
+        // Nobody knows what the worker had done by then that died.
+        (true, true, &again, Some(true)),
+        (false, true, &again, Some(false)),
+    ] {
+        let told = format!("{was_there} {is_cancelled} {attempts:?}");
+        let scene = ready_to_restore().await;
+        if was_there {
+            fs::write(scene.bench.volumes().join("target"), [7; 5_000]).unwrap();
+        }
+        let ctx = Context::default();
+        if is_cancelled {
+            ctx.cancel.cancel();
+        }
+        let (_, engine) = scene.faulty(at);
+        let sink = Recorder::default();
+        let report = Report::new(&sink, &scene.job);
+
+        let ended = runner::run(&ctx, &engine, &scene.job, attempts, NEVER, &report).await;
+
+        match (ended, expected) {
+            (Ended::Over(completion), Some(expected)) => {
+                assert_ne!(completion.outcome, Outcome::Succeeded, "{told}");
+                assert_eq!(completion.account.target_unfinished, expected, "{told}");
+            }
+            (Ended::Later(_), None) => assert!(ctx.progress.is_target_unfinished(), "{told}"),
+            (ended, _) => panic!("{told}: {ended:?}"),
+        }
+    }
+}
+
 /// A worker stands still at each of its calls, is cut off, and goes on when another one, which was handed its job, has done
 /// that; then the message comes once more. One of the two may be asked to end the job.
 #[rstest]

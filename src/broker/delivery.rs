@@ -78,6 +78,11 @@ impl Delivery {
         self.lost.clone().cancelled_owned()
     }
 
+    /// Has every copy of the message, wherever it goes from here, say that something of its job was left half done.
+    pub fn note_unfinished(&mut self) {
+        self.raw = message::unfinished(&self.raw);
+    }
+
     /// Says that all is done, and waits until the broker has heard it. After an error the message comes again, or it does
     /// not.
     pub async fn ack(self) -> Result<(), Error> {

@@ -17,6 +17,7 @@ const EXCHANGE: &str = "x-backhaul-exchange";
 const ROUTING_KEY: &str = "x-backhaul-routing-key";
 const PARKED: &str = "x-backhaul-parked";
 const WAITS_SINCE: &str = "x-backhaul-waits-since";
+const UNFINISHED: &str = "x-backhaul-unfinished";
 const DIED_AT: &str = "x-backhaul-died-at";
 const PERSISTENT: u8 = 2;
 
@@ -45,6 +46,8 @@ pub struct Properties {
     pub parked: bool,
     /// When the message was put off first because another job had to end, or to have its place, before.
     pub waits_since: Option<Timestamp>,
+    /// Whoever had the message before has left something half done, and said so.
+    pub unfinished: bool,
 }
 
 impl Default for Properties {
@@ -61,6 +64,7 @@ impl Default for Properties {
             revived_at: None,
             parked: false,
             waits_since: None,
+            unfinished: false,
         }
     }
 }
@@ -80,6 +84,7 @@ pub(super) fn read(raw: &BasicProperties) -> Properties {
         revived_at: time(raw, REVIVED_AT),
         parked: count(raw, PARKED).is_some(),
         waits_since: time(raw, WAITS_SINCE),
+        unfinished: count(raw, UNFINISHED).is_some(),
     }
 }
 
@@ -169,6 +174,13 @@ pub(super) fn waiting(raw: &BasicProperties, since: Timestamp, wait: Duration) -
 /// when the job was begun is not to be counted again.
 pub(super) fn handed_back(raw: &BasicProperties, since: Timestamp, wait: Duration) -> BasicProperties {
     waiting(&without(raw, &[PARKED]), since, wait)
+}
+
+/// Makes the properties of a message that says that something was left half done.
+pub(super) fn unfinished(raw: &BasicProperties) -> BasicProperties {
+    let mut headers = raw.headers().clone().unwrap_or_default();
+    headers.insert(UNFINISHED.into(), AMQPValue::LongUInt(1));
+    raw.clone().with_headers(headers)
 }
 
 fn milliseconds(wait: Duration) -> ShortString {
@@ -299,6 +311,7 @@ pub(crate) fn fuzz_headers(data: &[u8]) {
         parked(&raw, wait),
         waiting(&raw, Timestamp::UNIX_EPOCH, wait),
         dead(&raw, "", "", ""),
+        unfinished(&raw),
     ];
     for copy in copies {
         let copy = read(&copy);

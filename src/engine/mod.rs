@@ -115,6 +115,11 @@ impl Engine {
         Self { volumes, ..self.clone() }
     }
 
+    /// Whether there is anything at the place that a job restores to, as far as one can see.
+    pub async fn target_is_there(&self, work: &RestoreWork) -> bool {
+        self.volumes.is_there(&work.target).await
+    }
+
     /// The metadata of the volume that was kept with a backup, as Cinder writes it.
     pub async fn volume_meta(&self, id: BackupId) -> Result<Option<String>, Error> {
         let record = self.catalog.available(id).await?;
@@ -596,6 +601,9 @@ impl Engine {
         match restored.await {
             Ok(digest) => Ok(read_receipt(ctx, &chain[0], digest)),
             Err(error) => {
+                if volume.is_changed() {
+                    ctx.progress.leave_target_unfinished();
+                }
                 if error.is_damage() {
                     // Somebody may have begun to delete it.
                     self.catalog.chain(work.backup_id).await?;

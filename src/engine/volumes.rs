@@ -92,6 +92,19 @@ impl Volumes {
         .await?
     }
 
+    /// Whether there is anything at the place that was to be restored onto, as far as one can see.
+    pub async fn is_there(&self, location: &Location) -> bool {
+        let (volumes, location) = (self.clone(), location.clone());
+        let looked = blocking(move || match &location {
+            Location::File(path) => FileTarget::is_there(path, &volumes.file_roots),
+            #[cfg(feature = "ceph")]
+            Location::Rbd(image) => RbdTarget::is_there(&volumes.clusters, image),
+            #[cfg(not(feature = "ceph"))]
+            Location::Rbd(_) => false,
+        });
+        looked.await.unwrap_or(true)
+    }
+
     /// Removes what an attempt of a restore, of the same name as in [`Volumes::target`], has left for the next one.
     #[cfg_attr(not(feature = "ceph"), allow(unused_variables))]
     pub async fn discard(&self, location: &Location, bytes: u64, restore: String) -> Result<(), Error> {

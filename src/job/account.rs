@@ -141,6 +141,9 @@ pub struct Account {
     pub parent_id: Option<BackupId>,
     /// The volume's size.
     pub volume_bytes: Option<u64>,
+    /// The target of a restore that was not done was there before, and holds a part of the backup only, or may.
+    #[serde(default)]
+    pub target_unfinished: bool,
     /// What was moved.
     pub counts: Counts,
     /// From start to end.

@@ -1,7 +1,7 @@
 //! What an engine gets besides its work: a way to be stopped, and a place to count.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -69,6 +69,7 @@ pub struct Progress {
     bytes_stored: AtomicU64,
     bytes_written: AtomicU64,
     object_count: AtomicU64,
+    target_unfinished: AtomicBool,
 }
 
 /// How far an attempt is.
@@ -99,6 +100,17 @@ impl Progress {
             counter.store(0, Ordering::Relaxed);
         }
         self.bytes_total.store(bytes_total, Ordering::Relaxed);
+    }
+
+    /// Notes that a volume which was there before was written to, and holds only a part of what it was to hold. No later attempt
+    /// changes that, unless it succeeds.
+    pub fn leave_target_unfinished(&self) {
+        self.target_unfinished.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was noted.
+    pub fn is_target_unfinished(&self) -> bool {
+        self.target_unfinished.load(Ordering::Relaxed)
     }
 
     /// Counts `bytes` of the total as done.

@@ -47,6 +47,8 @@ pub struct Attempts {
     pub revival_count: u32,
     /// When they did so last.
     pub revived_at: Option<Timestamp>,
+    /// Whether a target that was there before is known to hold only a part of what it was to hold, since one of those before.
+    pub target_unfinished: bool,
 }
 
 impl Attempts {
@@ -61,6 +63,7 @@ impl Attempts {
             waited: false,
             revival_count: 0,
             revived_at: None,
+            target_unfinished: false,
         }
     }
 
@@ -277,6 +280,15 @@ pub async fn run(
             warn!(error = %Causes(&error), "some of what the job had written could not be removed");
         }
     }
+    if let Work::Restore(work) = &job.work
+        && outcome != Outcome::Succeeded
+    {
+        // What a worker has written that has died, nobody knows.
+        account.target_unfinished |=
+            ctx.progress.is_target_unfinished() || restart_count > 0 && engine.target_is_there(work).await;
+    } else {
+        account.target_unfinished = false;
+    }
     let completion = completion(engine, job, outcome, account).await;
     match engine.catalog().conclude(&completion, &hold).await {
         Ok(()) => tell(report, completion).await,
@@ -363,6 +375,7 @@ fn account(attempts: &Attempts) -> Account {
         attempt_count: attempts.current.saturating_sub(1),
         earlier_attempts: attempts.earlier.clone(),
         revival_count: attempts.revival_count,
+        target_unfinished: attempts.target_unfinished,
         ..Account::default()
     }
 }

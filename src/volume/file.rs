@@ -182,6 +182,7 @@ pub struct FileTarget {
     note: Option<String>,
     /// Names the restore, and the file.
     restore: String,
+    written: AtomicBool,
     /// Whether a new file stays that is not whole.
     stays: AtomicBool,
 }
@@ -228,7 +229,8 @@ impl FileTarget {
             let path = path.display().to_string();
             return Err(Error::TooSmall { path, target_bytes, backup_bytes: bytes });
         }
-        Ok(Self { file, new: None, note: None, restore: restore.into(), stays: AtomicBool::new(false) })
+        let [written, stays] = [(); 2].map(|()| AtomicBool::new(false));
+        Ok(Self { file, new: None, note: None, restore: restore.into(), written, stays })
     }
 
     fn create(path: &Path, bytes: u64, roots: &FileRoots, restore: &str) -> Result<Self, Error> {
@@ -260,12 +262,19 @@ impl FileTarget {
         }
         let new = New { folder, name: name.into(), begun: note.is_some() };
         let note = note.filter(|note| !note.is_empty());
-        let target = Self { file, new: Some(new), note, restore, stays: AtomicBool::new(false) };
+        let [written, stays] = [(); 2].map(|()| AtomicBool::new(false));
+        let target = Self { file, new: Some(new), note, restore, written, stays };
         target.file.set_len(bytes).map_err(create)?;
         if target.note.is_none() {
             target.set_note("").map_err(create)?;
         }
         Ok(target)
+    }
+
+    /// Whether there is anything of that name, as far as one can see.
+    pub fn is_there(path: &Path, roots: &FileRoots) -> bool {
+        let found = roots.find(path);
+        !matches!(found, Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound)
     }
 
     /// Removes the new file that an attempt of this restore has left, if there is one.
@@ -384,6 +393,7 @@ impl VolumeTarget for FileTarget {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.written.store(true, Ordering::Relaxed);
         self.file.write_all_at(bytes, offset)?;
         // The kernel begins to write them now, and not only when `finish` waits for that. It is advice, which may be refused.
         let _ =
@@ -392,6 +402,7 @@ impl VolumeTarget for FileTarget {
     }
 
     fn zero(&self, range: Range<u64>) -> io::Result<()> {
+        self.written.store(true, Ordering::Relaxed);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start) {
             Ok(()) => return Ok(()),
@@ -418,6 +429,10 @@ impl VolumeTarget for FileTarget {
         // First: a note must tell of nothing that a crash can take away.
         self.file.sync_data()?;
         self.set_note(note)
+    }
+
+    fn is_changed(&self) -> bool {
+        self.new.is_none() && self.written.load(Ordering::Relaxed)
     }
 
     fn leave(&self) {

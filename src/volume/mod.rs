@@ -70,6 +70,9 @@ pub trait VolumeTarget: Send + Sync {
     /// is. One that was there before may be written by others between two attempts, so nothing is noted of it.
     fn keep_note(&self, note: &str) -> io::Result<()>;
 
+    /// Whether a target that was there before has been written to.
+    fn is_changed(&self) -> bool;
+
     /// Leaves a new target where it is though it is not whole, for the next attempt of the same restore.
     fn leave(&self);
 

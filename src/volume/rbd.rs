@@ -432,6 +432,7 @@ pub struct RbdTarget {
     new: Option<String>,
     /// What the attempt before noted.
     note: Option<String>,
+    written: AtomicBool,
     /// Whether what is there under the name of one that is not whole stays: for the next attempt, or because this one is
     /// whole and has another name.
     stays: AtomicBool,
@@ -480,8 +481,18 @@ impl RbdTarget {
         let bytes = image.bytes()?;
         let note = if new.is_some() { image.metadata(NOTE_KEY)? } else { None };
         let image = Mutex::new(Some(Arc::new(image)));
-        let (pool, runtime, stays) = (pool.clone(), Handle::current(), AtomicBool::new(false));
-        Ok(Self { pool, image, bytes, before, runtime, new, note, stays })
+        let (pool, runtime) = (pool.clone(), Handle::current());
+        let [written, stays] = [(); 2].map(|()| AtomicBool::new(false));
+        Ok(Self { pool, image, bytes, before, runtime, new, note, written, stays })
+    }
+
+    /// Whether there is an image of that name, as far as one can see. Blocks.
+    pub fn is_there(clusters: &Clusters, location: &RbdImage) -> bool {
+        let opened = clusters
+            .connect(location.cluster.as_deref())
+            .and_then(|cluster| cluster.pool(&location.pool))
+            .and_then(|pool| pool.open_image(&location.image, None, Mode::Read));
+        opened.err().is_none_or(|error| error.kind() != io::ErrorKind::NotFound)
     }
 
     /// Removes the new image that an attempt of this restore has left, if there is one. Blocks.
@@ -530,8 +541,9 @@ impl RbdTarget {
         self.bytes
     }
 
-    /// The image, until it is finished.
+    /// The image, to write to, until it is finished.
     pub fn image(&self) -> io::Result<Arc<Image>> {
+        self.written.store(true, Ordering::Relaxed);
         // Nothing panics while it holds the lock.
         let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
         image.clone().ok_or_else(|| io::Error::other("the target is finished"))
@@ -600,6 +612,10 @@ impl VolumeTarget for RbdTarget {
         let image = self.image()?;
         self.runtime.block_on(image.flush()).map_err(ceph::Error::into_io)?;
         image.set_metadata(NOTE_KEY, note).map_err(ceph::Error::into_io)
+    }
+
+    fn is_changed(&self) -> bool {
+        self.new.is_none() && self.written.load(Ordering::Relaxed)
     }
 
     fn leave(&self) {

@@ -163,10 +163,11 @@ fn attempt() -> impl Strategy<Value = Attempt> {
 
 fn account() -> impl Strategy<Value = Account> {
     let attempts = (any::<u32>(), vec(attempt(), 0..3), any::<u32>());
-    let head = (of(method()), attempts, of(problem()), of(backup_id()));
+    let head = (of(method()), attempts, of(problem()), of(backup_id()), any::<bool>());
     let digest = "[0-9a-f]{64}".prop_map(|hex| format!("sha256-list:{hex}"));
     (head, of(any::<u64>()), counts(), 0.0..1e9, of(digest)).prop_map(
-        |((method, attempts, fallback_reason, parent_id), volume_bytes, counts, seconds, digest)| {
+        |(head, volume_bytes, counts, seconds, digest)| {
+            let (method, attempts, fallback_reason, parent_id, target_unfinished) = head;
             let (attempt_count, earlier_attempts, revival_count) = attempts;
             Account {
                 method,
@@ -176,6 +177,7 @@ fn account() -> impl Strategy<Value = Account> {
                 fallback_reason,
                 parent_id,
                 volume_bytes,
+                target_unfinished,
                 counts,
                 seconds,
                 digest,

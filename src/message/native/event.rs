@@ -388,6 +388,8 @@ struct AccountWire {
     fallback_reason: Option<ProblemText>,
     parent_id: Option<BackupId>,
     volume_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "is_not_so")]
+    target_unfinished: bool,
     #[serde(flatten, with = "CountsWire")]
     counts: Counts,
     seconds: f64,
@@ -396,6 +398,10 @@ struct AccountWire {
 
 fn is_zero(count: &u32) -> bool {
     *count == 0
+}
+
+fn is_not_so(what: &bool) -> bool {
+    !what
 }
 
 /// An attempt as it is told of, and as it travels with a job that is put off.
@@ -435,6 +441,7 @@ impl From<Account> for AccountWire {
             fallback_reason: account.fallback_reason.map(ProblemText),
             parent_id: account.parent_id,
             volume_bytes: account.volume_bytes,
+            target_unfinished: account.target_unfinished,
             counts: account.counts,
             seconds: account.seconds,
             digest: account.digest,
@@ -453,6 +460,7 @@ impl From<AccountWire> for Account {
             fallback_reason: wire.fallback_reason.map(|problem| problem.0),
             parent_id: wire.parent_id,
             volume_bytes: wire.volume_bytes,
+            target_unfinished: wire.target_unfinished,
             counts: wire.counts,
             seconds: wire.seconds,
             digest: wire.digest,
