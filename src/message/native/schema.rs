@@ -105,6 +105,10 @@ impl CommandSchema {
                 path.push(property.as_str().unwrap_or_default().to_owned());
                 "missing:".to_owned()
             }
+            // There may be passwords in it, and what is told here goes to logs and events.
+            _ if path.first().is_some_and(|field| field == "volume_meta") => {
+                "this value is not allowed:".to_owned()
+            }
             _ => match error.instance().as_ref() {
                 Value::Null if self.is_optional(&path) => {
                     "null is not allowed: leave the field out, or".to_owned()
