@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use tracing::{Level, Metadata};
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, registry, reload};
@@ -15,14 +17,22 @@ struct Log {
     handle: reload::Handle<EnvFilter, Registry>,
 }
 
+/// What these have to say at `trace` is never shown: lapin prints all that it sends, the login among it, and amq-protocol the URL.
+const SECRETIVE: [&str; 2] = ["lapin", "amq_protocol"];
+
 /// Starts the log, with what `filter` lets through, such as `info,lapin=off`, as text or, with `json`, as JSON.
 pub fn start(filter: &str, json: bool) {
     let (layer, handle) = reload::Layer::new(EnvFilter::new(filter));
     let lines = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     let lines = if json { lines.json().boxed() } else { lines.boxed() };
-    registry().with(layer).with(lines).init();
+    registry().with(layer).with(filter_fn(|metadata| !shows_a_login(metadata))).with(lines).init();
     // It is started once.
     let _ = LOG.set(Log { filter: Mutex::new(filter.into()), handle });
+}
+
+fn shows_a_login(metadata: &Metadata<'_>) -> bool {
+    *metadata.level() == Level::TRACE
+        && SECRETIVE.iter().any(|library| metadata.target().starts_with(library))
 }
 
 /// What of the log is shown; nothing before it is started.

@@ -1299,6 +1299,22 @@ fn a_worker_that_is_told_to_stop_lets_its_job_come_to_an_end() {
     assert_eq!(worker.ended(), 0);
 }
 
+/// lapin shows all that it sends, as numbers: the login, too.
+#[test]
+fn a_log_that_shows_everything_does_not_show_the_login_at_the_broker() {
+    let rabbit = Rabbit::shared();
+    let stack = Stack::new(rabbit.url(), "", "");
+    let mut worker = stack.worker_with(&[("BACKHAUL_LOG", "trace,lapin::io_loop=trace")]);
+    worker.terminate();
+    assert_eq!(worker.ended(), 0);
+    let log = worker.log();
+    assert!(log.contains("DEBUG lapin"), "the log does not show what it may: {log}");
+    let shown = log
+        .lines()
+        .find(|line| line.contains("TRACE") && (line.contains("lapin") || line.contains("amq_protocol")));
+    assert_eq!(shown, None);
+}
+
 #[test]
 fn a_worker_leaves_no_core_dump_which_would_have_its_keys() {
     let rabbit = Rabbit::shared();

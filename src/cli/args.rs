@@ -456,7 +456,7 @@ impl Args {
     /// What of the log is shown: `--log`, else `BACKHAUL_LOG`, else what fits the command.
     pub fn log_filter(&self) -> &str {
         self.log.as_deref().unwrap_or(match self.command {
-            // What lapin has to tell is told by the broker's room; its own lines show messages, and at `trace` the login.
+            // What lapin has to tell is told by the broker's room; its own lines show messages.
             Command::Worker => "info,lapin=off",
             #[cfg(feature = "ceph")]
             Command::Cinder { .. } => "info,lapin=off",
