@@ -8,7 +8,7 @@ use std::time::Duration;
 use backhaul::cli::args::{Args, Command, LogFormat};
 use backhaul::log;
 use clap::Parser;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 /// Threads are started when they are needed only.
 const BLOCKING_THREADS_MAX: usize = 8192;
@@ -30,11 +30,7 @@ fn main() -> ExitCode {
     if moves_volumes {
         share_one_heap();
     }
-    // The process holds keys and passwords, which are not for a core dump. systemd-coredump heeds this limit, too.
-    let none = Rlimit { current: Some(0), maximum: Some(0) };
-    if let Err(error) = setrlimit(Resource::Core, none) {
-        tracing::warn!(%error, "core dumps could not be turned off");
-    }
+    leave_no_core_dump();
     raise_handles_max();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -52,6 +48,20 @@ fn main() -> ExitCode {
     // A thread that waits for a disk or a server which does not answer must not keep a process that was told to stop.
     runtime.shutdown_timeout(BLOCKED_TIME_MAX);
     code
+}
+
+/// Turns core dumps off, which would have keys and passwords in them. A limit of 0 keeps Linux from writing a file, but not from
+/// giving the dump to a program that `core_pattern` names. At 1 it does neither: no file is that small, and for a program this one
+/// value says that there is to be none (`coredump_pipe` in its fs/coredump.c).
+fn leave_no_core_dump() {
+    let least = Rlimit { current: Some(1), maximum: Some(1) };
+    if setrlimit(Resource::Core, least).is_ok() {
+        return;
+    }
+    // The limit is 0 for good. Not used otherwise, because it also hides from its own user what /proc tells of the process.
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "core dumps could not be turned off");
+    }
 }
 
 /// Begins the program anew with one heap for all threads, unless somebody has said how many there shall be. glibc has several for
