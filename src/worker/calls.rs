@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{Instrument, info, info_span, warn};
 
 use super::{command_properties, lost_task};
@@ -31,6 +31,8 @@ const VERSION: (u32, u32) = (1, 0);
 const METHODS: [&str; 4] = ["backup", "restore", "delete", "verify"];
 /// How many calls are taken at once whose commands are not in the job queue yet; more wait with the broker.
 const CALLS_COUNT_MAX: u16 = 1000;
+/// For how long the end of a job is waited for: it may have been told while this worker was cut off, or the job be purged.
+const ANSWER_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long it takes until the broker is asked again that was not there.
 const AGAIN_PAUSE: Duration = Duration::from_secs(5);
 
@@ -126,7 +128,7 @@ impl Calls {
         }
         settled(incoming.accept().await);
         if let Some(answer) = answer
-            && let Ok(answer) = answer.await
+            && let Some(answer) = heard(job_id, answer, ANSWER_MAX).await
         {
             settled(incoming.reply(answer).await);
         }
@@ -201,8 +203,37 @@ impl Calls {
     }
 }
 
+/// What is heard of the end of a job, or that nothing was. None if nobody is to hear of it any more.
+async fn heard(job_id: JobId, answer: oneshot::Receiver<Answer>, longest: Duration) -> Option<Answer> {
+    match timeout(longest, answer).await {
+        Ok(answer) => answer.ok(),
+        Err(_) => {
+            warn!(job = %job_id, "nothing was heard of the end of the job, and who called is told so");
+            let message = format!(
+                "nothing was heard of the end of job {job_id}: `backhaul list` shows which backups there are"
+            );
+            Some(Err(Failure::new("builtins", "RuntimeError", message)))
+        }
+    }
+}
+
 fn settled(settled: Result<(), broker::Error>) {
     if let Err(error) = settled {
         warn!(error = %Causes(&error), "a call was not settled");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_whose_jobs_end_was_missed_is_not_waited_for_for_ever() {
+        let (_sender, answer) = oneshot::channel();
+        let told = heard(JobId::random(), answer, Duration::ZERO).await;
+        assert!(
+            matches!(&told, Some(Err(failure)) if failure.message.contains("nothing was heard")),
+            "{told:?}"
+        );
     }
 }
