@@ -132,7 +132,7 @@ impl StandIn {
             never = watched => never,
         }?;
         if let Err(error) = engine.catalog().settle(job.id).await {
-            warn!(error = %Causes(&error), "how the job ended stays in the store for some days");
+            warn!(error = %Causes(&error), "how the job ended stays in the store");
         }
         Ok(match outcome {
             Outcome::Succeeded => Ran::Succeeded,
