@@ -1008,6 +1008,20 @@ async fn what_is_kept_of_old_jobs_is_swept_but_never_an_end_that_was_not_told() 
 }
 
 #[tokio::test]
+async fn a_sweep_does_not_read_how_each_of_the_latest_jobs_ended() {
+    let scene = Scene::new(Parent::None);
+    assert!(matches!(
+        scene.run(&scene.bench.engine(SETTINGS), &Recorder::default(), 1, 1).await,
+        Ended::Over(_)
+    ));
+    let (counting, engine) = scene.faulty(usize::MAX);
+
+    engine.catalog().sweep(Timestamp::now() - KEPT).await.unwrap();
+
+    assert_eq!(counting.names(), ["list .backhaul/outcomes", "list .backhaul/cancels"]);
+}
+
+#[tokio::test]
 async fn the_claim_of_a_run_that_goes_on_is_not_swept_and_no_other_one_is_renewed() {
     let scene = Scene::new(Parent::None);
     let (engine, id, backup_id) = (scene.bench.engine(SETTINGS), scene.job.id, scene.job.backup_id());

@@ -469,17 +469,23 @@ impl Catalog {
             Kept::Claimed(claim) => claim.at < before,
             Kept::Ended(kept) => kept.told && kept.at < before,
         };
-        self.sweep_folder("outcomes", is_old).await?;
-        self.sweep_folder("cancels", |at: &Timestamp| *at < before).await
+        self.sweep_folder("outcomes", Some(before), is_old).await?;
+        // They may be older than what has them: a store that is away gets them later.
+        self.sweep_folder("cancels", None, |at: &Timestamp| *at < before).await
     }
 
     async fn sweep_folder<T: DeserializeOwned>(
         &self,
         folder: &'static str,
+        written_before: Option<Timestamp>,
         is_old: impl Fn(&T) -> bool,
     ) -> Result<(), Error> {
         let folder = Folder::own(folder);
         for listed in self.store.list(&folder, "").await? {
+            // Each look takes as long as the store needs to answer.
+            if written_before.is_some_and(|before| listed.modified.is_some_and(|at| at >= before)) {
+                continue;
+            }
             let name = folder.object(&listed.name)?;
             match self.read(&name).await {
                 Ok(Some(kept)) if is_old(&kept) => self.forget(&name).await?,
