@@ -924,6 +924,34 @@ async fn jobs_that_take_longer_than_the_broker_allows_end_once() {
     check_all_told(&stack);
 }
 
+/// The broker takes it from a worker that takes nothing more, and goes on with it. A verification waits for no other job of its
+/// volume.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_delivered_to_another_worker_while_it_runs_is_parked_and_told_once() {
+    let rabbit = Rabbit::start_with(&["consumer_timeout = 2000"]);
+    rabbit.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 500)."]);
+    let stack = Stack::new(rabbit.url(), "cpu_threads_max = 1\ndrain_seconds_max = 600", SLOW);
+    fs::write(stack.volume("a.img"), noise(9, 64 << 20)).unwrap();
+    let (_broker, mut events) = listen(&rabbit, &stack).await;
+    stack.ok(&[&["run"][..], &strs(&backup(&stack, &["--backup-id", BACKUP]))].concat());
+    let mut first = stack.worker_with(&[("BACKHAUL_WORKER__JOB_BYTES_PER_SECOND_MAX", "6291456")]);
+    stack.ok(&["submit", "verify", "--backup-id", BACKUP]);
+    event(&mut events, &["started"]).await;
+    first.terminate();
+    until("it takes nothing more", || first.log().contains("no more jobs are taken"));
+
+    let mut second = stack.worker();
+
+    until("the delivery is parked", || second.log().contains("delivery parked"));
+    let ended = event(&mut events, &["started", "succeeded", "failed", "cancelled"]).await;
+    assert_eq!(ended["type"], "backhaul.job.succeeded.v1", "{ended}");
+    assert_eq!(first.ended(), 0, "{}", first.log());
+    until("the other one finds it done", || second.log().contains("job was done before"));
+    second.terminate();
+    assert_eq!(second.ended(), 0, "{}", second.log());
+    check_all_told(&stack);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_is_delivered_again_while_it_runs_is_adopted_and_told_once() {
     let rabbit = Rabbit::shared();
