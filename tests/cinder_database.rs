@@ -377,6 +377,45 @@ async fn a_backup_ends_once_and_gives_its_volume_back(#[values(Sqlite, MariaDb, 
     assert!(matches!(error, Error::NotThere { what: "backup", .. }), "{error}");
 }
 
+/// A message of a backup that is over may come late, and the answer to what ended it may have been lost.
+#[rstest]
+#[tokio::test]
+async fn the_end_of_a_backup_does_not_free_the_volume_that_another_one_is_made_of(
+    #[values(Sqlite, MariaDb, Postgres)] server: Server,
+) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let snapshot =
+        stage.create("snapshots", json!({ "volume_id": volume, "status": "backing-up", "volume_size": 2 }));
+    for (table, source) in [("volumes", &volume), ("snapshots", &snapshot)] {
+        let (over, at_work) = (stage.backup(&volume, None), stage.backup(&volume, None));
+        for id in [&over, &at_work] {
+            let of = if table == "snapshots" { json!(snapshot) } else { Value::Null };
+            stage.ask("set", json!({ "table": "backups", "id": id, "snapshot_id": of }));
+        }
+        stage.database.finish_backup(&over, &Changes::new().text("service_metadata", "{}")).await.unwrap();
+        let mut begun = json!({ "table": table, "id": source, "status": "backing-up" });
+        if table == "volumes" {
+            begun["previous_status"] = "in-use".into();
+        }
+        stage.ask("set", begun);
+
+        stage.database.finish_backup(&over, &Changes::new()).await.unwrap();
+        assert_eq!(stage.columns(table, source, &["status"]), texts(["backing-up"]), "{table}");
+        assert!(!stage.database.fail_backup(&over, "late").await.unwrap());
+        stage.database.give_source_back(&over).await.unwrap();
+        assert_eq!(stage.columns(table, source, &["status"]), texts(["backing-up"]), "{table}");
+
+        // Somebody deletes that one, too.
+        stage.ask("set", json!({ "table": "backups", "id": at_work, "status": "deleting" }));
+        stage.database.give_source_back(&at_work).await.unwrap();
+        let free = if table == "volumes" { "in-use" } else { "available" };
+        assert_eq!(stage.columns(table, source, &["status"]), texts([free]), "{table}");
+        assert_eq!(stage.columns("backups", &at_work, &["status"]), texts(["deleting"]));
+        stage.ask("set", json!({ "table": "volumes", "id": volume, "status": "in-use" }));
+    }
+}
+
 #[rstest]
 #[tokio::test]
 async fn a_restore_ends_in_the_status_that_cinder_gives(#[values(Sqlite, MariaDb, Postgres)] server: Server) {

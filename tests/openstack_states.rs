@@ -142,6 +142,41 @@ fn a_restore_that_comes_when_nobody_waits_for_it_changes_no_volume_that_is_in_us
     }
 }
 
+/// Cinder's own service ends such a backup as any other, and its volume with it.
+#[test]
+fn the_volume_of_a_backup_that_was_given_up_before_its_message_came_is_free_again() {
+    let (ceph, mut openstack, worker) = backhaul_beside_cinder("posix");
+    let host = openstack.host().to_owned();
+    let volumes = [openstack.volume(), openstack.volume(), openstack.volume()];
+    let [copied, deleted, failed] = &volumes;
+    // The volume service is still at its copy of this one.
+    let early = text(&openstack.ok(&["abandon", copied, &host])["id"]);
+    openstack.ok(&["delete", &early, "--force"]);
+    assert_eq!(openstack.ok(&["settled", &early])["status"], "deleted");
+    assert_eq!(openstack.ok(&["volume", copied])["status"], "backing-up");
+    openstack.ok(&["pass-on", &early]);
+    until("the first volume is free", || openstack.ok(&["volume", copied])["status"] == "available");
+    // And of these the worker dies.
+    let mut ids = Vec::new();
+    for volume in [deleted, failed] {
+        image(&ceph, volume).write(&[(0, &noise(1, 16 * MIB))]);
+        image(&ceph, volume).slow_down(1 << 18);
+        ids.push(openstack.begin_backup(volume, &[]));
+    }
+    until("both are begun", || worker.log().matches("started method").count() == 2);
+    drop(worker);
+    openstack.ok(&["strand", &ids[0], "deleting"]);
+    openstack.ok(&["strand", &ids[1], "error"]);
+
+    let worker = openstack.backhaul("posix", ceph.conf());
+
+    for volume in [deleted, failed] {
+        until("the volume is free", || openstack.ok(&["volume", volume])["status"] == "available");
+    }
+    assert_eq!(openstack.ok(&["settled", &ids[0]])["status"], "deleted", "{}", worker.log());
+    assert_eq!(openstack.ok(&["show", &ids[1]])["status"], "error");
+}
+
 #[test]
 fn the_worker_answers_what_it_does_not_know_as_oslo_does_and_the_scheduler_when_it_asks() {
     let (ceph, openstack) = (Ceph::shared(), Openstack::shared());

@@ -81,6 +81,10 @@ impl StandIn {
         if row.status != "creating" {
             // Cinder would call it failed; but it may have been made already.
             info!(backup = %id, status = row.status, "not to be made any more");
+            let used = self.use_of(id);
+            // Whoever is at it ends first.
+            let _turn = used.turn.lock().await;
+            self.database.give_source_back(&row.id).await?;
             return Ok(Value::Null);
         }
         self.tell_start(request, id, CREATE).await;
@@ -177,6 +181,7 @@ impl StandIn {
                 }
                 _ => {}
             }
+            self.database.give_source_back(&row.id).await?;
             self.remove_temporary(&request.context, &row).await?;
             return Ok(Value::Null);
         }

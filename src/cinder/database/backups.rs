@@ -108,9 +108,9 @@ impl Database {
         self.again(&format!("change backup {id}"), attempt).await
     }
 
-    /// Ends a backup whose data are complete: it becomes `available`, as large as its volume and with `changes`, unless it is no longer `creating`; its
-    /// parent counts it; its volume gets back the status it had, or its snapshot is `available`. Doing it again changes
-    /// nothing.
+    /// Ends a backup whose data are complete: it becomes `available`, as large as its volume and with `changes`, unless it is no
+    /// longer `creating`; its parent counts it; its volume gets back the status it had, or its snapshot is `available`. Doing it
+    /// again changes nothing.
     pub async fn finish_backup(&self, id: &str, changes: &Changes) -> Result<Finished> {
         let attempt = || async {
             let mut transaction = self.begin().await?;
@@ -159,6 +159,18 @@ impl Database {
         self.again(&format!("set backup {id} to error"), attempt).await
     }
 
+    /// Gives the volume or the snapshot of a backup back that nobody makes any more, as [`Database::fail_backup`] does, and
+    /// leaves the backup as it is.
+    pub async fn give_source_back(&self, id: &str) -> Result<()> {
+        let attempt = || async {
+            let mut transaction = self.begin().await?;
+            let Some(backup) = self.locked_backup(&mut transaction, id).await? else { return Ok(()) };
+            self.release_source(&mut transaction, &backup, "error_backing-up").await?;
+            transaction.commit().await
+        };
+        self.again(&format!("give back what backup {id} was made of"), attempt).await
+    }
+
     /// Ends the delete of a backup whose data are gone: its row stays, marked as deleted; its parent no longer counts it, and
     /// the project's quotas no longer hold it. Doing it again changes nothing. Whether it was done now.
     pub async fn delete_backup(&self, id: &str, refresh: &QuotaRefresh) -> Result<bool> {
@@ -195,13 +207,17 @@ impl Database {
         Ok(self.dialect.read(from, "id = ? FOR UPDATE", &[id.into()]).await?.pop())
     }
 
-    /// Gives what was backed up its status back, if it still waits for that.
+    /// Gives what was backed up its status back, if it still waits for that, and not for another backup.
     async fn release_source(
         &self,
         to: &mut AnyConnection,
         backup: &BackupRow,
         previous: &str,
     ) -> sqlx::Result<()> {
+        // A late word of one that is over must not free what is another one's by now.
+        if backup.status != "creating" && self.is_backed_up_by_another(to, backup).await? {
+            return Ok(());
+        }
         match &backup.snapshot_id {
             Some(snapshot) => {
                 let available = Changes::new().text("status", "available");
@@ -216,5 +232,21 @@ impl Database {
             }
         }
         Ok(())
+    }
+
+    /// Whether another backup is being made of the same.
+    async fn is_backed_up_by_another(
+        &self,
+        from: &mut AnyConnection,
+        backup: &BackupRow,
+    ) -> sqlx::Result<bool> {
+        let (of, source) = match &backup.snapshot_id {
+            Some(snapshot) => ("snapshot_id = ?", snapshot),
+            None => ("volume_id = ? AND snapshot_id IS NULL", &backup.volume_id),
+        };
+        let condition = format!("{of} AND id <> ? AND status = 'creating' AND deleted = false");
+        let others: Vec<BackupRow> =
+            self.dialect.read(from, &condition, &[source.into(), Bound::from(&backup.id)]).await?;
+        Ok(!others.is_empty())
     }
 }
