@@ -337,6 +337,26 @@ async fn a_backup_ends_once_and_gives_its_volume_back(#[values(Sqlite, MariaDb, 
     stage.database.finish_backup(&second, &full).await.unwrap();
     assert_eq!(stage.database.backup(&parent).await.unwrap().unwrap().num_dependent_backups, 1);
 
+    // One that a person set to `available` before it was made is made, and fails, all the same; once.
+    for status in ["available", "restoring"] {
+        for (made, expected) in [(true, status), (false, "error")] {
+            let given_out = stage.backup(&volume, None);
+            stage.ask("set", json!({ "table": "backups", "id": given_out, "status": status }));
+            match made {
+                true => {
+                    for _ in 0..2 {
+                        let finished = stage.database.finish_backup(&given_out, &changes).await.unwrap();
+                        assert_eq!(finished, Finished::Available);
+                    }
+                    assert!(!stage.database.fail_backup(&given_out, "late").await.unwrap());
+                }
+                false => assert!(stage.database.fail_backup(&given_out, "reason").await.unwrap()),
+            }
+            let row = stage.database.backup(&given_out).await.unwrap().unwrap();
+            assert_eq!((row.status.as_str(), row.object_count), (expected, if made { 3 } else { 0 }));
+        }
+    }
+
     // What somebody else did in between stays.
     let aborted = stage.backup(&volume, Some(&parent));
     assert!(

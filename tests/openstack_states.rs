@@ -177,6 +177,32 @@ fn the_volume_of_a_backup_that_was_given_up_before_its_message_came_is_free_agai
     assert_eq!(openstack.ok(&["show", &ids[1]])["status"], "error");
 }
 
+/// `cinder backup-reset-state` does that if nothing else is said, and Cinder's own service goes on with the backup.
+#[test]
+fn a_backup_that_is_set_to_available_before_it_is_made_is_made() {
+    let (ceph, mut openstack, worker) = backhaul_beside_cinder("posix");
+    let host = openstack.host().to_owned();
+    let (at_work, copied) = (openstack.volume(), openstack.volume());
+    image(&ceph, &at_work).write(&[(0, &noise(1, 8 * MIB))]);
+    image(&ceph, &at_work).slow_down(1 << 20);
+    let first = openstack.begin_backup(&at_work, &[]);
+    until("it is begun", || worker.log().contains("started method"));
+    let second = text(&openstack.ok(&["abandon", &copied, &host])["id"]);
+    for backup in [&first, &second] {
+        openstack.ok(&["reset", backup, "available"]);
+    }
+    openstack.ok(&["pass-on", &second]);
+
+    for (backup, volume) in [(&first, &at_work), (&second, &copied)] {
+        until("its volume is free", || openstack.ok(&["volume", volume])["status"] == "available");
+        let made = openstack.ok(&["show", backup]);
+        assert_eq!(made["status"], "available", "{made}\n{}", worker.log());
+        assert!(made["service_metadata"].is_string(), "{made}\n{}", worker.log());
+        let content = ceph.content(image(&ceph, volume).spec());
+        assert_holds(&ceph, &openstack.restore(&[backup]), &content);
+    }
+}
+
 #[test]
 fn the_worker_answers_what_it_does_not_know_as_oslo_does_and_the_scheduler_when_it_asks() {
     let (ceph, openstack) = (Ceph::shared(), Openstack::shared());

@@ -84,7 +84,9 @@ impl StandIn {
             let used = self.use_of(id);
             // Whoever is at it ends first.
             let _turn = used.turn.lock().await;
-            self.database.give_source_back(&row.id).await?;
+            if !row.awaits_end() {
+                self.database.give_source_back(&row.id).await?;
+            }
             return Ok(Value::Null);
         }
         self.tell_start(request, id, CREATE).await;
@@ -172,7 +174,7 @@ impl StandIn {
             snapshot: snapshot.as_ref().map(|snapshot| snapshot.id.as_str()),
             secure: Some(secure_enabled),
         });
-        if row.status != "creating" {
+        if !self.is_awaited(&row).await? {
             info!(backup = %id, status = row.status, "not to be made any more");
             match (incoming.redelivered, row.status.as_str(), wanted) {
                 (true, "available", _) => self.tell_end(request, id, CREATE).await,
@@ -193,7 +195,7 @@ impl StandIn {
             return fail(Detail::Attach, &reason).await;
         };
         let _place = self.place(&row).await?;
-        let unwanted = self.await_other_status(id, &used.cancel, Some("creating"));
+        let unwanted = self.await_other_status(id, &used.cancel, BEING_MADE);
         let attachment = self.attach(wanted, unwanted).await;
         let ran = match &attachment.attached {
             Ok(attached) => self.make(request, id, &row, attached, &used.cancel).await,
@@ -281,7 +283,7 @@ impl StandIn {
         let job_id = id.to_string().parse().unwrap_or_else(|_| JobId::random());
         let job = Job { id: job_id, store: None, deadline: None, work: Work::Backup(work) };
         let progress = Progress { worker: self, request, id, action: CREATE };
-        self.run(&engine, &job, cancel, Some("creating"), &progress).await
+        self.run(&engine, &job, cancel, BEING_MADE, &progress).await
     }
 
     /// What the row of a backup says once it is made, as Cinder's driver would have it.
@@ -357,7 +359,7 @@ impl StandIn {
             Ok(volumes) => volumes,
             Err(problem) => return fail(Detail::Attach, &problem.to_string()).await,
         };
-        let unwanted = self.await_other_status(id, &used.cancel, Some("restoring"));
+        let unwanted = self.await_other_status(id, &used.cancel, BEING_RESTORED);
         let attachment = self.attach(wanted(volumes), unwanted).await;
         let ran = match &attachment.attached {
             Ok(attached) => {
@@ -419,7 +421,7 @@ impl StandIn {
             RestoreWork { backup_id: id, target: attached.location.clone(), volume_id: Some(volume_id) };
         let job = Job { id: job_id, store: None, deadline: None, work: Work::Restore(work) };
         let progress = Progress { worker: self, request, id, action: RESTORE };
-        let mut ran = self.run(&engine, &job, cancel, Some("restoring"), &progress).await?;
+        let mut ran = self.run(&engine, &job, cancel, BEING_RESTORED, &progress).await?;
         if let (Ran::Succeeded, Some(meta)) = (&ran, &meta) {
             match self.database.restore_volume_meta(&volume.id, meta, &rekeyed.changes).await {
                 Ok(()) => {}
@@ -646,6 +648,22 @@ impl StandIn {
         })
     }
 
+    /// Whether a backup is still to be made.
+    async fn is_awaited(&self, row: &BackupRow) -> Result<bool, database::Error> {
+        if row.status == "creating" {
+            return Ok(true);
+        }
+        if !row.awaits_end() {
+            return Ok(false);
+        }
+        // It may be one that was made, and has nothing that its row must say.
+        let status = match &row.snapshot_id {
+            Some(id) => self.database.snapshot(id).await?.map(|found| found.status),
+            None => self.database.volume(&row.volume_id).await?.map(|found| found.status),
+        };
+        Ok(status.as_deref() == Some("backing-up"))
+    }
+
     /// Whether nobody uses a volume, as far as Cinder knows.
     async fn is_free(&self, id: VolumeId) -> Result<bool, database::Error> {
         let columns = self.database.volume_columns(&id.to_string()).await?.unwrap_or_default();
@@ -752,6 +770,11 @@ pub(super) fn service_of(volume: &VolumeRow) -> Option<&str> {
     names.into_iter().flatten().find(|name| !name.is_empty())?.split('#').next()
 }
 
+/// What a backup may be while it is made. Whoever sets it to `available`, as `cinder backup-reset-state` does if nothing else
+/// is said, does not want its end, and a backup that is given out as whole must become so.
+const BEING_MADE: &[&str] = &["creating", "available", "restoring"];
+/// What it is while it is restored.
+const BEING_RESTORED: &[&str] = &["restoring"];
 /// What a volume is that waits for a backup to be put onto it.
 const AWAITING: [&str; 2] = ["restoring-backup", "creating"];
 

@@ -88,13 +88,13 @@ impl StandIn {
         }
     }
 
-    /// Runs a job to its end, for as long as its backup has this status.
+    /// Runs a job to its end, for as long as its backup has one of these statuses; whichever it has if these are none.
     pub(super) async fn run(
         &self,
         engine: &Engine,
         job: &Job,
         cancel: &CancellationToken,
-        status: Option<&str>,
+        statuses: &[&str],
         sink: &dyn EventSink,
     ) -> Result<Ran, Trouble> {
         let hand_back = self.hand_back.clone();
@@ -122,7 +122,7 @@ impl StandIn {
             }
         };
         let watched = async {
-            self.await_other_status(job.backup_id(), cancel, status).await;
+            self.await_other_status(job.backup_id(), cancel, statuses).await;
             info!(backup = %job.backup_id(), "cancelling");
             ctx.cancel.cancel();
             std::future::pending().await
@@ -141,21 +141,21 @@ impl StandIn {
         })
     }
 
-    /// Waits until somebody wants the end of what is done with a backup.
+    /// Waits until somebody wants the end of what is done with a backup, for which it may have these statuses, or any.
     pub(super) async fn await_other_status(
         &self,
         id: BackupId,
         cancel: &CancellationToken,
-        status: Option<&str>,
+        statuses: &[&str],
     ) {
         loop {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = sleep(STATUS_LOOK) => {}
             }
-            if let Some(status) = status
+            if !statuses.is_empty()
                 && let Ok(row) = self.database.backup_even_if_deleted(&id.to_string()).await
-                && row.is_none_or(|row| row.status != status)
+                && row.is_none_or(|row| !statuses.contains(&row.status.as_str()))
             {
                 return;
             }
@@ -200,7 +200,7 @@ impl StandIn {
             }
         }
         let job = Job { id: job_id, store: None, deadline: None, work: Work::Delete(id) };
-        self.run(&engine, &job, &CancellationToken::new(), None, &Unheard).await
+        self.run(&engine, &job, &CancellationToken::new(), &[], &Unheard).await
     }
 
     /// Makes a backup known to the store that Cinder's own service made, and those that it builds on.

@@ -66,6 +66,18 @@ table! {
     }
 }
 
+impl BackupRow {
+    /// Whether it is still to be made, as far as its row says: a person may have set it to `available` meanwhile, which makes
+    /// nobody end what is at work. What its driver needs to find it is written at its end.
+    pub fn awaits_end(&self) -> bool {
+        let is_unwritten = || GIVEN_OUT.contains(&self.status.as_str()) && self.service_metadata.is_none();
+        !self.deleted && (self.status == "creating" || is_unwritten())
+    }
+}
+
+/// What the status is of a backup that is given out as whole.
+const GIVEN_OUT: [&str; 2] = ["available", "restoring"];
+
 /// What became of a backup whose data are complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finished {
@@ -108,16 +120,19 @@ impl Database {
         self.again(&format!("change backup {id}"), attempt).await
     }
 
-    /// Ends a backup whose data are complete: it becomes `available`, as large as its volume and with `changes`, unless it is no
-    /// longer `creating`; its parent counts it; its volume gets back the status it had, or its snapshot is `available`. Doing it
-    /// again changes nothing.
+    /// Ends a backup whose data are complete: it becomes `available`, as large as its volume and with `changes`, unless it does
+    /// not [await that](BackupRow::awaits_end) any more; its parent counts it; its volume gets back the status it had, or its
+    /// snapshot is `available`. Doing it again changes nothing.
     pub async fn finish_backup(&self, id: &str, changes: &Changes) -> Result<Finished> {
         let attempt = || async {
             let mut transaction = self.begin().await?;
             let Some(backup) = self.locked_backup(&mut transaction, id).await? else { return Ok(None) };
             self.release_source(&mut transaction, &backup, "backing-up").await?;
-            let finished = if backup.status == "creating" && !backup.deleted {
-                let mut all = Changes::new().text("status", "available");
+            let finished = if backup.awaits_end() {
+                let mut all = Changes::new();
+                if backup.status == "creating" {
+                    all = all.text("status", "available");
+                }
                 let volume =
                     self.dialect.read(&mut transaction, "id = ?", &[Bound::from(&backup.volume_id)]).await?;
                 if let Some(VolumeRow { size, .. }) = volume.into_iter().next() {
@@ -132,7 +147,7 @@ impl Database {
                 let sql = format!("UPDATE backups SET {count}, updated_at = ?time WHERE {parent}");
                 self.dialect.execute(&mut transaction, &sql, &[now().into(), id.into()]).await?;
                 Finished::Available
-            } else if backup.status == "available" {
+            } else if GIVEN_OUT.contains(&backup.status.as_str()) {
                 Finished::Available
             } else {
                 Finished::Aborted(backup.status)
@@ -144,15 +159,16 @@ impl Database {
         finished.ok_or_else(|| Error::NotThere { what: "backup", id: id.into() })
     }
 
-    /// Ends a backup that failed: it becomes `error` with the reason, unless it is no longer `creating`; its volume gets back
-    /// the status it had, or its snapshot is `available`. Whether it became `error`.
+    /// Ends a backup that failed: it becomes `error` with the reason, unless it does not [await an end](BackupRow::awaits_end)
+    /// any more; its volume gets back the status it had, or its snapshot is `available`. Whether it became `error`.
     pub async fn fail_backup(&self, id: &str, reason: &str) -> Result<bool> {
         let attempt = || async {
             let mut transaction = self.begin().await?;
             let Some(backup) = self.locked_backup(&mut transaction, id).await? else { return Ok(false) };
             self.release_source(&mut transaction, &backup, "error_backing-up").await?;
             let changes = Changes::new().text("status", "error").text("fail_reason", reason);
-            let failed = self.change(&mut transaction, "backups", id, &["creating"], &changes).await?;
+            let failed =
+                backup.awaits_end() && self.change(&mut transaction, "backups", id, &[], &changes).await?;
             transaction.commit().await?;
             Ok(failed)
         };
