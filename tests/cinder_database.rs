@@ -466,6 +466,30 @@ async fn a_restore_ends_in_the_status_that_cinder_gives(#[values(Sqlite, MariaDb
             assert_eq!(stage.database.backup(&backup).await.unwrap().unwrap().status, "available");
         }
     }
+    // A message of a restore that is over says nothing of one to another volume.
+    let other = stage.create("volumes", json!({ "size": 2, "status": "restoring-backup" }));
+    for (of, expected) in
+        [(json!(other), "restoring"), (json!(original), "available"), (json!(null), "available")]
+    {
+        for refused in [true, false] {
+            let target =
+                json!({ "table": "backups", "id": backup, "status": "restoring", "restore_volume_id": of });
+            stage.ask("set", target);
+            match refused {
+                true => {
+                    let was_done = stage.database.refuse_restore(&backup, &original).await.unwrap();
+                    assert_eq!(was_done, expected == "available");
+                }
+                false => stage.database.finish_restore(&backup, &original, Restored::Done).await.unwrap(),
+            }
+            assert_eq!(stage.columns("backups", &backup, &["status"]), texts([expected]), "{of} {refused}");
+        }
+    }
+    stage.ask(
+        "set",
+        json!({ "table": "backups", "id": backup, "status": "restoring", "restore_volume_id": null }),
+    );
+
     // In its own place it is marked only if it held another backup.
     for (mark, expected) in [(None, None), (Some("other"), Some(backup.clone()))] {
         stage.ask("set", json!({ "table": "volumes", "id": original, "status": "restoring-backup" }));

@@ -321,9 +321,8 @@ impl StandIn {
         let is_done = volume.as_ref().is_some_and(|volume| volume.status == "available");
         let Some(volume) = volume.filter(|volume| AWAITING.contains(&volume.status.as_str())) else {
             info!(backup = %id, volume = %volume_id, "the volume does not wait for a restore any more");
-            let changes = Changes::new().text("status", "available");
             // After a restore that was done neither waits for anything.
-            if self.database.change_backup(&row.id, &["restoring"], &changes).await? {
+            if self.database.refuse_restore(&row.id, &volume_id.to_string()).await? {
                 let reason = "Restore backup aborted, the volume does not wait for a restore any more.";
                 self.tell_error(request, id, RESTORE, reason).await;
                 let volume = ("VOLUME_BACKUP", &*volume_id.to_string());

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::{Changes, Database, Error, Result, VolumeRow};
+use sqlx::AnyConnection;
+
+use super::{BackupRow, Changes, Database, Error, Result, VolumeRow};
 
 /// How a restore ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,8 +24,9 @@ const SOURCE: &str = "src_backup_id";
 
 impl Database {
     /// Ends a restore: the volume becomes `available`, `error` if it was cancelled or refused, or `error_restoring`, if it still
-    /// waits for that; the backup becomes `available`, if it is still `restoring`. A volume that holds another one's backup now says
-    /// so. Doing it again changes nothing. If the volume is gone, that is told after the backup was changed.
+    /// waits for that; the backup becomes `available`, if it is still `restoring`, and not to another volume since. A volume that
+    /// holds another one's backup now says so. Doing it again changes nothing. If the volume is gone, that is told after the
+    /// backup was changed.
     pub async fn finish_restore(&self, id: &str, volume_id: &str, restored: Restored) -> Result<()> {
         let attempt = || async {
             let mut transaction = self.begin().await?;
@@ -33,8 +36,7 @@ impl Database {
             let condition = "id = ? AND deleted = false FOR UPDATE";
             let volumes: Vec<VolumeRow> =
                 self.dialect.read(&mut transaction, condition, &[volume_id.into()]).await?;
-            let available = Changes::new().text("status", "available");
-            self.change(&mut transaction, "backups", id, &["restoring"], &available).await?;
+            self.give_restored_back(&mut transaction, &backup, volume_id).await?;
             let Some(volume) = volumes.into_iter().next() else {
                 transaction.commit().await?;
                 return Ok(Some("volume"));
@@ -66,5 +68,29 @@ impl Database {
             self.again(&format!("finish the restore of backup {id} to volume {volume_id}"), attempt).await?;
         let id = |what| if what == "volume" { volume_id } else { id };
         missing.map_or(Ok(()), |what| Err(Error::NotThere { what, id: id(what).into() }))
+    }
+
+    /// Makes a backup `available` that was to be restored to a volume which does not wait for that, if it is still `restoring`,
+    /// and not to another volume since. Whether that was done.
+    pub async fn refuse_restore(&self, id: &str, volume_id: &str) -> Result<bool> {
+        let attempt = || async {
+            let mut transaction = self.begin().await?;
+            let Some(backup) = self.locked_backup(&mut transaction, id).await? else { return Ok(false) };
+            let changed = self.give_restored_back(&mut transaction, &backup, volume_id).await?;
+            transaction.commit().await?;
+            Ok(changed)
+        };
+        self.again(&format!("end the restore of backup {id} to volume {volume_id}"), attempt).await
+    }
+
+    async fn give_restored_back(
+        &self,
+        to: &mut AnyConnection,
+        backup: &BackupRow,
+        volume_id: &str,
+    ) -> sqlx::Result<bool> {
+        let is_of_this = backup.restore_volume_id.as_deref().is_none_or(|id| id == volume_id);
+        let available = Changes::new().text("status", "available");
+        Ok(is_of_this && self.change(to, "backups", &backup.id, &["restoring"], &available).await?)
     }
 }
