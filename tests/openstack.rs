@@ -146,6 +146,46 @@ fn cinders_own_service_goes_on_where_we_stopped_and_we_where_it_stopped(
     }
 }
 
+#[rstest]
+fn a_backup_that_cinders_own_service_was_handed_in_the_middle_is_used_and_deleted(
+    #[values("ceph", "posix")] driver: &str,
+) {
+    let (ceph, mut openstack, worker) = backhaul_beside_cinder(driver);
+    let volume = openstack.volume();
+    let image = image(&ceph, &volume);
+    image.write(&[(0, &noise(1, 2 * MIB))]);
+    let full = text(&openstack.backup(&volume, &[])["id"]);
+    image.write(&[(MIB as u64, &noise(2, 24 * MIB))]);
+    image.slow_down(2 << 20);
+    let handed_on = openstack.begin_backup(&volume, &["--incremental"]);
+    // Then there is a record of it.
+    until("its snapshot is there", || ceph.rbd(&["snap", "ls", image.spec()]).contains(&handed_on));
+    drop(worker);
+    image.hurry();
+    let cinder = openstack.cinder_backup(driver, ceph.conf());
+    // It gives up what was left first, and is then handed the message.
+    until("Cinder has made it", || openstack.ok(&["show", &handed_on])["status"] == "available");
+    let content = ceph.content(image.spec());
+    cinder.stop();
+
+    let worker = openstack.backhaul(driver, ceph.conf());
+    image.write(&[(40 << 20, &noise(3, MIB))]);
+    let next = openstack.backup(&volume, &["--incremental"]);
+    assert_eq!(next["status"], "available", "{next}\n{}", worker.log());
+    assert_eq!(next["parent_id"], handed_on, "{next}\n{}", worker.log());
+    assert_holds(&ceph, &openstack.restore(&[&handed_on]), &content);
+    let next = text(&next["id"]);
+    assert_holds(&ceph, &openstack.restore(&[&next]), &ceph.content(image.spec()));
+
+    for backup in [&next, &handed_on, &full] {
+        let deleted = openstack.delete(backup);
+        assert_eq!(deleted["status"], "deleted", "{deleted}\n{}", worker.log());
+        assert!(!openstack.files().iter().any(|path| path.contains(backup)), "{:?}", openstack.files());
+    }
+    assert_eq!(ceph.names_with("backups", &[&volume, &full, &handed_on, &next]), [""; 0]);
+    assert_eq!(ceph.rbd(&["snap", "ls", image.spec()]), "", "snapshots of backups stay on the volume");
+}
+
 #[test]
 fn a_users_token_that_is_good_no_more_ends_the_request_and_not_the_worker() {
     let (ceph, mut openstack, _worker) = backhaul_beside_cinder("swift of users");

@@ -797,7 +797,45 @@ impl Engine {
 
     /// Takes in a backup that Cinder exported, whose objects lie in this store; its parent goes first. All of the
     /// backup is looked at, none of its data: `verify` does that.
-    pub async fn import(&self, mut record: Record) -> Result<Record, Error> {
+    pub async fn import(&self, record: Record) -> Result<Record, Error> {
+        let record = self.inspected(record).await?;
+        match self.catalog.create(&record).await {
+            // Its data lies here, so that the way out of the error on a new backup, a delete, would cost it.
+            Err(Error::BackupExists(backup_id)) => {
+                Err(Error::NotImportable { backup_id, why: "it is in this store already".into() })
+            }
+            result => result.map(|()| record),
+        }
+    }
+
+    /// Takes in a backup that Cinder made after an attempt of ours had been given up, of which the store has the record
+    /// `earlier`: what that one has stored is removed. If it still lives, it finds that out, as when another one takes over.
+    pub async fn import_over(&self, earlier: &Record, record: Record) -> Result<(), Error> {
+        let record = self.inspected(record).await?;
+        let record = self.displace(earlier, record).await?;
+        self.remove_attempt(earlier, Some(&record)).await
+    }
+
+    /// Takes in what there is of a backup of Cinder's that is no whole one, and why it is not, only to be deleted; over the
+    /// record of an attempt of ours, as [`Engine::import_over`], if there is one.
+    pub async fn import_to_delete(
+        &self,
+        earlier: Option<&Record>,
+        mut record: Record,
+        problem: Problem,
+    ) -> Result<(), Error> {
+        record.state = RecordState::Error(problem);
+        match earlier {
+            Some(earlier) => {
+                let record = self.displace(earlier, record).await?;
+                self.remove_attempt(earlier, Some(&record)).await
+            }
+            None => self.catalog.create(&record).await,
+        }
+    }
+
+    /// Looks at all of a backup of Cinder's but its data, and makes its record that of a whole one.
+    async fn inspected(&self, mut record: Record) -> Result<Record, Error> {
         let parent = match record.parent_id {
             Some(id) if self.catalog.record(id).await?.is_none() => {
                 let why = format!("it builds on {id}, which is not in this store: take that one in first");
@@ -813,19 +851,7 @@ impl Engine {
             Format::Rbd(rbd) => rbd.inspect(&mut record).await?,
         }
         record.state = RecordState::Available;
-        match self.catalog.create(&record).await {
-            // Its data lies here, so that the way out of the error on a new backup, a delete, would cost it.
-            Err(Error::BackupExists(backup_id)) => {
-                Err(Error::NotImportable { backup_id, why: "it is in this store already".into() })
-            }
-            result => result.map(|()| record),
-        }
-    }
-
-    /// Takes in what there is of a backup of Cinder's that is no whole one, and why it is not, only to be deleted.
-    pub async fn import_to_delete(&self, mut record: Record, problem: Problem) -> Result<(), Error> {
-        record.state = RecordState::Error(problem);
-        self.catalog.create(&record).await
+        Ok(record)
     }
 }
 

@@ -8,12 +8,13 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{StandIn, Trouble, stores};
+use super::{Driver, StandIn, Trouble, stores};
+use crate::cinder::database::BackupRow;
 use crate::cinder::export_record;
 use crate::engine::{self, Engine};
 use crate::error::{Causes, Class, Problem};
 use crate::event::{self, EventSink};
-use crate::job::{BackupId, Context, Event, Job, JobId, Outcome, Record, Work};
+use crate::job::{BackupId, Context, Event, Job, JobId, Outcome, Record, RecordState, Work};
 use crate::message::oslo::Request;
 use crate::runner::{self, Attempts, Ended, Every, Report};
 
@@ -169,18 +170,17 @@ impl StandIn {
             Ok(record) => record,
             Err(error) => return Ok(Ran::Failed(lasting(error)?)),
         };
-        if record.is_none()
+        if record.as_ref().is_none_or(|record| matches!(record.state, RecordState::Creating(_)))
             && let Err(problem) = self.take_in(&engine, id).await?
         {
-            if problem.class == Class::Transient {
-                return Err(Trouble::Later(problem.to_string()));
-            }
             // Cinder has left less than a backup, or nothing at all.
             match self.record_of(id).await? {
-                Ok(record) => match engine.import_to_delete(record, problem).await {
+                Ok(left) => match engine.import_to_delete(record.as_ref(), left, problem).await {
                     Ok(()) | Err(engine::Error::BackupExists(_)) => {}
-                    Err(error) => return Ok(error.into()),
+                    Err(error) => return Ok(Ran::Failed(lasting(error)?)),
                 },
+                // Of ours there is something.
+                Err(_) if record.is_some() => {}
                 Err(why) => {
                     info!(backup = %id, %why, "there is nothing of the backup in the store");
                     return Ok(Ran::Succeeded);
@@ -212,31 +212,54 @@ impl StandIn {
         let mut unknown = Vec::new();
         let mut next = Some(id);
         while let Some(id) = next {
-            match engine.catalog().record(id).await {
-                Ok(None) => {}
-                Ok(Some(_)) => break,
+            let earlier = match engine.catalog().record(id).await {
+                Ok(earlier) => earlier,
                 Err(error) => return Ok(Err(lasting(error)?)),
-            }
+            };
             let row =
                 self.database.backup(&id.to_string()).await?.filter(|_| unknown.len() < CHAIN_COUNT_MAX);
+            if let Some(earlier) = &earlier
+                && !row.as_ref().is_some_and(|row| self.is_made_over(row, earlier))
+            {
+                break;
+            }
             let Some(row) = row else {
                 let message = format!("backup {id} is unknown to Cinder and to the store");
                 return Ok(Err(Problem { class: Class::Permanent, message, causes: Vec::new() }));
             };
-            unknown.push(id);
+            unknown.push((id, earlier));
             next = row.parent_id.and_then(|id| id.parse().ok());
         }
-        for id in unknown.into_iter().rev() {
+        for (id, earlier) in unknown.into_iter().rev() {
             let record = match self.record_of(id).await? {
                 Ok(record) => record,
                 Err(problem) => return Ok(Err(problem)),
             };
-            match engine.import(record).await {
-                Ok(_) => info!(backup = %id, "a backup that Cinder made was taken in"),
-                Err(error) => return Ok(Err(Problem::new(error.class(), &error))),
+            let taken = match &earlier {
+                Some(earlier) => engine.import_over(earlier, record).await,
+                None => engine.import(record).await.map(drop),
+            };
+            match taken {
+                Ok(()) => info!(backup = %id, "a backup that Cinder made was taken in"),
+                Err(error) => return Ok(Err(lasting(error)?)),
             }
         }
         Ok(Ok(()))
+    }
+
+    /// Whether Cinder's own service was handed the message of a backup that we had begun, by what its row says: ours says
+    /// where a backup is once its record is that of a whole one.
+    fn is_made_over(&self, row: &BackupRow, earlier: &Record) -> bool {
+        let is_given_out = ["available", "restoring", "deleting"].contains(&row.status.as_str());
+        let is_elsewhere = match self.driver {
+            // Its names are the same, and an attempt says in the image that it is its own.
+            Driver::Ceph => true,
+            _ => row.service_metadata.as_ref() != Some(&earlier.service_metadata),
+        };
+        matches!(earlier.state, RecordState::Creating(_))
+            && is_given_out
+            && row.service_metadata.is_some()
+            && is_elsewhere
     }
 
     /// The record of a backup, made of its row.
