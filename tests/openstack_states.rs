@@ -204,6 +204,29 @@ fn a_backup_that_is_set_to_available_before_it_is_made_is_made() {
 }
 
 #[test]
+fn what_waits_for_its_turn_and_is_not_wanted_any_more_ends_at_once() {
+    let (ceph, mut openstack) = (Ceph::shared(), Openstack::shared());
+    let worker = openstack.backhaul_with("posix", ceph.conf(), "backup_max_operations = 1");
+    let (_, restored) = volume_and_backup(&ceph, &mut openstack);
+    let (at_work, waiting, target) = (openstack.volume(), openstack.volume(), openstack.volume());
+    image(&ceph, &at_work).write(&[(0, &noise(1, 32 * MIB))]);
+    image(&ceph, &at_work).slow_down(1 << 18);
+    let first = openstack.begin_backup(&at_work, &[]);
+    until("it is begun", || worker.log().matches("started method").count() == 2);
+    let second = openstack.begin_backup(&waiting, &[]);
+    until("it is taken on", || openstack.ok(&["show", &second])["service"].is_string());
+    openstack.ok(&["restore", &restored, &target]);
+
+    openstack.ok(&["delete", &second, "--force"]);
+    openstack.ok(&["reset", &restored, "available"]);
+
+    assert_eq!(openstack.ok(&["settled", &second])["status"], "deleted", "{}", worker.log());
+    until("the volume is free", || openstack.ok(&["volume", &waiting])["status"] == "available");
+    assert_eq!(status_after_restore(&mut openstack, &target), "error", "{}", worker.log());
+    assert_eq!(openstack.ok(&["show", &first])["status"], "creating", "too late");
+}
+
+#[test]
 fn the_worker_answers_what_it_does_not_know_as_oslo_does_and_the_scheduler_when_it_asks() {
     let (ceph, openstack) = (Ceph::shared(), Openstack::shared());
     // Otherwise it would tell the scheduler without being asked.

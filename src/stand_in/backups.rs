@@ -175,17 +175,7 @@ impl StandIn {
             secure: Some(secure_enabled),
         });
         if !self.is_awaited(&row).await? {
-            info!(backup = %id, status = row.status, "not to be made any more");
-            match (incoming.redelivered, row.status.as_str(), wanted) {
-                (true, "available", _) => self.tell_end(request, id, CREATE).await,
-                (true, _, Some(wanted)) if self.is_free(wanted.volumes.volume_id()).await? => {
-                    self.detach_left(wanted).await;
-                }
-                _ => {}
-            }
-            self.database.give_source_back(&row.id).await?;
-            self.remove_temporary(&request.context, &row).await?;
-            return Ok(Value::Null);
+            return self.leave_backup(incoming, id, &row, wanted).await;
         }
         let Some(wanted) = wanted else {
             let reason = match &volume {
@@ -194,7 +184,12 @@ impl StandIn {
             };
             return fail(Detail::Attach, &reason).await;
         };
-        let _place = self.place(&row).await?;
+        let unwanted = self.await_other_status(id, &used.cancel, BEING_MADE);
+        let Some(_place) = self.place(&row, unwanted).await? else {
+            let left = self.leave_backup(incoming, id, &self.row(id).await?, Some(wanted)).await;
+            self.tell_end(request, id, CREATE).await;
+            return left;
+        };
         let unwanted = self.await_other_status(id, &used.cancel, BEING_MADE);
         let attachment = self.attach(wanted, unwanted).await;
         let ran = match &attachment.attached {
@@ -212,6 +207,28 @@ impl StandIn {
             self.remove_temporary(&context, &row).await?;
         }
         ended
+    }
+
+    /// Gives back what was to be read for a backup that is not to be made any more.
+    async fn leave_backup(
+        &self,
+        incoming: &Incoming,
+        id: BackupId,
+        row: &BackupRow,
+        wanted: Option<Wanted<'_>>,
+    ) -> Result<Value, Trouble> {
+        let request = &incoming.request;
+        info!(backup = %id, status = row.status, "not to be made any more");
+        match (incoming.redelivered, row.status.as_str(), wanted) {
+            (true, "available", _) => self.tell_end(request, id, CREATE).await,
+            (true, _, Some(wanted)) if self.is_free(wanted.volumes.volume_id()).await? => {
+                self.detach_left(wanted).await;
+            }
+            _ => {}
+        }
+        self.database.give_source_back(&row.id).await?;
+        self.remove_temporary(&request.context, row).await?;
+        Ok(Value::Null)
     }
 
     /// Writes down how a backup has ended; `detail` is where it has failed, if so.
@@ -353,10 +370,16 @@ impl StandIn {
             return end(Restored::Refused, Detail::Restore, &self.not_ours(&row)).await;
         }
         let fail = async |detail, reason: &str| end(Restored::Failed, detail, reason).await;
-        let _place = self.place(&row).await?;
         let volumes = match &volumes {
             Ok(volumes) => volumes,
             Err(problem) => return fail(Detail::Attach, &problem.to_string()).await,
+        };
+        let unwanted = self.await_other_status(id, &used.cancel, BEING_RESTORED);
+        let Some(_place) = self.place(&row, unwanted).await? else {
+            if incoming.redelivered {
+                self.detach_left(wanted(volumes)).await;
+            }
+            return self.end_cancelled_restore(request, id, volume_id).await;
         };
         let unwanted = self.await_other_status(id, &used.cancel, BEING_RESTORED);
         let attachment = self.attach(wanted(volumes), unwanted).await;
@@ -377,17 +400,24 @@ impl StandIn {
                 self.tell_end(request, id, RESTORE).await;
                 Ok(Value::Null)
             }
-            Ran::Cancelled => {
-                self.database.finish_restore(&row.id, &volume.id, Restored::Cancelled).await?;
-                info!(backup = %id, volume = %volume_id, "restore cancelled");
-                self.tell_end(request, id, RESTORE).await;
-                Ok(Value::Null)
-            }
+            Ran::Cancelled => self.end_cancelled_restore(request, id, volume_id).await,
             Ran::Failed(problem) => {
                 let detail = if is_attached { Detail::Restore } else { Detail::Attach };
                 fail(detail, &problem.to_string()).await
             }
         }
+    }
+
+    async fn end_cancelled_restore(
+        &self,
+        request: &Request,
+        id: BackupId,
+        volume_id: VolumeId,
+    ) -> Result<Value, Trouble> {
+        self.database.finish_restore(&id.to_string(), &volume_id.to_string(), Restored::Cancelled).await?;
+        info!(backup = %id, volume = %volume_id, "restore cancelled");
+        self.tell_end(request, id, RESTORE).await;
+        Ok(Value::Null)
     }
 
     async fn put_back(
@@ -750,10 +780,18 @@ impl StandIn {
         }
     }
 
-    /// Waits for a turn among the backups and restores.
-    async fn place(&self, row: &BackupRow) -> Result<Place, Trouble> {
+    /// Waits for a turn among the backups and restores; none if what it is for is `unwanted` first.
+    async fn place(
+        &self,
+        row: &BackupRow,
+        unwanted: impl Future<Output = ()>,
+    ) -> Result<Option<Place>, Trouble> {
         tokio::select! {
-            place = self.places.take(row.project_id.clone(), Timestamp::now()) => place.ok_or(Trouble::HandedBack),
+            place = self.places.take(row.project_id.clone(), Timestamp::now()) => match place {
+                Some(place) => Ok(Some(place)),
+                None => Err(Trouble::HandedBack),
+            },
+            () = unwanted => Ok(None),
             () = self.hand_back.cancelled() => Err(Trouble::HandedBack),
         }
     }
