@@ -265,6 +265,23 @@ fn the_scheduler_knows_of_a_worker_within_a_second_of_its_start() {
 }
 
 #[test]
+fn a_worker_whose_row_was_removed_is_among_the_services_again() {
+    let (_ceph, mut openstack, worker) = backhaul_beside_cinder("posix");
+    let host = openstack.host().to_owned();
+    let is_up = |openstack: &mut Openstack| {
+        let services = openstack.ok(&["services"]);
+        services.as_array().unwrap().iter().any(|service| service["host"] == host && service["up"] == true)
+    };
+    until("it is among the services", || is_up(&mut openstack));
+
+    // As `cinder-manage service remove` does it.
+    openstack.sql(&format!("UPDATE services SET deleted = true WHERE host = '{host}'"));
+
+    until("its row is found to be gone", || worker.log().contains("entered anew"));
+    until("it is among the services again", || is_up(&mut openstack));
+}
+
+#[test]
 fn the_volume_service_is_told_of_each_volume_that_it_is_used_no_more() {
     let (ceph, mut openstack, worker) = backhaul_beside_cinder("posix");
     let (_, backup) = volume_and_backup(&ceph, &mut openstack);

@@ -189,7 +189,7 @@ impl StandIn {
     async fn work(self: &Arc<Self>, shutdown: &Shutdown) -> Result<(), Error> {
         let started = async {
             self.reach_store().await;
-            let service = self.register().await?;
+            let service = Arc::new(tokio::sync::Mutex::new(self.register().await?));
             let requests = self.rpc.serve(TOPIC, &self.host, 0).await?;
             Ok::<_, Error>((service, requests))
         };
@@ -215,8 +215,8 @@ impl StandIn {
             tokio::select! {
                 Some(incoming) = requests.next() => self.begin(incoming, &mut running),
                 _ = beats.tick() => {
-                    let worker = self.clone();
-                    running.spawn(async move { worker.beat(service).await });
+                    let (worker, service) = (self.clone(), service.clone());
+                    running.spawn(async move { worker.beat(&service).await });
                 }
                 _ = reports.tick() => {
                     let worker = self.clone();
@@ -254,7 +254,7 @@ impl StandIn {
     }
 
     /// Enters this worker among Cinder's services.
-    async fn register(&self) -> Result<i64, Error> {
+    async fn register(&self) -> Result<i64, database::Error> {
         let registration = Registration {
             host: &self.host,
             availability_zone: &self.capabilities.availability_zone,
@@ -265,17 +265,23 @@ impl StandIn {
         Ok(self.database.register_service(&registration).await?.id)
     }
 
-    /// Shows that the worker lives.
-    async fn beat(&self, service: i64) {
-        match self.database.report_service(service, &self.capabilities.availability_zone).await {
-            Ok(true) => {}
-            Ok(false) => {
-                warn!("the row of this worker among Cinder's services is gone: restart it to have it back")
-            }
-            Err(error) => {
-                warn!(error = %Causes(&error), "the database could not be told that this worker lives");
-            }
+    /// Shows that the worker lives, in a row of its own, which is made again if somebody has removed it.
+    async fn beat(&self, service: &tokio::sync::Mutex<i64>) {
+        // Else the one before is still at it.
+        let Ok(mut service) = service.try_lock() else { return };
+        if let Err(error) = self.report_life(&mut service).await {
+            warn!(error = %Causes(&error), "the database could not be told that this worker lives");
         }
+    }
+
+    async fn report_life(&self, service: &mut i64) -> Result<(), database::Error> {
+        let zone = &self.capabilities.availability_zone;
+        if !self.database.report_service(*service, zone).await? {
+            warn!("the row of this worker among Cinder's services was gone: it is entered anew");
+            *service = self.register().await?;
+            self.database.report_service(*service, zone).await?;
+        }
+        Ok(())
     }
 
     /// Tells the schedulers whether backups are taken.
