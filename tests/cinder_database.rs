@@ -794,21 +794,49 @@ impl Drop for OwnServer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_of_the_server_ends_nothing_for_good() {
+async fn neither_a_change_by_another_one_nor_a_restart_of_the_server_ends_anything_for_good() {
     let (server, url) = OwnServer::start();
+    // As newer ones have it: a row that was changed since is told as an error, also where it is only waited for.
+    server.query("SET GLOBAL innodb_snapshot_isolation = ON");
     let mut stage = Stage::at(&url, TempDir::new().unwrap()).await;
     let volume = stage.volume();
     let backup = stage.backup(&volume, None);
+    let in_state = |what: &str, state: &str| {
+        format!("SELECT {what} FROM information_schema.processlist WHERE state = '{state}'")
+    };
+    let sleeping = in_state("COUNT(*)", "User sleep");
+    let waiting = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'";
+
+    let child = stage.backup(&volume, Some(&backup));
+    let run = |sql: &str| {
+        let mut client = server.command("sql", &["--execute", sql]);
+        client.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let holder = run("SELECT GET_LOCK('go', 600); SELECT SLEEP(600)");
+    server.until(&sleeping, |count| count == "1").await;
+    let other = run(&format!(
+        "BEGIN; UPDATE backups SET num_dependent_backups = 5 WHERE id = '{backup}'; SELECT GET_LOCK('go', 600); COMMIT"
+    ));
+    server.until(&in_state("COUNT(*)", "User lock"), |count| count == "1").await;
+    let (database, id) = (stage.database.clone(), child.clone());
+    let finishing = tokio::spawn(async move { database.finish_backup(&id, &Changes::new()).await });
+    server.until(waiting, |count| count == "1").await;
+    // Then the other one is done.
+    server.query(&format!("KILL {}", server.query(&in_state("id", "User sleep"))));
+    assert_eq!(finishing.await.unwrap().unwrap(), Finished::Available);
+    for mut client in [holder, other] {
+        client.wait().unwrap();
+    }
+    assert_eq!(stage.database.backup(&backup).await.unwrap().unwrap().num_dependent_backups, 6);
+    let waits =
+        json!({ "table": "volumes", "id": volume, "status": "backing-up", "previous_status": "in-use" });
+    stage.ask("set", waits);
+
     let lock = format!("BEGIN; SELECT id FROM backups WHERE id = '{backup}' FOR UPDATE; SELECT SLEEP(600)");
     let mut other = server.command("sql", &["--execute", &lock]).stdout(Stdio::null()).spawn().unwrap();
-    server
-        .until("SELECT COUNT(*) FROM information_schema.processlist WHERE state = 'User sleep'", |count| {
-            count == "1"
-        })
-        .await;
+    server.until(&sleeping, |count| count == "1").await;
     let (database, id) = (stage.database.clone(), backup.clone());
     let failing = tokio::spawn(async move { database.fail_backup(&id, "the store is full").await });
-    let waiting = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'";
     server.until(waiting, |count| count == "1").await;
 
     server.run("restart", &[]);

@@ -301,8 +301,9 @@ fn is_deadlock(error: &sqlx::Error) -> bool {
     let Some(error) = error.as_database_error() else { return false };
     let code = error.code().unwrap_or_default();
     if let Some(error) = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>() {
-        // Waited too long for a lock; deadlock, which is also what Galera says of a lost race.
-        return matches!(error.number(), 1205 | 1213);
+        // MariaDB, of a row that another one has changed since this one began to read, where innodb_snapshot_isolation is on,
+        // as it is from 11.6.2; waited too long for a lock; deadlock, which is also what Galera says of a lost race.
+        return matches!(error.number(), 1020 | 1205 | 1213);
     }
     if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
         // Could not be serialised; deadlock.
