@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -358,6 +359,32 @@ fn an_exported_backup_is_taken_in_again_and_restored() {
         assert_eq!(imported[column], backup[column], "{column}");
     }
     assert_holds(&ceph, &openstack.restore(&[&id]), &content);
+
+    // What cannot be taken in is told in Cinder's words.
+    let mut fields: Value = serde_json::from_slice(&BASE64_STANDARD.decode(&record).unwrap()).unwrap();
+    for missing in ["display_name", "object_count"] {
+        fields.as_object_mut().unwrap().remove(missing);
+    }
+    let incomplete = uuid::Uuid::new_v4().to_string();
+    fields["id"] = incomplete.as_str().into();
+    openstack.ok(&["import", &service, &BASE64_STANDARD.encode(fields.to_string()), &host]);
+    let other = text(&openstack.ok(&["abandon", &volume, &host])["id"]);
+    let object = json!({ "versioned_object.name": "Backup", "versioned_object.version": "1.7",
+        "versioned_object.namespace": "cinder", "versioned_object.data": { "id": other, "volume_id": volume } });
+    openstack.oslo().must(&json!({ "do": "cast", "topic": "cinder-backup", "server": host, "version": "2.0",
+        "method": "import_record", "context": {},
+        "args": { "backup": object, "backup_service": service, "backup_url": record, "backup_hosts": [] } }));
+    for (backup, reason) in [
+        (
+            &incomplete,
+            "Driver successfully decoded imported backup data, but there are missing fields (display_name, object_count)."
+                .to_owned(),
+        ),
+        (&other, format!("Trying to import backup metadata from id {id} into backup {other}.")),
+    ] {
+        let refused = openstack.ok(&["settled", backup]);
+        assert_eq!((&refused["status"], &refused["fail_reason"]), (&json!("error"), &json!(reason)));
+    }
 }
 
 #[rstest]

@@ -262,17 +262,22 @@ pub fn of_row(service: String, mut fields: Map<String, Value>) -> ExportRecord {
 pub fn decode(export: ExportRecord, form: &Form) -> Result<Record, Error> {
     let ExportRecord { backup_service: service, backup_url } = export;
     check_driver(&service, form)?;
-    of_fields(service, fields_of(&backup_url)?, form)
+    let fields = fields_of(&backup_url)?;
+    match missing_in(&fields).first() {
+        Some(missing) => Err(Error::MissingField(missing)),
+        None => of_fields(service, fields, form),
+    }
 }
 
 /// Takes the fields of a backup out of the `backup_url` of its export record.
 pub fn fields_of(backup_url: &str) -> Result<Map<String, Value>, Error> {
     let json = BASE64_STANDARD.decode(backup_url).map_err(Error::NotBase64)?;
-    let fields: Map<String, Value> = serde_json::from_slice(&json).map_err(Error::NotJson)?;
-    match NEEDED_BY_CINDER.into_iter().find(|field| !fields.contains_key(*field)) {
-        Some(missing) => Err(Error::MissingField(missing)),
-        None => Ok(fields),
-    }
+    serde_json::from_slice(&json).map_err(Error::NotJson)
+}
+
+/// The fields that are not there and without which Cinder refuses to import a backup.
+pub fn missing_in(fields: &Map<String, Value>) -> Vec<&'static str> {
+    NEEDED_BY_CINDER.into_iter().filter(|field| !fields.contains_key(*field)).collect()
 }
 
 /// Makes the record of a backup out of all its fields.

@@ -557,6 +557,20 @@ impl StandIn {
                 return self.fail_import(id, &reason).await;
             }
         };
+        // What follows is refused in Cinder's words, by which others know it.
+        let missing = export_record::missing_in(&fields);
+        if !missing.is_empty() {
+            let reason = format!(
+                "Driver successfully decoded imported backup data, but there are missing fields ({}).",
+                missing.join(", ")
+            );
+            return self.fail_import(id, &reason).await;
+        }
+        let from = fields.get("id").and_then(Value::as_str).unwrap_or_default();
+        if from != id.to_string() {
+            let reason = format!("Trying to import backup metadata from id {from} into backup {id}.");
+            return self.fail_import(id, &reason).await;
+        }
         let changes = Changes::new()
             .text("service", self.driver.class())
             .text("availability_zone", &self.capabilities.availability_zone)
