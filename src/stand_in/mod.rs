@@ -117,6 +117,8 @@ struct StandIn {
     /// None where nobody wants to hear of anything.
     notifier: Option<Notifier>,
     capabilities: Capabilities,
+    /// What the schedulers are told, one word after the other.
+    reports: tokio::sync::Mutex<()>,
     /// What the store keeps backups as.
     form: Form,
     /// How many backups and restores run at the same time.
@@ -167,6 +169,7 @@ pub async fn work(conf: Conf, shutdown: Shutdown) -> Result<(), Error> {
             driver: driver.class().into(),
         },
         notifier: notices::notifier(&conf, &rpc)?,
+        reports: tokio::sync::Mutex::default(),
         rpc,
         places: Places::new(slot_count, usize::MAX, PLACE_TIME_MAX),
         stopping: CancellationToken::new(),
@@ -284,8 +287,13 @@ impl StandIn {
         Ok(())
     }
 
-    /// Tells the schedulers whether backups are taken.
+    /// Tells the schedulers whether backups are taken; they believe the last word.
     async fn report(&self, takes_backups: bool) {
+        let _turn = self.reports.lock().await;
+        // It was asked for before the end was told.
+        if takes_backups && self.stopping.is_cancelled() {
+            return;
+        }
         if let Err(error) = self.capabilities.publish(&self.rpc, takes_backups).await {
             warn!(error = %Causes(&error), "the schedulers could not be told of this worker");
         }
