@@ -546,6 +546,15 @@ impl Engine {
         }
     }
 
+    /// Whether the store has nothing any more of what makes a backup visible that was whole: somebody has deleted it who does
+    /// not know of its record.
+    pub async fn has_lost(&self, id: BackupId) -> Result<bool, Error> {
+        Ok(match self.catalog.record(id).await? {
+            Some(record) => record.state == RecordState::Available && !self.is_visible(&record).await?,
+            None => false,
+        })
+    }
+
     async fn is_visible(&self, record: &Record) -> Result<bool, Error> {
         match &self.format {
             Format::Chunked(chunked) => chunked.is_visible(record).await,

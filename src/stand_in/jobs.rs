@@ -192,9 +192,16 @@ impl StandIn {
             Err(error) => return Ok(Ran::Failed(lasting(error)?)),
         };
         for child in children {
-            // Cinder's own service knows nothing of our records. One without a row is none of Cinder's, and stays.
-            let row = self.database.backup_even_if_deleted(&child.to_string()).await?;
-            if row.is_some_and(|row| row.deleted) {
+            // Cinder's own service knows nothing of our records. One without a row is none of Cinder's, and stays; or Cinder has
+            // forgotten it since, with what makes it a backup gone.
+            let is_deleted = match self.database.backup_even_if_deleted(&child.to_string()).await? {
+                Some(row) => row.deleted,
+                None => match engine.has_lost(child).await {
+                    Ok(lost) => lost,
+                    Err(error) => return Ok(Ran::Failed(lasting(error)?)),
+                },
+            };
+            if is_deleted {
                 info!(backup = %child, "a backup that Cinder has deleted is removed from the records");
                 Box::pin(self.remove(&engine, child, JobId::random())).await?;
             }
