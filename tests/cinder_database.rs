@@ -577,6 +577,32 @@ async fn a_deleted_backup_leaves_quotas_and_its_parent_once(
     assert!(!stage.database.delete_backup("nowhere", &REFRESH).await.unwrap());
 }
 
+/// Cinder counts one less for it all the same, and then lets the parent of another one be deleted.
+#[rstest]
+#[tokio::test]
+async fn a_failed_backup_that_is_deleted_leaves_its_parents_count_of_others(
+    #[values(Sqlite, MariaDb, Postgres)] server: Server,
+) {
+    let mut stage = Stage::on(server).await;
+    let volume = stage.volume();
+    let parent = stage.backup(&volume, None);
+    let failed: Vec<String> = (0..2).map(|_| stage.backup(&volume, Some(&parent))).collect();
+    for id in &failed {
+        assert!(stage.database.fail_backup(id, "the store is full").await.unwrap());
+    }
+    let made = stage.backup(&volume, Some(&parent));
+    let changes = Changes::new().text("service_metadata", "{}");
+    stage.database.finish_backup(&made, &changes).await.unwrap();
+    let project = stage.project.clone();
+    stage.ask("use", json!({ "project": project, "backups": 1, "backup_gigabytes": 10 }));
+
+    for (id, expected) in [(&failed[0], 1), (&made, 0), (&failed[1], 0)] {
+        assert!(stage.database.delete_backup(id, &REFRESH).await.unwrap());
+        let row = stage.database.backup(&parent).await.unwrap().unwrap();
+        assert_eq!(row.num_dependent_backups, expected);
+    }
+}
+
 #[rstest]
 #[tokio::test]
 async fn the_service_is_up_while_it_reports(#[values(Sqlite, MariaDb, Postgres)] server: Server) {

@@ -78,6 +78,9 @@ impl BackupRow {
 /// What the status is of a backup that is given out as whole.
 const GIVEN_OUT: [&str; 2] = ["available", "restoring"];
 
+/// The incremental backups on another one of which nobody doubts that they are there.
+const WHOLE_CHILDREN: &str = "parent_id = ? AND status IN ('available', 'restoring') AND deleted = false";
+
 /// What became of a backup whose data are complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finished {
@@ -187,8 +190,8 @@ impl Database {
         self.again(&format!("give back what backup {id} was made of"), attempt).await
     }
 
-    /// Ends the delete of a backup whose data are gone: its row stays, marked as deleted; its parent no longer counts it, and
-    /// the project's quotas no longer hold it. Doing it again changes nothing. Whether it was done now.
+    /// Ends the delete of a backup whose data are gone: its row stays, marked as deleted; its parent no longer counts it, if it
+    /// did, and the project's quotas no longer hold it. Doing it again changes nothing. Whether it was done now.
     pub async fn delete_backup(&self, id: &str, refresh: &QuotaRefresh) -> Result<bool> {
         let attempt = || async {
             let mut transaction = self.begin().await?;
@@ -203,9 +206,14 @@ impl Database {
             let sql = "UPDATE backup_metadata SET deleted = true, deleted_at = ?time WHERE backup_id = ? AND deleted = false";
             self.dialect.execute(&mut transaction, sql, &[now().into(), id.into()]).await?;
             if let Some(parent) = &backup.parent_id {
+                // One that has failed was never counted, which its row does not say: those that are whole stay counted.
+                let whole: Vec<BackupRow> =
+                    self.dialect.read(&mut transaction, WHOLE_CHILDREN, &[parent.into()]).await?;
+                let whole_count = i64::try_from(whole.len()).unwrap_or(i64::MAX);
                 let sql = "UPDATE backups SET num_dependent_backups = num_dependent_backups - 1, updated_at = ?time \
-                           WHERE id = ? AND deleted = false AND num_dependent_backups >= 1";
-                self.dialect.execute(&mut transaction, sql, &[now().into(), parent.into()]).await?;
+                           WHERE id = ? AND deleted = false AND num_dependent_backups > ?";
+                let values = [now().into(), parent.into(), whole_count.into()];
+                self.dialect.execute(&mut transaction, sql, &values).await?;
             }
             self.give_back_quota(&mut transaction, &backup, refresh).await?;
             transaction.commit().await?;
