@@ -724,6 +724,40 @@ async fn what_cannot_be_given_up_does_not_come_again_at_full_speed() {
     next(&mut jobs).await.ack().await.unwrap();
 }
 
+/// The broker ended the connection over the copy, and handed the message out again.
+#[tokio::test]
+async fn a_message_whose_headers_leave_no_room_for_ours_is_moved_without_the_largest_of_them() {
+    let (broker, settings) = shared().await;
+    let channel = raw(&settings, Rabbit::shared().url()).await;
+    let mut headers = FieldTable::default();
+    headers.insert("small".into(), AMQPValue::LongString("kept".into()));
+    headers.insert("large".into(), AMQPValue::LongString("x".repeat(130_900).into()));
+    let publish = async || {
+        let properties = BasicProperties::default().with_message_id("m".into()).with_headers(headers.clone());
+        let exchange = format!("{}.jobs", settings.prefix).as_str().into();
+        let options = BasicPublishOptions::default();
+        channel.basic_publish(exchange, "job".into(), options, b"a", properties).await.unwrap();
+    };
+    let mut jobs = broker.jobs(1, 0);
+
+    publish().await;
+    next(&mut jobs).await.retry_later(&"s".repeat(5000)).await.unwrap();
+    let again = next(&mut jobs).await;
+    assert_eq!((again.properties.attempt, again.properties.message_id.as_deref()), (2, Some("m")));
+    assert_eq!(again.properties.story, Some("s".repeat(5000)));
+    again.ack().await.unwrap();
+    publish().await;
+    next(&mut jobs).await.dead_letter("bad").await.unwrap();
+
+    let queue = format!("{}.dead", settings.prefix);
+    let dead = channel.basic_get(queue.into(), BasicGetOptions::default()).await.unwrap().unwrap();
+    let headers = dead.properties.headers().as_ref().unwrap().inner();
+    let text = |name: &str| headers.get(name).and_then(AMQPValue::as_long_string).map(ToString::to_string);
+    assert_eq!((text("small"), text("large")), (Some("kept".into()), None));
+    assert_eq!(text("x-backhaul-reason").as_deref(), Some("bad"));
+    assert_eq!(text("x-backhaul-left-out").as_deref(), Some("large"));
+}
+
 #[tokio::test]
 async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
     let (broker, settings) = shared().await;

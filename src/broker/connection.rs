@@ -74,6 +74,11 @@ impl Link {
         }
     }
 
+    /// The largest frame that the broker takes, if there is a connection.
+    pub(super) fn frame_bytes_max(&self) -> u32 {
+        self.live.borrow().as_ref().map_or(u32::MAX, |live| live.connection.configuration().frame_max())
+    }
+
     /// Bounds the wait for the broker.
     pub(super) async fn bounded<T>(
         &self,

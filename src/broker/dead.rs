@@ -89,7 +89,7 @@ impl DeadLetters {
         };
         self.find(exchange).await?;
         let destination = || publisher::destination(exchange, routing_key);
-        let properties = message::revived(&letter.raw);
+        let properties = message::fitting(message::revived(&letter.raw), self.link.frame_bytes_max());
         let copy = publisher::publish_on(&self.channel, exchange, routing_key, &letter.body, properties);
         match self.link.bounded(|| format!("move a message to {}", destination()), copy).await? {
             Routed::Queued => self.drop(letter).await,

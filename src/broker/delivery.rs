@@ -184,6 +184,7 @@ impl Delivery {
         if !self.acker.usable() {
             return Err(Error::DeliveryLost);
         }
+        let properties = message::fitting(properties, self.link.frame_bytes_max());
         // On the delivery's own channel: if that goes, so does our right to the message, and there is no copy to make.
         let copy = publisher::publish_on(&self.channel, &exchange, &routing_key, &self.body, properties);
         let destination = || publisher::destination(&exchange, &routing_key);

@@ -1,10 +1,12 @@
 //! The properties of a message as we know them, and how they travel.
 
+use std::cmp::Reverse;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
+use tracing::warn;
 
 use super::Error;
 
@@ -19,6 +21,28 @@ const PARKED: &str = "x-backhaul-parked";
 const WAITS_SINCE: &str = "x-backhaul-waits-since";
 const UNFINISHED: &str = "x-backhaul-unfinished";
 const DIED_AT: &str = "x-backhaul-died-at";
+const LEFT_OUT: &str = "x-backhaul-left-out";
+/// What stays of the headers for as long as it can.
+const OURS: [&str; 11] = [
+    ATTEMPT,
+    REVIVAL,
+    REVIVED_AT,
+    STORY,
+    REASON,
+    EXCHANGE,
+    ROUTING_KEY,
+    PARKED,
+    WAITS_SINCE,
+    DIED_AT,
+    LEFT_OUT,
+];
+/// What is in a frame beside the properties: its kind, channel, size and end, and class, weight and size of the body.
+const FRAME_BYTES: usize = 7 + 1 + 2 + 2 + 8;
+/// What is left free for the names of headers that are left out, and for what the broker adds when it moves the message or hands it
+/// out again: lapin takes no frame that is larger, either.
+const FREE_BYTES: usize = 4 << 10;
+/// How many letters are noted of the names of headers that are left out.
+const LEFT_OUT_MAX: usize = 500;
 const PERSISTENT: u8 = 2;
 
 /// What a message carries beside its body, as far as we use it.
@@ -273,6 +297,53 @@ fn copied<const N: usize>(raw: &BasicProperties, ours: [(&'static str, AMQPValue
     copy
 }
 
+/// Leaves headers out if the properties do not fit into one frame, for which the broker would end the connection: the sender's own
+/// first, the largest before the others. Their names are noted.
+pub(super) fn fitting(raw: BasicProperties, frame_bytes_max: u32) -> BasicProperties {
+    let bytes_max = (frame_bytes_max as usize).saturating_sub(FRAME_BYTES + FREE_BYTES);
+    let bytes = encoded_bytes(&raw);
+    let Some(headers) = raw.headers().as_ref().filter(|_| bytes > bytes_max) else { return raw };
+    let alone = |table| encoded_bytes(&BasicProperties::default().with_headers(table));
+    let none = alone(FieldTable::default());
+    let size = |name: &ShortString, value: &AMQPValue| {
+        let mut table = FieldTable::default();
+        table.insert(name.clone(), value.clone());
+        alone(table) - none
+    };
+    let mut by_size: Vec<_> =
+        headers.inner().iter().map(|(name, value)| (size(name, value), name, value)).collect();
+    by_size.sort_by_key(|(bytes, name, _)| (OURS.contains(&name.as_str()), Reverse(*bytes)));
+    let (mut excess, mut count) = (bytes - bytes_max, 0);
+    for (bytes, ..) in &by_size {
+        if excess == 0 {
+            break;
+        }
+        (excess, count) = (excess.saturating_sub(*bytes), count + 1);
+    }
+    let (left_out, kept) = by_size.split_at(count);
+    let before = header(&raw, LEFT_OUT);
+    let names: Vec<&str> =
+        before.as_deref().into_iter().chain(left_out.iter().map(|(_, name, _)| name.as_str())).collect();
+    let names: String = names.join(", ").chars().take(LEFT_OUT_MAX).collect();
+    warn!(
+        headers = names,
+        "headers left out of a message: with what is noted there it would not fit into a frame"
+    );
+    let mut headers = FieldTable::default();
+    for (_, name, value) in kept {
+        headers.insert((*name).clone(), (*value).clone());
+    }
+    headers.insert(LEFT_OUT.into(), AMQPValue::LongString(names.into()));
+    raw.clone().with_headers(headers)
+}
+
+/// How much room the properties take in a frame.
+fn encoded_bytes(raw: &BasicProperties) -> usize {
+    let encoded = lapin::protocol::basic::gen_properties(raw)(Vec::new().into());
+    // Memory takes all that is written to it.
+    encoded.map_or(usize::MAX, |encoded| encoded.into_inner().0.len())
+}
+
 fn time(raw: &BasicProperties, key: &str) -> Option<Timestamp> {
     Timestamp::from_millisecond(number(raw, key)?).ok()
 }
@@ -314,7 +385,8 @@ pub(crate) fn fuzz_headers(data: &[u8]) {
         unfinished(&raw),
     ];
     for copy in copies {
-        let copy = read(&copy);
+        let (copy, small) = (read(&copy), fitting(copy, 8 << 10));
+        assert!(encoded_bytes(&small) <= (8 << 10) - FRAME_BYTES || small.headers().is_none(), "{small:?}");
         assert!(
             copy.attempt >= properties.attempt && copy.revival_count == properties.revival_count,
             "{copy:?}"
