@@ -759,6 +759,26 @@ async fn a_message_whose_headers_leave_no_room_for_ours_is_moved_without_the_lar
 }
 
 #[tokio::test]
+async fn what_may_not_be_put_off_does_not_come_again_at_full_speed() {
+    let rabbit = Rabbit::start();
+    let mut settings = settings(rabbit.url());
+    let own = format!("^{}\\..*", settings.prefix);
+    rabbit.ctl(&["add_user", "narrow", "hush"]);
+    rabbit.ctl(&["set_permissions", "-p", "/", "narrow", &own, &own, &own]);
+    settings.url = rabbit.url().replace("guest:guest", "narrow:hush").parse().unwrap();
+    let broker = Broker::connect(settings).await.unwrap();
+    publish(&broker, "a").await;
+    let mut jobs = broker.jobs(2, 0);
+
+    let began = Instant::now();
+    for _ in 0..4 {
+        let error = next(&mut jobs).await.retry_later("[]").await.unwrap_err();
+        assert!(matches!(error, Error::Refused { .. }), "{error:?}");
+    }
+    assert!(began.elapsed() >= Duration::from_secs(9), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn after_stop_nothing_comes_and_what_was_taken_can_still_be_settled() {
     let (broker, settings) = shared().await;
     for body in ["1", "2", "3"] {

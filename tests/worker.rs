@@ -1069,6 +1069,43 @@ async fn a_reply_queue_that_is_full_keeps_no_job_from_its_end() {
     assert_eq!(next, json!({}), "each is told once");
 }
 
+/// It told the end of the job again and again, and what could not be a job came again at full speed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_that_the_broker_refuses_keeps_no_job_from_its_end_and_a_check_tells_why() {
+    let rabbit = Rabbit::start();
+    let stack = Stack::new(&rabbit.url().replace("guest:guest", "narrow:hush"), "", SMALL);
+    let own = format!("^{}\\..*", stack.prefix());
+    rabbit.ctl(&["add_user", "narrow", "hush"]);
+    rabbit.ctl(&["set_permissions", "-p", "/", "narrow", &own, &own, &own]);
+    let (broker, mut events) = listen(&rabbit, &stack).await;
+    let worker = stack.worker();
+    let verify = json!({"version": 1, "operation": "verify", "job_id": BACKUP, "backup_id": BACKUP});
+
+    for body in [verify.to_string(), "{".into()] {
+        let properties = Properties {
+            message_id: Some(body.len().to_string()),
+            reply_to: Some("theirs".into()),
+            ..Properties::default()
+        };
+        broker.publish_job(body.into_bytes().into(), properties).await.unwrap();
+    }
+
+    assert_eq!(dead_letters(&rabbit, &stack, 2).await.len(), 2);
+    for _ in 0..2 {
+        event(&mut events, &["failed", "rejected"]).await;
+    }
+    broker.publish_event("end.end.-", b"{}".as_slice().into(), Properties::default()).await.unwrap();
+    let next = event(&mut events, &["failed", "rejected", "end"]).await;
+    assert_eq!(next, json!({}), "each is told once");
+    let is_told = |line: &str| line.contains("theirs") && line.contains("amq.default");
+    assert!(worker.log().lines().any(is_told), "{}", worker.log());
+
+    let checked = stack.run(&["check"]);
+    let told = String::from_utf8(checked.stdout).unwrap();
+    assert_eq!(checked.status.code(), Some(1));
+    assert!(told.contains("FAILED  broker: ") && told.contains("'amq.default'"), "{told}");
+}
+
 /// It came between the event and the acknowledgement, and went with that.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_sends_a_job_once_more_as_soon_as_its_end_is_told_is_answered() {

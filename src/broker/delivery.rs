@@ -18,8 +18,8 @@ use super::{Error, Properties, message};
 
 /// How long a message waits at least.
 const SHORT_WAIT: Duration = Duration::from_secs(1);
-/// How long a message is kept for which there is no queue to go to.
-const NOWHERE_PAUSE: Duration = Duration::from_secs(2);
+/// How long a message is kept that could not be moved.
+const UNMOVED_PAUSE: Duration = Duration::from_secs(2);
 
 /// A message that is ours until we settle it. Dropped unsettled, it goes back to its queue.
 pub struct Delivery {
@@ -188,16 +188,15 @@ impl Delivery {
         // On the delivery's own channel: if that goes, so does our right to the message, and there is no copy to make.
         let copy = publisher::publish_on(&self.channel, &exchange, &routing_key, &self.body, properties);
         let destination = || publisher::destination(&exchange, &routing_key);
-        match self.link.bounded(|| format!("move a message to {}", destination()), copy).await {
-            Ok(Routed::Queued) => self.ack().await,
-            Ok(Routed::Nowhere) => {
-                // Given back at once, it would come again at once, and all that it causes would be done again.
-                sleep(NOWHERE_PAUSE).await;
-                Err(Error::NoRoute { destination: destination() })
-            }
-            Err(Error::Lost { .. }) => Err(Error::DeliveryLost),
-            Err(error) => Err(error),
-        }
+        let error = match self.link.bounded(|| format!("move a message to {}", destination()), copy).await {
+            Ok(Routed::Queued) => return self.ack().await,
+            Ok(Routed::Nowhere) => Error::NoRoute { destination: destination() },
+            Err(Error::Lost { .. }) => return Err(Error::DeliveryLost),
+            Err(error) => error,
+        };
+        // Given back at once, it would come again at once, and all that it causes would be done again.
+        sleep(UNMOVED_PAUSE).await;
+        Err(error)
     }
 }
 

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::connection::{Link, Live};
+use super::error::is_access_refused;
 use super::message::table;
 use super::topology::{Topology, open_channel};
 use super::{Delivery, Error};
@@ -23,7 +24,7 @@ use crate::error::{Causes, Class};
 
 /// How long a slot waits before it opens a channel again.
 const REOPEN_PAUSE: Duration = Duration::from_millis(500);
-/// How long it waits when the broker refuses what we need.
+/// How long it waits when the broker refuses what we need, or may not be told of a message what is to become of it.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 /// How often a slot that consumes no more looks whether its channel is still there.
 const DRAIN_LOOK: Duration = Duration::from_millis(500);
@@ -109,7 +110,8 @@ impl Slot {
             let pause = match self.consume(&live).await {
                 Err(error) if error.class() == Class::Permanent => self.redeclare(&live, &error).await,
                 // The end of the connection is told by the supervisor, that of a channel by `Delivery::lost`.
-                _ => REOPEN_PAUSE,
+                Err(_) => REOPEN_PAUSE,
+                Ok(pause) => pause,
             };
             drop(live);
             tokio::select! {
@@ -133,32 +135,39 @@ impl Slot {
     }
 
     /// Consumes until the channel ends or we are to stop; then the channel is closed, and the broker has back what
-    /// was not settled.
-    async fn consume(&self, live: &Live) -> Result<(), Error> {
-        let (channel, consumer) = self.open(live).await?;
+    /// was not settled. Says how long to wait then.
+    async fn consume(&self, live: &Live) -> Result<Duration, Error> {
+        let (channel, mut consumer) = self.open(live).await?;
         self.consuming.send_modify(|count| *count += 1);
-        self.hand_all_out(&channel, consumer).await;
+        let end = self.hand_all_out(&channel, &mut consumer).await;
         self.consuming.send_modify(|count| *count -= 1);
-        Ok(())
+        Ok(match end {
+            // What we did with a message may not be done there, and the message comes again at once.
+            Some(error) if is_access_refused(&error) => REFUSED_PAUSE,
+            _ => REOPEN_PAUSE,
+        })
     }
 
-    async fn hand_all_out(&self, channel: &Channel, mut consumer: Consumer) {
+    /// Ends with the channel, and with its error if it has one.
+    async fn hand_all_out(&self, channel: &Channel, consumer: &mut Consumer) -> Option<lapin::Error> {
         let mut early = None;
         loop {
             let delivery = match early.take() {
                 Some(delivery) => delivery,
                 None => {
                     let next = tokio::select! {
-                        () = self.stopping.cancelled() => return,
-                        () = self.link.closing.cancelled() => return,
+                        () = self.stopping.cancelled() => return None,
+                        () = self.link.closing.cancelled() => return None,
                         next = consumer.next() => next,
                     };
-                    let Some(Ok(delivery)) = next else { return };
-                    delivery
+                    match next? {
+                        Ok(delivery) => delivery,
+                        Err(error) => return Some(error),
+                    }
                 }
             };
-            if !self.hand_out(delivery, channel, &mut consumer, &mut early).await {
-                return;
+            if let Err(error) = self.hand_out(delivery, channel, consumer, &mut early).await {
+                return error;
             }
         }
     }
@@ -177,15 +186,15 @@ impl Slot {
         Ok((channel, consumer))
     }
 
-    /// Hands the delivery out and waits for its end. False if the channel is of no more use. The broker sends the next one as
-    /// soon as it has heard an ack, which may be before we know that it has: then it is in `early`.
+    /// Hands the delivery out and waits for its end. Fails if the channel is of no more use, with its error if it has one. The
+    /// broker sends the next one as soon as it has heard an ack, which may be before we know that it has: then it is in `early`.
     async fn hand_out(
         &self,
         delivery: lapin::message::Delivery,
         channel: &Channel,
         consumer: &mut Consumer,
         early: &mut Option<lapin::message::Delivery>,
-    ) -> bool {
+    ) -> Result<(), Option<lapin::Error>> {
         let (lost, settled) = (CancellationToken::new(), CancellationToken::new());
         let acker = delivery.acker.clone();
         let handed = Delivery::new(
@@ -198,18 +207,18 @@ impl Slot {
         );
         // Each slot has one delivery at most and the queue has room for all slots, so this never waits.
         let _ = self.sender.send(handed).await;
-        let usable = loop {
+        let end = loop {
             tokio::select! {
-                () = settled.cancelled() => break true,
+                () = settled.cancelled() => break Ok(()),
                 () = self.stopping.cancelled() => {
                     self.drain(channel, consumer, &settled).await;
-                    break false;
+                    break Err(None);
                 }
-                () = self.link.closing.cancelled() => break false,
+                () = self.link.closing.cancelled() => break Err(None),
                 // With a prefetch of one, that is the next one or the end.
                 next = consumer.next(), if early.is_none() => match next {
                     Some(Ok(delivery)) => *early = Some(delivery),
-                    _ => break false,
+                    end => break Err(end.and_then(Result::err)),
                 },
             }
         };
@@ -219,7 +228,7 @@ impl Slot {
         if acker.usable() {
             let _ = acker.reject(BasicRejectOptions { requeue: true }).await;
         }
-        usable
+        end
     }
 
     /// Stops consuming and waits until the last delivery is settled or lost.

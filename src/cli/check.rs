@@ -7,7 +7,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use super::{Error, FAILED, render, say};
-use crate::broker::Broker;
+use crate::broker::{Broker, Properties};
 #[cfg(feature = "ceph")]
 use crate::ceph::{self, Cluster, Features, NewImage};
 use crate::config::{self, Config, StoreKind};
@@ -113,8 +113,12 @@ async fn broker(config: &Config) -> Result<String, String> {
         None => error.to_string(),
     })?;
     let url = settings.url.to_string();
+    let nobody = format!("{}.check.{}", settings.prefix, Uuid::new_v4());
     let broker = Broker::connect(settings).await.map_err(|error| render::error(&error))?;
+    // By the default exchange jobs are put off and replies sent. No queue has this name, so the message is gone at once.
+    let published = broker.publish_reply(nobody, Bytes::new(), Properties::default()).await;
     broker.close().await;
+    published.map_err(|error| render::error(&error))?;
     Ok(format!("{url} is reachable; its exchanges and queues are there"))
 }
 

@@ -6,7 +6,7 @@ use tracing::warn;
 
 use super::{Error, EventSink};
 use crate::broker::{self, Broker, Properties, Routed};
-use crate::error::Causes;
+use crate::error::{Causes, Class};
 use crate::job::{Event, Happening, Outcome};
 use crate::message;
 
@@ -45,7 +45,8 @@ impl EventSink for Native {
     }
 }
 
-/// Puts a reply into the queue that waits for it. One that is gone, or full, is its owner's concern, and no error.
+/// Puts a reply into the queue that waits for it. One that is gone, or full, or that we may not write to, is its owner's concern,
+/// and no error.
 pub async fn reply(
     broker: &Broker,
     queue: String,
@@ -55,7 +56,10 @@ pub async fn reply(
     match broker.publish_reply(queue.clone(), body, properties).await {
         Ok(Routed::Queued) => {}
         Ok(Routed::Nowhere) => warn!(queue, "the reply queue is gone"),
-        Err(error @ broker::Error::NotConfirmed { .. }) => {
+        // What is for good would be so the next time, too, and the job be done again for it.
+        Err(error)
+            if matches!(error, broker::Error::NotConfirmed { .. }) || error.class() == Class::Permanent =>
+        {
             warn!(queue, error = %Causes(&error), "the reply queue takes no message");
         }
         Err(error) => return Err(error),
