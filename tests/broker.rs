@@ -23,6 +23,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 /// Longer than anything here takes when it works.
@@ -722,6 +723,102 @@ async fn what_cannot_be_given_up_does_not_come_again_at_full_speed() {
     }
     assert!(began.elapsed() >= Duration::from_secs(3), "{:?}", began.elapsed());
     next(&mut jobs).await.ack().await.unwrap();
+}
+
+/// The address of a broker at which every "~" that is sent becomes a byte that no text has.
+async fn garbling(url: &str) -> String {
+    let address = |url: &str| url.rsplit('@').next().unwrap().split('/').next().unwrap().to_owned();
+    let broker = address(url);
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let garbling = url.replace(&broker, &listener.local_addr().unwrap().to_string());
+    tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut server = tokio::net::TcpStream::connect(broker).await.unwrap();
+        let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.split(), server.split());
+        let there = async {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = from_client.read(&mut bytes).await {
+                bytes[..count].iter_mut().filter(|byte| **byte == b'~').for_each(|byte| *byte = 0xff);
+                to_server.write_all(&bytes[..count]).await.unwrap();
+            }
+        };
+        let back = async { tokio::io::copy(&mut from_server, &mut to_client).await.ok() };
+        tokio::select! {
+            () = there => {}
+            _ = back => {}
+        }
+    });
+    garbling
+}
+
+/// It took the connection with it, and came again on the next one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_with_names_that_are_no_text_is_taken_like_any_other() {
+    let (broker, settings) = shared().await;
+    let mut control = broker.control();
+    let url = garbling(Rabbit::shared().url()).await;
+    let connection = Connection::connect(&url, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let mut inner = FieldTable::default();
+    inner.insert("deep ~".into(), AMQPValue::Boolean(true));
+    let mut headers = FieldTable::default();
+    headers.insert("~".into(), AMQPValue::FieldArray(vec![AMQPValue::FieldTable(inner)].into()));
+    let properties = BasicProperties::default()
+        .with_headers(headers)
+        .with_content_type("text/~".into())
+        .with_correlation_id("caf~".into())
+        .with_reply_to("~".into())
+        .with_message_id("~".into())
+        .with_type("~".into())
+        .with_app_id("~".into())
+        .with_priority(3);
+    // The worker's queue must be there: what is published before is not for it.
+    soon("the subscription", async {
+        loop {
+            broker.publish_control(Bytes::from_static(b"probe"), Properties::default()).await.unwrap();
+            if let Ok(Some(_)) = timeout(Duration::from_millis(300), control.next()).await {
+                break;
+            }
+        }
+    })
+    .await;
+    for (exchange, routing_key) in [("jobs", "job"), ("control", "~")] {
+        let exchange = format!("{}.{exchange}", settings.prefix);
+        channel
+            .basic_publish(
+                exchange.as_str().into(),
+                routing_key.into(),
+                BasicPublishOptions::default(),
+                b"whole ~",
+                properties.clone(),
+            )
+            .await
+            .unwrap();
+    }
+
+    let mut jobs = broker.jobs(1, 0);
+    let delivery = next(&mut jobs).await;
+    let told = &delivery.properties;
+    assert_eq!(told.correlation_id.as_deref(), Some("caf?"));
+    assert_eq!((told.message_id.as_deref(), told.reply_to.as_deref()), (Some("?"), Some("?")));
+    assert_eq!((told.content_type.as_deref(), told.priority), (Some("text/?"), Some(3)));
+    assert_eq!(delivery.body, b"whole \xff".as_slice(), "what it holds is not ours to change");
+    delivery.dead_letter("bad").await.unwrap();
+    let notice = soon("the control message", async {
+        loop {
+            let notice = next_notice(&mut control).await;
+            if notice.body != b"probe".as_slice() {
+                break notice;
+            }
+        }
+    })
+    .await;
+    assert_eq!(notice.routing_key, "?");
+    let mut letters = broker.dead_letters().await.unwrap();
+    let letter = letters.next().await.unwrap().unwrap();
+    assert_eq!((letter.properties.message_id.as_deref(), letter.reason.as_str()), (Some("?"), "bad"));
+    letters.drop(letter).await.unwrap();
 }
 
 /// The broker ended the connection over the copy, and handed the message out again.

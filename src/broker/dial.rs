@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use async_rs::Tokio;
 use lapin::tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties, ErrorKind};
@@ -16,6 +17,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::error::{cause, is_access_refused, is_not_allowed};
+use super::mend::{self, Mended};
 use super::{AmqpUrl, Error, Reach, Tls};
 
 /// How long the broker may take from the first packet to an open connection.
@@ -85,8 +87,7 @@ async fn handshake(
     properties: ConnectionProperties,
     socket: Arc<Mutex<Option<TcpStream>>>,
 ) -> lapin::Result<Connection> {
-    let runtime = lapin::runtime::default_runtime()?;
-    let reactor = runtime.clone();
+    let reactor = Tokio::current();
     let connect = async move |uri: AMQPUri, _| {
         let address = (uri.authority.host.clone(), uri.authority.port);
         let connecting = async {
@@ -96,15 +97,16 @@ async fn handshake(
                 let second = stream.get_ref().as_fd().try_clone_to_owned()?;
                 *socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(second.into());
             }
-            match &tls {
-                None => Ok(stream),
-                Some(tls) => stream.into_tls(&uri.authority.host, tls.as_ref()).await,
-            }
+            let stream = match &tls {
+                None => stream,
+                Some(tls) => stream.into_tls(&uri.authority.host, tls.as_ref()).await?,
+            };
+            Ok::<_, io::Error>(AsyncTcpStream::Plain(Mended::new(stream)))
         };
         let patience = Duration::from_secs(CONNECT_SECONDS_MAX);
         Ok(timeout(patience, connecting).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?)
     };
-    Connection::connector(uri, runtime, connect, properties).await
+    Connection::connector(uri, mend::runtime(), connect, properties).await
 }
 
 fn refused(url: &AmqpUrl, error: &lapin::Error) -> Error {

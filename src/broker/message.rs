@@ -9,6 +9,8 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tracing::warn;
 
 use super::Error;
+#[cfg(any(test, fuzzing))]
+use super::mend;
 
 const ATTEMPT: &str = "x-backhaul-attempt";
 const REVIVAL: &str = "x-backhaul-revival";
@@ -373,7 +375,10 @@ fn number(raw: &BasicProperties, key: &str) -> Option<i64> {
 /// Reads and copies the properties that these bytes are on the wire.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz_headers(data: &[u8]) {
-    let Ok((_, raw)) = lapin::protocol::basic::parse_properties(data) else { return };
+    // Behind the class, the weight and the size of the body.
+    let mut mended = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], data].concat();
+    mend::mend(mend::HEADER, &mut mended);
+    let Ok((_, raw)) = lapin::protocol::basic::parse_properties(&mended[12..]) else { return };
     let properties = read(&raw);
     drop(death(&raw));
     let wait = Duration::from_secs(1);

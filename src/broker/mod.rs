@@ -13,6 +13,7 @@ mod delivery;
 mod dial;
 mod error;
 mod jobs;
+mod mend;
 mod message;
 mod publisher;
 mod recall;
