@@ -1,12 +1,13 @@
 //! What every kind of store must do, case by case, on each of them.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::support::{gcs, s3, share, swift};
-use backhaul::error::Causes;
+use backhaul::error::{Causes, Class};
 use backhaul::store::{Folder, Gcs, Listed, Memory, ObjectName, ObjectStore, Posix, Reason, S3, Swift};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -2129,4 +2130,26 @@ mod network {
         assert_eq!(link.waiting_max(), 3);
         bench.clean().await;
     }
+}
+
+/// The job hung, and so did the worker when it was told to stop.
+#[tokio::test]
+async fn what_is_no_file_in_the_place_of_an_object_is_told_and_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Posix::open(folder.path()).unwrap();
+    let of_store = Folder::own("records");
+    let [pipe, inner] = ["pipe", "folder"].map(|name| of_store.object(name).unwrap());
+    let path = |object: &ObjectName| folder.path().join(object.folder.as_str()).join(&object.name);
+    fs::create_dir_all(path(&inner)).unwrap();
+    let mode = rustix::fs::Mode::RWXU;
+    rustix::fs::mknodat(rustix::fs::CWD, path(&pipe), rustix::fs::FileType::Fifo, mode, 0).unwrap();
+
+    for object in [&pipe, &inner] {
+        let error = store.get(object).await.unwrap_err();
+        let told = Causes(&error).to_string();
+        assert!(told.contains(&object.name) && told.contains("is damaged"), "{told}");
+        assert_eq!(error.class(), Class::Permanent);
+    }
+    let error = store.swap(&pipe, Bytes::from_static(b"was"), Bytes::from_static(b"is")).await.unwrap_err();
+    assert!(Causes(&error).to_string().contains("is damaged"), "{error:?}");
 }

@@ -4,9 +4,9 @@
 //! has its name is whole; temporary names begin with a dot, which Cinder's listings by prefix never match. Modes are
 //! Cinder's: 0770 for folders, 0660 for files, whatever the umask.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
-use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 use uuid::Uuid;
@@ -176,7 +176,8 @@ impl ObjectStore for Posix {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let (root, path) = (self.root.clone(), self.path(object));
-        let mut file = blocking("read", object, move || root.check_missing(File::open(path))).await?;
+        let open = move || root.check_missing(open_object(File::options().read(true), &path));
+        let mut file = blocking("read", object, open).await?;
         let (sender, pieces) = Pieces::channel();
         let object = object.clone();
         tokio::task::spawn_blocking(move || {
@@ -380,6 +381,17 @@ fn make_folders(root: &Root, folder: &Path) -> io::Result<()> {
     sync_folder(folder)
 }
 
+/// Opens the file of an object. What else has its name is refused, and not waited for, as would be a pipe.
+fn open_object(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::other(
+        "it is damaged: what has its name is no file; move that away, and put the file back if you have it",
+    ))
+}
+
 /// A file that is locked against all others who lock it, by whatever name. Dropping it lets it go.
 struct Locked {
     file: File,
@@ -440,7 +452,7 @@ impl Locked {
         };
         let name = link.as_ref().map_or(path, |link| link.name.as_path());
         // NFS locks only what is open for writing.
-        Ok(Self { file: File::options().read(true).write(true).open(name)?, _link: link })
+        Ok(Self { file: open_object(File::options().read(true).write(true), name)?, _link: link })
     }
 }
 
