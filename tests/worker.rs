@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -1417,6 +1417,26 @@ fn check_finds_all_well_and_leaves_nothing_behind() {
     let told = stack.ok(&["check"]);
     assert!(!told.contains("FAILED"), "{told}");
     assert_eq!(fs::read_dir(stack.path("backups")).unwrap().count(), 0);
+}
+
+/// It read on until there was no memory left.
+#[test]
+fn an_export_record_that_does_not_end_is_refused_once_it_is_longer_than_any() {
+    let stack = Stack::new("amqp://guest:guest@127.0.0.1:1/%2f", "", SMALL);
+    let mut import = stack.command(&["record", "import", "-"]);
+    let mut import = import.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // It stays open.
+    let mut input = import.stdin.take().unwrap();
+    input.write_all(&vec![b' '; (1 << 20) + 1]).unwrap();
+
+    until("it is refused", || import.try_wait().unwrap().is_some());
+
+    let output = import.wait_with_output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told.contains("more than 1048576 bytes"), "{told}");
+    let told = String::from_utf8(stack.run(&["record", "import", "/dev/zero"]).stderr).unwrap();
+    assert!(told.contains("more than 1048576 bytes"), "{told}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::job::{BackupId, Container, Counts, InvalidId, InvalidName, Record, RecordState, VolumeId};
 
 /// An export record is never longer. Cinder's columns allow a few kB; a record of ours must stay below 4 MiB.
-const EXPORT_BYTES_MAX: usize = 1 << 20;
+pub const EXPORT_BYTES_MAX: usize = 1 << 20;
 /// The names of a backup's objects are its prefix and up to 20 bytes more, and file systems allow 255.
 const PREFIX_BYTES_MAX: usize = 180;
 /// Cinder counts volumes in GiB.
@@ -80,13 +80,8 @@ struct Base {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Longer than any export record.
-    #[error(
-        "this is no export record of Cinder: it has {bytes} bytes, and none has more than {EXPORT_BYTES_MAX}"
-    )]
-    TooLarge {
-        /// Its length.
-        bytes: usize,
-    },
+    #[error("this is no export record of Cinder: none has more than {EXPORT_BYTES_MAX} bytes")]
+    TooLarge,
     /// Not the two texts that make an export record.
     #[error("this is no export record of Cinder, which is a JSON object with backup_service and backup_url")]
     NotAnExport(#[source] serde_json::Error),
@@ -193,7 +188,7 @@ pub fn export(record: &Record) -> String {
 /// keep there, is left 0: the engine finds it where the data is.
 pub fn import(text: &[u8], form: &Form) -> Result<Record, Error> {
     if text.len() > EXPORT_BYTES_MAX {
-        return Err(Error::TooLarge { bytes: text.len() });
+        return Err(Error::TooLarge);
     }
     decode(serde_json::from_slice(text).map_err(Error::NotAnExport)?, form)
 }

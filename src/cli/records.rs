@@ -1,13 +1,13 @@
 //! The records of a store: listed, shown, exchanged with Cinder.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 use serde::Serialize;
 
 use super::{Error, FAILED, engine_of, print_json, render, say};
-use crate::cinder::export_record::{self, Form};
+use crate::cinder::export_record::{self, EXPORT_BYTES_MAX, Form};
 use crate::config::{Config, StoreKind};
 use crate::engine;
 use crate::job::{BackupId, Record, StoreName, Verified, VolumeId};
@@ -82,13 +82,12 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
     let stores = Stores::open(config)?;
     let engine = engine_of(config, &stores, store.as_ref()).await?;
     let (text, name) = if path == Path::new("-") {
-        let mut text = Vec::new();
-        io::stdin()
-            .read_to_end(&mut text)
+        let text = read(io::stdin())
             .map_err(|error| Error::Io("read the export record from standard input", error))?;
         (text, "the export record from standard input".to_owned())
     } else {
-        let text = fs::read(path).map_err(|source| Error::RecordFile { path: path.into(), source })?;
+        let text = File::open(path).and_then(read);
+        let text = text.map_err(|source| Error::RecordFile { path: path.into(), source })?;
         (text, format!("the export record in {}", path.display()))
     };
     let form = match &config.store(store.as_ref())?.1.kind {
@@ -105,4 +104,11 @@ pub(super) async fn import(config: &Config, path: &Path, store: Option<StoreName
         "backup {id} of volume {volume_id} is taken in; `backhaul run verify --backup-id {id}` checks it"
     ));
     Ok(0)
+}
+
+/// Reads an export record, and no more of what is none than shows that it is too long.
+fn read(from: impl Read) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    from.take(EXPORT_BYTES_MAX as u64 + 1).read_to_end(&mut text)?;
+    Ok(text)
 }
