@@ -186,6 +186,29 @@ fn what_a_job_has_written_or_removed_is_durable_before_what_tells_of_it() {
     assert!(removed.contains_key(record.as_path()));
 }
 
+/// As FAT, and not every file system in user space, is; the last step of a long restore then failed.
+#[test]
+fn a_restore_to_a_new_file_ends_also_on_a_file_system_without_hard_links() {
+    let stack = Stack::new(NO_BROKER, "", "");
+    let volume = noise(9, 1_000_000);
+    fs::write(stack.volume("a.img"), &volume).unwrap();
+    let source = stack.location("a.img");
+    stack.ok(&["run", "backup", "--volume-id", VOLUME, "--source", &source, "--backup-id", BACKUP]);
+    for refusal in ["EPERM", "EOPNOTSUPP"] {
+        let inject = format!("--inject=linkat:error={refusal}");
+        let strace = ["strace", "-f", "-o", "trace.log", "--trace=linkat", &inject];
+        let target = stack.location("restored.img");
+        let restore = ["run", "restore", "--backup-id", BACKUP, "--target", &target];
+        let restored = stack.command_by(&strace, &restore).output().unwrap();
+        assert!(restored.status.success(), "{restored:?}");
+        assert!(fs::read(stack.volume("restored.img")).unwrap() == volume);
+        fs::remove_file(stack.volume("restored.img")).unwrap();
+        assert_eq!(fs::read_dir(stack.path("volumes")).unwrap().count(), 1);
+    }
+    let log = fs::read_to_string(stack.path("trace.log")).unwrap();
+    assert!(log.contains("INJECTED"), "{log}");
+}
+
 /// A hole of the source is not read, and neither a hole nor zeros that were written take room in what is restored.
 #[test]
 fn holes_are_not_read_and_zeros_are_not_written() {

@@ -12,7 +12,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom, XattrFlags};
+use rustix::fs::{
+    Advice, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags,
+};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
@@ -449,9 +451,20 @@ impl VolumeTarget for FileTarget {
         // A link, because unlike a rename it fails when the name was taken meanwhile; and to the file itself, because
         // somebody may have removed its name, and another restore then has a file of that name.
         let written = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        rustix::fs::linkat(CWD, written, &folder.0, name, AtFlags::SYMLINK_FOLLOW)?;
-        if is_at(&self.file, folder, name)? {
-            rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty())?;
+        match rustix::fs::linkat(CWD, written, &folder.0, name, AtFlags::SYMLINK_FOLLOW) {
+            // Not every file system has hard links, FAT for one.
+            Err(error @ (Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS)) => {
+                if !is_at(&self.file, folder, name)? {
+                    return Err(error.into());
+                }
+                rustix::fs::renameat_with(&folder.0, partial(name), &folder.0, name, RenameFlags::NOREPLACE)?;
+            }
+            linked => {
+                linked?;
+                if is_at(&self.file, folder, name)? {
+                    rustix::fs::unlinkat(&folder.0, partial(name), AtFlags::empty())?;
+                }
+            }
         }
         File::open(folder.path())?.sync_all()
     }
