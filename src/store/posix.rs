@@ -176,7 +176,7 @@ impl ObjectStore for Posix {
 
     async fn get(&self, object: &ObjectName) -> Result<Pieces> {
         let (root, path) = (self.root.clone(), self.path(object));
-        let open = move || root.check_missing(open_object(File::options().read(true), &path));
+        let open = move || root.check_missing(while_stale(|| open_object(File::options().read(true), &path)));
         let mut file = blocking("read", object, open).await?;
         let (sender, pieces) = Pieces::channel();
         let object = object.clone();
@@ -392,6 +392,21 @@ fn open_object(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     ))
 }
 
+/// Looks anew for as long as what has a name is another file by the time it is looked at.
+fn while_stale<T>(look: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let begun = Instant::now();
+    loop {
+        match look() {
+            Err(error)
+                if error.kind() == ErrorKind::StaleNetworkFileHandle && begun.elapsed() < CHANGES_MAX =>
+            {
+                thread::sleep(LOCK_PAUSE);
+            }
+            looked => return looked,
+        }
+    }
+}
+
 /// A file that is locked against all others who lock it, by whatever name. Dropping it lets it go.
 struct Locked {
     file: File,
@@ -402,17 +417,9 @@ struct Locked {
 impl Locked {
     /// Locks the file that has this name, and begins what may take its place; none if there is none.
     fn find(root: &Root, path: &Path) -> io::Result<Option<(Self, Unfinished)>> {
-        let begun = Instant::now();
-        loop {
-            match Self::try_find(root, path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => return root.check().map(|()| None),
-                Err(error)
-                    if error.kind() == ErrorKind::StaleNetworkFileHandle && begun.elapsed() < CHANGES_MAX =>
-                {
-                    thread::sleep(LOCK_PAUSE);
-                }
-                found => return found.map(Some),
-            }
+        match while_stale(|| Self::try_find(root, path)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => root.check().map(|()| None),
+            found => found.map(Some),
         }
     }
 
