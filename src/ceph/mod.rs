@@ -109,6 +109,14 @@ impl Error {
             Self::Operation { error, .. } if error.raw_os_error() == Some(Errno::SHUTDOWN.raw_os_error()) => {
                 io::ErrorKind::ConnectionAborted
             }
+            // Handles come back when other jobs end.
+            Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. }
+                if [Errno::MFILE, Errno::NFILE]
+                    .map(|e| Some(e.raw_os_error()))
+                    .contains(&error.raw_os_error()) =>
+            {
+                io::ErrorKind::ConnectionAborted
+            }
             Self::Conf { error, .. } | Self::Connect { error, .. } | Self::Operation { error, .. } => {
                 error.kind()
             }

@@ -1,6 +1,7 @@
 //! Clusters, pools, and the plain objects in them.
 
 use std::ffi::{CStr, c_char, c_int};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -62,7 +63,7 @@ impl Cluster {
         let connection = Connection { handle, name: conf.display().to_string(), seconds_max };
         // SAFETY: the handle was created above and is not yet connected; the path is valid for the call.
         check(unsafe { rados::rados_conf_read_file(connection.handle, path.as_ptr()) })
-            .map_err(|code| Error::Conf { conf: conf.into(), error: os_error(code) })?;
+            .map_err(|code| Error::Conf { conf: conf.into(), error: unread(conf, os_error(code)) })?;
         let seconds = c_string(&seconds_max.to_string())?;
         let options = [
             // Without these a cluster that is down is waited for five minutes, or for ever.
@@ -447,6 +448,18 @@ impl Drop for WriteOp {
     }
 }
 
+/// Why a file was not read of which librados says that it is not there: it says so whatever keeps it from opening it.
+fn unread(conf: &Path, said: io::Error) -> io::Error {
+    if said.kind() != io::ErrorKind::NotFound {
+        return said;
+    }
+    match File::open(conf) {
+        // There was no handle left a moment ago.
+        Ok(_) => Errno::MFILE.into(),
+        Err(error) => error,
+    }
+}
+
 /// The text in a buffer that C code has filled.
 pub(super) fn text_of(buffer: &[c_char]) -> String {
     let bytes: Vec<u8> = buffer.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
@@ -456,6 +469,20 @@ pub(super) fn text_of(buffer: &[c_char]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A delete that was half done failed for good, and left a backup that was neither there nor gone.
+    #[test]
+    fn a_configuration_that_cannot_be_read_for_want_of_handles_is_not_taken_for_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let conf = folder.path().join("ceph.conf");
+        std::fs::write(&conf, "[global]\n").unwrap();
+        let said = || io::Error::from(io::ErrorKind::NotFound);
+        let error = |error| Error::Conf { conf: conf.clone(), error };
+
+        assert_eq!(error(unread(&conf, said())).kind(), io::ErrorKind::ConnectionAborted);
+        std::fs::remove_file(&conf).unwrap();
+        assert_eq!(error(unread(&conf, said())).kind(), io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn a_cluster_without_a_configuration_or_monitors_is_a_clear_error() {
